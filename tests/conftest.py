@@ -1,0 +1,25 @@
+"""What every test runs under: no hub, no other person's settings, and one process's share of the cores."""
+
+import os
+
+# before anything imports torch or transformers
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("KVBENCH_DATA", None)
+# each of pytest-xdist's processes takes its share; more threads than cores slow all of them down
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import pytest  # noqa: E402 - after the environment is set
+import torch  # noqa: E402
+
+# kernels are interpreted where no GPU can compile them; decided before one is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Fresh and repeatable random numbers in each test."""
+    torch.manual_seed(0)
