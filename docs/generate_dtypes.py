@@ -1,0 +1,130 @@
+"""Writes docs/dtypes.md from the dtypes and rotations themselves: `make docs`; a test compares."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+import kvbench.dtypes
+import kvbench.rotations
+from kvbench.dtypes import Affine, Cast, Dtype, all_dtypes
+from kvbench.rotations import Rotation, all_rotations
+from kvbench.schemes import Scheme
+
+INTRODUCTION = """\
+<!-- written by docs/generate_dtypes.py (make docs); not by hand -->
+
+# Dtypes and rotations
+
+A dtype says how the head_dim values of one token and one head, a *row*, become bytes; a rotation turns the row first.
+Any dtype goes with any rotation. What each does to the bit is in its file, linked below.
+"""
+
+SIZES = """\
+Bits per value count every byte that is stored: codes, scales and hidden zero-points. Bytes are those of keys and values
+together, for one token and one head. `auto` is shown as a 16-bit model has it.
+"""
+
+SCHEMES = """\
+A name may be shortened where it is unique (`int4`), and keys and values may differ: `int4:int2` is four bits for keys
+and two for values (`{key: int4, value: int2}` in YAML).
+"""
+
+
+def code(dtype: Dtype) -> str:
+    """What one code is."""
+    if isinstance(dtype.decode, Cast):
+        storage = dtype.decode.storage
+        return f"`{str(storage).removeprefix('torch.')}`" if storage else "the model's own type"
+    if isinstance(dtype.decode, Affine):
+        zero = "signed" if dtype.decode.zero == "none" else "unsigned, zero-point in the scale's low bits"
+        return f"{dtype.code_bits}-bit integer, {zero}"
+    centroids = ", ".join(f"{centroid:g}" for centroid in dtype.decode.centroids)
+    return f"{dtype.code_bits}-bit index of {centroids}"
+
+
+def first_line(thing: object) -> str:
+    """The first line of a docstring."""
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+def scale(dtype: Dtype) -> str:
+    """What shares a scale."""
+    return {"none": "-", "per_tensor": "a layer's K, and its V", "per_token_head": "a row"}[dtype.granularity]
+
+
+def bits(dtype: Dtype, head_dim: int) -> str:
+    """Bits per value, or `-` where such rows do not fit."""
+    try:
+        return f"{dtype.bits_per_value(head_dim):.4g}"
+    except ValueError:
+        return "-"
+
+
+def home(package: ModuleType, name: str) -> ModuleType:
+    """The module of the package that defines what has this name."""
+    for module in pkgutil.iter_modules(package.__path__):
+        found = importlib.import_module(f"{package.__name__}.{module.name}")
+        if any(isinstance(value, Dtype | Rotation) and value.name == name for value in vars(found).values()):
+            return found
+    raise LookupError(name)
+
+
+def link(module: ModuleType) -> str:
+    """A link to a module's file."""
+    path = module.__name__.replace(".", "/") + ".py"
+    return f"[{Path(path).name}](../{path})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def document() -> str:
+    """The whole file."""
+    dtypes = all_dtypes().values()
+    meanings = [
+        [
+            f"`{d.name}`",
+            code(d),
+            scale(d),
+            f"`{d.default_rotation}`",
+            first_line(type(d)),
+            d.source,
+            link(home(kvbench.dtypes, d.name)),
+        ]
+        for d in dtypes
+    ]
+    sizes = [
+        [
+            f"`{d.name}`",
+            *(bits(d, head_dim) for head_dim in (64, 96, 128, 256)),
+            str(Scheme.parse(d.name).row_bytes(128)),
+        ]
+        for d in dtypes
+    ]
+    rotations = [
+        [f"`{r.name}`", str(r.block(128)), str(r.block(96)), first_line(module), r.source, link(module)]
+        for r in all_rotations().values()
+        for module in [home(kvbench.rotations, r.name)]
+    ]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "## Dtypes\n",
+            table(["dtype", "code", "scale shared by", "default rotation", "", "source", "file"], meanings),
+            SCHEMES,
+            "## Sizes\n",
+            SIZES,
+            table(["dtype", "bits, D=64", "D=96", "D=128", "D=256", "bytes of K+V, D=128"], sizes),
+            "## Rotations\n",
+            "A rotation turns blocks of channels; where D is no power of two, several side by side.\n",
+            table(["rotation", "block, D=128", "D=96", "", "source", "file"], rotations),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("dtypes.md").write_text(document(), encoding="utf-8")

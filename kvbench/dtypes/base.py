@@ -1,0 +1,192 @@
+"""What a KV-cache dtype is: its layout as data, its generic decoding, and the byte layout of the seed.
+
+One **row** is the D values of one token and one head. A quantized row is its packed codes and, for dtypes that
+scale each row, one float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+SCALE_BYTES = 4  # every scale is one float32
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A code is the value's bits in `storage`; it decodes to `code * scale` (or to the code where there is no scale).
+
+    `storage` is None only for `auto`, until `Dtype.resolve` names the model's own dtype.
+    """
+
+    storage: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A code is an integer; it decodes to `(code - zero) * scale`.
+
+    zero: "none" (signed codes), or "in_scale" (unsigned codes; `zero` is the low `code_bits` bits of the float32
+    scale's bit pattern, and the scale is that pattern with those bits cleared).
+    """
+
+    zero: Literal["none", "in_scale"]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A code is an index; it decodes to `centroids[code] * scale`."""
+
+    centroids: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Quantized rows.
+
+    codes: [..., code_bytes] uint8, packed as `Dtype.pack` says.
+    scale: [...] float32, or None where the dtype has no scale a row.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """How the rows of K or V become bytes. A subclass adds `quantize`; everything else follows from the fields.
+
+    code_bits: bits of one code, without the scale's share.
+    granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head").
+    word_bits: codes are packed into little-endian words of this many bits.
+    default_rotation: the rotation that the dtype's origin runs it with.
+    source: where the definition comes from.
+    """
+
+    name: str
+    code_bits: int
+    decode: Cast | Affine | Codebook
+    granularity: Literal["none", "per_tensor", "per_token_head"]
+    source: str
+    default_rotation: str = "none"
+    word_bits: int = 16
+
+    def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
+        """Quantized rows of x: [..., D], any floating dtype.
+
+        tensor_scale: scalar float32, for the "per_tensor" granularity alone; 1.0 when not given.
+
+        A row that holds NaN or ±inf becomes a row that decodes to NaN throughout (dtypes that scale each row), so
+        that a broken model stays visible; see each dtype for the others.
+        """
+        raise NotImplementedError
+
+    # ---- sizes
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raises ValueError where rows of head_dim values do not fill whole words."""
+        multiple = max(1, self.word_bits // self.code_bits) if self.code_bits < 8 else 1
+        if head_dim <= 0 or head_dim % multiple:
+            raise ValueError(
+                f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of {multiple}; "
+                f"use a dtype of 8 or more bits for this model"
+            )
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of one row's codes."""
+        self.check_head_dim(head_dim)
+        return head_dim * self.code_bits // 8
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of one row: its codes and its scale."""
+        return self.code_bytes(head_dim) + (SCALE_BYTES if self.granularity == "per_token_head" else 0)
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """True bits a value, every byte of the row counted.
+
+        A per-tensor scale is 4 bytes a layer, counted in the cache's `nbytes`.
+        """
+        return 8 * self.row_bytes(head_dim) / head_dim
+
+    def resolve(self, model_dtype: torch.dtype) -> Self:
+        """This dtype for a model that computes in `model_dtype`: only `auto` differs from itself."""
+        if self.decode == Cast(None):
+            return replace(self, decode=Cast(model_dtype), code_bits=8 * model_dtype.itemsize)
+        return self
+
+    # ---- packing
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """[..., D] integer codes to [..., code_bytes] uint8.
+
+        A row is W = D * code_bits / word_bits words. Word j holds the codes of channels j, j+W, j+2W, ... from its low
+        bits up, so that the codes at one bit position of all words (a *stream*) are a contiguous slice of channels: a
+        kernel multiplies each stream with a slice of Q, and never interleaves.
+        """
+        if self.code_bits >= 8:
+            return codes.contiguous().view(torch.uint8)
+        per_word = self.word_bits // self.code_bits
+        words = codes.shape[-1] // per_word
+        streams = codes.to(torch.int64).unflatten(-1, (per_word, words))
+        shifts = torch.arange(0, self.word_bits, self.code_bits, device=codes.device).unsqueeze(-1)
+        packed: Tensor = (streams << shifts).sum(-2)  # [..., W]
+        word_dtype = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[self.word_bits]
+        return packed.to(word_dtype).contiguous().view(torch.uint8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[..., code_bytes] uint8 back to [..., D] integer codes (int32), the inverse of `pack`."""
+        if self.code_bits >= 8:
+            return packed.view(torch.int8).to(torch.int32)
+        word_dtype = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[self.word_bits]
+        words = packed.contiguous().view(word_dtype).to(torch.int32)
+        mask = (1 << self.code_bits) - 1
+        return torch.cat([(words >> shift) & mask for shift in range(0, self.word_bits, self.code_bits)], dim=-1)
+
+    # ---- decoding
+
+    def dequantize(self, rows: Rows, dtype: torch.dtype = torch.float32, tensor_scale: Tensor | None = None) -> Tensor:
+        """[..., D] values of the rows, computed in `dtype`."""
+        if isinstance(self.decode, Cast):
+            storage = self.decode.storage
+            assert storage is not None, "auto is resolved before it is used"
+            values = rows.codes.contiguous().view(storage).to(dtype)
+        elif isinstance(self.decode, Codebook):
+            table = torch.tensor(self.decode.centroids, dtype=dtype, device=rows.codes.device)
+            values = table[self.unpack(rows.codes)]
+        else:
+            values = self.unpack(rows.codes).to(dtype)
+            if self.decode.zero == "in_scale":
+                assert rows.scale is not None
+                values -= self.zero_point(rows.scale).unsqueeze(-1)
+        if rows.scale is not None:
+            return values * self.clean_scale(rows.scale).to(dtype).unsqueeze(-1)
+        if tensor_scale is not None:
+            return values * tensor_scale.to(dtype)
+        return values
+
+    def zero_point(self, scale: Tensor) -> Tensor:
+        """[...] int32 zero-points hidden in the low `code_bits` bits of float32 scales."""
+        return scale.contiguous().view(torch.int32) & ((1 << self.code_bits) - 1)
+
+    def clean_scale(self, scale: Tensor) -> Tensor:
+        """[...] float32 scales without a hidden zero-point."""
+        if self.decode != Affine("in_scale"):
+            return scale
+        return (scale.contiguous().view(torch.int32) & ~((1 << self.code_bits) - 1)).view(torch.float32)
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Nearest integers, halves away from zero: sign(x) * floor(|x| + 0.5), evaluated in x's dtype."""
+    return torch.copysign((x.abs() + 0.5).floor(), x)
+
+
+def mark_broken(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [..., D] and scales [...] in which every row whose scale is not finite is (0, NaN)."""
+    broken = ~scale.isfinite()
+    if not bool(broken.any()):
+        return codes, scale
+    return codes.masked_fill(broken.unsqueeze(-1), 0), scale.masked_fill(broken, math.nan)

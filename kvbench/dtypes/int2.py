@@ -1,0 +1,52 @@
+"""Lloyd-Max 2-bit codes for a unit Gaussian, one scale a row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.dtypes.base import Codebook, Dtype, Rows, mark_broken
+
+THRESHOLD = 0.9816
+CENTROIDS = (-1.5104, -0.4528, 0.4528, 1.5104)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """[...] of x [..., D] float32, summed by halving (x[:n/2] + x[n/2:]) after padding D to a power of two.
+
+    The order is part of the definition: it makes the sum, and so the scale, the same bits on every machine.
+    """
+    squares = x * x
+    width = 1 << (x.shape[-1] - 1).bit_length()
+    squares = torch.nn.functional.pad(squares, (0, width - x.shape[-1]))
+    while width > 1:
+        width //= 2
+        squares = squares[..., :width] + squares[..., width:]
+    return squares.squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Int2PerTokenHead(Dtype):
+    """Each row scaled to unit variance by its norm, then cut at the Lloyd-Max thresholds of a unit Gaussian."""
+
+    def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
+        x = x.to(torch.float32)
+        norm = (sum_of_squares(x) + 1e-12).sqrt()
+        root = math.sqrt(x.shape[-1])
+        z = x * (root / norm).unsqueeze(-1)
+        codes = (z > -THRESHOLD).to(torch.uint8) + (z > 0) + (z > THRESHOLD)
+        codes, scale = mark_broken(codes, norm / root)
+        return Rows(self.pack(codes), scale)
+
+
+int2_per_token_head = Int2PerTokenHead(
+    "int2_per_token_head",
+    2,
+    Codebook(CENTROIDS),
+    "per_token_head",
+    default_rotation="hadamard",
+    source="int2 per-token-head KV cache, https://github.com/vllm-project/vllm/pull/40633; Lloyd 1982, Max 1960",
+)

@@ -1,0 +1,42 @@
+"""How a folder lists what is in it, and how a name that a person typed finds its entry. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Collection, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def walk(package: str, path: Iterable[str], kind: type[T]) -> Iterator[T]:
+    """Every module-level instance of `kind` in the modules of a package's folder."""
+    for module in pkgutil.iter_modules(path):
+        for value in vars(importlib.import_module(f"{package}.{module.name}")).values():
+            if isinstance(value, kind):
+                yield value
+
+
+def find_name(text: str, names: Collection[str], what: str) -> str:
+    """The one of `names` that `text` is, or that it begins where it is unique (`int2` for `int2_per_token_head`).
+
+    Raises:
+        ValueError: no name, or more than one; the message names the nearest.
+    """
+    if text in names:
+        return text
+    begins = sorted(name for name in names if text and name.startswith(text))
+    if len(begins) == 1:
+        return begins[0]
+    if begins:
+        raise ValueError(f"{what} '{text}' is not unique: one of {', '.join(begins)}")
+    raise ValueError(f"unknown {what} '{text}': {suggest(text, names)}")
+
+
+def suggest(text: str, names: Collection[str]) -> str:
+    """The nearest name, by its short form too, as "did you mean X?", or the list of all names."""
+    short = {name.split("_per_")[0]: name for name in names}
+    near = difflib.get_close_matches(text.lower(), [*names, *short], n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(names))}"

@@ -1,0 +1,27 @@
+"""The Hadamard rotation after random sign changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.rotations.base import Rotation, largest_power_of_two
+
+SEED = 0x9E3779B9
+
+
+@dataclass(frozen=True)
+class RandomizedHadamard(Rotation):
+    """One vector of signs for all layers and heads, and for keys, values and queries alike."""
+
+    def block(self, head_dim: int) -> int:
+        return largest_power_of_two(head_dim)
+
+    def signs(self, head_dim: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        return 2 * torch.bernoulli(torch.full((head_dim,), 0.5), generator=generator) - 1
+
+
+randomized_hadamard = RandomizedHadamard("randomized_hadamard", source="QuIP#, https://arxiv.org/abs/2402.04396")

@@ -1,0 +1,350 @@
+"""Each dtype against a second derivation of its definition: a value at a time, in Python, without torch.
+
+Nothing here is shared with kvbench/dtypes. A number is rounded to float32 where the definition rounds it.
+"""
+
+import bisect
+import itertools
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from kvbench.dtypes import all_dtypes
+
+F = np.float32
+Row = Sequence[np.float32]
+
+HEAD_DIMS = [64, 80, 96, 128, 256]
+
+
+# ---- the definitions
+
+
+def half_away(x: np.float32) -> int:
+    """The nearest integer, halves away from zero."""
+    return int(math.copysign(math.floor(abs(float(x)) + 0.5), float(x)))
+
+
+def clamp(x: int, low: int, high: int) -> int:
+    return max(low, min(high, x))
+
+
+def float_bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def float_of(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def scale_bytes(scale: float) -> bytes:
+    return struct.pack("<f", scale)
+
+
+def words(codes: Sequence[int], bits: int, word_bits: int = 16) -> bytes:
+    """Word j holds the codes of channels j, j+W, j+2W, ... from its low bits up; words are little-endian."""
+    per_word = word_bits // bits
+    count = len(codes) // per_word
+    packed = b""
+    for j in range(count):
+        word = 0
+        for stream in range(per_word):
+            word |= codes[j + stream * count] << (stream * bits)
+        packed += word.to_bytes(word_bits // 8, "little")
+    return packed
+
+
+def auto(x: Row) -> tuple[bytes, bytes]:
+    return b"".join(struct.pack("<f", v) for v in x), b""
+
+
+def fp16(x: Row) -> tuple[bytes, bytes]:
+    def half(v: float) -> bytes:
+        try:
+            return struct.pack("<e", v)  # to nearest even
+        except OverflowError:
+            return struct.pack("<e", math.copysign(math.inf, v))
+
+    return b"".join(half(float(v)) for v in x), b""
+
+
+def bf16(x: Row) -> tuple[bytes, bytes]:
+    def upper_half(v: float) -> int:
+        bits = float_bits(v)
+        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest even
+
+    return b"".join(upper_half(v).to_bytes(2, "little") for v in x), b""
+
+
+def e4m3_value(code: int) -> float:
+    """S.EEEE.MMM with bias 7, no infinity; 0x7f is NaN."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -magnitude if code & 0x80 else magnitude
+
+
+E4M3 = [e4m3_value(code) for code in range(0x7F)]  # ascending, 0 to 448
+
+
+def e4m3(v: np.float32) -> int:
+    """The code of the nearest value, ties to the even code; beyond 448 it saturates."""
+    magnitude = min(abs(float(v)), 448.0)
+    above = bisect.bisect_left(E4M3, magnitude)
+    below = max(above - 1, 0)
+    if E4M3[above] - magnitude == magnitude - E4M3[below]:
+        code = above if above % 2 == 0 else below
+    else:
+        code = above if E4M3[above] - magnitude < magnitude - E4M3[below] else below
+    return code | (0x80 if math.copysign(1, float(v)) < 0 else 0)
+
+
+def fp8_per_tensor(x: Row) -> tuple[bytes, bytes]:
+    return bytes(e4m3(v) for v in x), b""
+
+
+def fp8_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    scale = max(max(abs(v) for v in x) / F(448), F(1e-6))
+    inverse = F(1) / scale
+    return bytes(e4m3(v * inverse) for v in x), scale_bytes(scale)
+
+
+def int8_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    scale = max(max(abs(v) for v in x) / F(127), F(1e-6))
+    inverse = F(1) / scale
+    return bytes(clamp(half_away(v * inverse), -128, 127) & 0xFF for v in x), scale_bytes(scale)
+
+
+def int4_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    scale = max((max(x) - min(x)) / F(15), F(1e-6))
+    zero = clamp(half_away(-min(x) / scale), 0, 15)
+    codes = [clamp(half_away(v / scale + F(zero)), 0, 15) for v in x]
+    return words(codes, 4), scale_bytes(float_of(float_bits(scale) & ~15 | zero))
+
+
+def sum_by_halves(values: list[np.float32]) -> np.float32:
+    """The first half plus the second, again and again; the length is a power of two."""
+    if len(values) == 1:
+        return values[0]
+    half = len(values) // 2
+    return sum_by_halves([a + b for a, b in zip(values[:half], values[half:], strict=True)])
+
+
+def int2_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    squares = [v * v for v in x]
+    while len(squares) & (len(squares) - 1):
+        squares.append(F(0))
+    norm = np.sqrt(sum_by_halves(squares) + F(1e-12))
+    root = F(math.sqrt(len(x)))
+    factor = root / norm
+    codes = [bisect.bisect_left((F(-0.9816), F(0), F(0.9816)), v * factor) for v in x]
+    return words(codes, 2), scale_bytes(norm / root)
+
+
+DEFINITIONS = {
+    f.__name__: f
+    for f in (
+        auto,
+        fp16,
+        bf16,
+        fp8_per_tensor,
+        fp8_per_token_head,
+        int8_per_token_head,
+        int4_per_token_head,
+        int2_per_token_head,
+    )
+}
+
+
+# ---- what is quantized
+
+
+def halves(head_dim: int) -> torch.Tensor:
+    """Values midway between the codes of int8 (with a scale of exactly 1), and of int4 (with one of exactly 2)."""
+    int8 = torch.arange(head_dim) % 200 - 99.5
+    int8[0] = 127.0
+    int4 = (torch.arange(head_dim) % 30 - 14).float()
+    int4[:2] = torch.tensor([-14.0, 16.0])
+    return torch.stack([int8, int4, -int8])
+
+
+INPUTS = {
+    "normal": lambda d: torch.randn(7, d),
+    "heavy tails": lambda d: torch.distributions.StudentT(1.5).sample((7, d)),
+    "outlier channel": lambda d: torch.randn(3, d) * torch.where(torch.arange(d) == 5, 80.0, 1.0),
+    "equal values": lambda d: torch.tensor([[3.7], [-2.5], [1e-8], [1.0]]).expand(4, d),
+    "zeros": lambda d: torch.zeros(2, d),
+    "negative zeros": lambda d: -torch.zeros(1, d),
+    "positive": lambda d: torch.rand(3, d) + 0.5,
+    "negative": lambda d: -torch.rand(3, d) - 0.5,
+    "far from zero": lambda d: torch.rand(3, d) + torch.tensor([[100.0], [-100.0], [3.0]]),
+    "huge": lambda d: torch.randn(3, d) * 1e15,
+    "tiny": lambda d: torch.randn(5, d) * torch.tensor([[1e-5], [1e-7], [1e-12], [1e-30], [1e-41]]),
+    "halves": halves,
+    "one value": lambda d: torch.where(torch.arange(d) == 11, 6.5, 0.0).unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_codes_and_scales_are_those_of_the_definition(name, kind, head_dim):
+    """
+    Every byte of every row is what the definition says.
+    """
+    x = INPUTS[kind](head_dim)
+
+    rows = all_dtypes()[name].quantize(x)
+
+    for i, row in enumerate(x.numpy()):
+        with np.errstate(over="ignore", under="ignore"):
+            codes, scale = DEFINITIONS[name](list(row))
+        assert bytes(rows.codes[i].tolist()) == codes
+        assert (b"" if rows.scale is None else scale_bytes(rows.scale[i])) == scale
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_fp8_with_a_tensor_scale_divides_by_it(kind):
+    """
+    fp8_per_tensor codes x / scale; calibration maps the largest magnitude to 448.
+    """
+    dtype = all_dtypes()["fp8_per_tensor"]
+    x = INPUTS[kind](96)
+    scale = dtype.calibrate(x)
+
+    rows = dtype.quantize(x, scale)
+
+    assert scale == max(F(x.abs().max()) / F(448), F(1e-6))
+    assert rows.scale is None
+    for i, row in enumerate(x.numpy()):
+        assert bytes(rows.codes[i].tolist()) == bytes(e4m3(v / F(scale)) for v in row)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.7, 1.1, 1e-3])
+def test_fp8_divides_and_does_not_multiply(scale):
+    """
+    x / scale, rounded once: halfway between two codes, a product with 1 / scale falls to the other side.
+    """
+    midpoints = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(E4M3)])
+    scale = torch.tensor(scale)
+    x = midpoints * scale
+
+    rows = all_dtypes()["fp8_per_tensor"].quantize(x, scale)
+
+    assert bytes(rows.codes.tolist()) == bytes(e4m3(v / F(scale)) for v in x.numpy())
+
+
+# ---- reading back
+
+
+def decoded(name: str, codes: bytes, scale: bytes) -> list[float]:
+    """The values of a stored row, by the table of definitions, in float64."""
+    s = struct.unpack("<f", scale)[0] if scale else 1.0
+    if name == "auto":
+        return list(struct.unpack(f"<{len(codes) // 4}f", codes))
+    if name == "fp16":
+        return list(struct.unpack(f"<{len(codes) // 2}e", codes))
+    if name == "bf16":
+        return [float_of(int.from_bytes(codes[i : i + 2], "little") << 16) for i in range(0, len(codes), 2)]
+    if name.startswith("fp8"):
+        return [e4m3_value(code) * s for code in codes]
+    if name == "int8_per_token_head":
+        return [(code - 256 if code > 127 else code) * s for code in codes]
+    bits = 4 if name == "int4_per_token_head" else 2
+    stored = [int.from_bytes(codes[i : i + 2], "little") for i in range(0, len(codes), 2)]
+    in_order = [word >> shift & (1 << bits) - 1 for shift in range(0, 16, bits) for word in stored]
+    if bits == 4:
+        zero, clean = float_bits(s) & 15, float_of(float_bits(s) & ~15)
+        return [(code - zero) * clean for code in in_order]
+    return [(-1.5104, -0.4528, 0.4528, 1.5104)[code] * s for code in in_order]
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "positive", "tiny"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_reading_follows_the_definition(name, kind, head_dim):
+    """
+    In float64 the values read back are exactly those of the stored bytes.
+    """
+    dtype = all_dtypes()[name].resolve(torch.float32)
+    rows = dtype.quantize(INPUTS[kind](head_dim))
+
+    values = dtype.dequantize(rows, torch.float64)
+
+    for i in range(len(values)):
+        scale = b"" if rows.scale is None else scale_bytes(rows.scale[i])
+        assert values[i].tolist() == decoded(name, bytes(rows.codes[i].tolist()), scale)
+
+
+# ---- examples small enough for a pencil
+
+
+def test_int8_by_hand():
+    """
+    A row whose largest magnitude is 127 has the scale 1, and its halves round away from zero.
+    """
+    x = torch.tensor([127.0, 0.5, -0.5, 1.5, -1.5, 0.4, -126.5, 2.49])
+
+    rows = all_dtypes()["int8_per_token_head"].quantize(x)
+
+    assert rows.scale == 1
+    assert rows.codes.view(torch.int8).tolist() == [127, 1, -1, 2, -2, 0, -127, 2]
+
+
+def test_int4_by_hand():
+    """
+    From -5 to 10 there are fifteen steps of 1; zero is code 5, and 5 stands in the scale's low four bits.
+    """
+    x = torch.tensor([-5.0, 10.0, 0.0, 0.5, -0.4, 3.0, 9.4, -1.0])
+    dtype = all_dtypes()["int4_per_token_head"]
+
+    rows = dtype.quantize(x)
+
+    # W = 2 words: the first holds channels 0, 2, 4, 6 and the second 1, 3, 5, 7
+    assert rows.codes.tolist() == [0x50, 0xE5, 0x6F, 0x48]
+    assert float_bits(rows.scale) == 0x3F800000 | 5
+    assert dtype.dequantize(rows).tolist() == [-5, 10, 0, 1, 0, 3, 9, -1]
+
+
+def test_int2_by_hand():
+    """
+    A row of unit variance is cut at -0.9816, 0 and 0.9816, and its scale is 1.
+    """
+    x = torch.tensor([1.0, -1.0, 0.5, -0.5, 1.5, -1.5, math.sqrt(0.5), -math.sqrt(0.5)])
+    x = x * (8 / x.square().sum()).sqrt()
+    dtype = all_dtypes()["int2_per_token_head"]
+
+    rows = dtype.quantize(x)
+
+    # codes 3 0 2 1 3 0 2 1 from the low bits up
+    assert rows.codes.tolist() == [0b01_10_00_11, 0b01_10_00_11]
+    assert rows.scale.item() == pytest.approx(1, rel=2**-22)
+
+
+def test_e4m3_by_hand():
+    """
+    Ties go to the even code, and 448 is the end.
+    """
+    x = torch.tensor([1.0625, 1.1875, 500.0, -1e9, 2.0**-10, 3 * 2.0**-10, 0.3, -0.0])
+
+    rows = all_dtypes()["fp8_per_tensor"].quantize(x)
+
+    assert rows.codes.tolist() == [0x38, 0x3A, 0x7E, 0xFE, 0x00, 0x02, 0x2A, 0x80]
+
+
+def test_the_codebook_is_lloyd_and_max_s():
+    """
+    Each centroid is a unit Gaussian's mean over its cell, and each threshold is midway between two centroids.
+    """
+    from scipy.stats import norm
+
+    from kvbench.dtypes.int2 import CENTROIDS, THRESHOLD
+
+    edges = [-math.inf, -THRESHOLD, 0, THRESHOLD, math.inf]
+    for low, high, centroid in zip(edges, edges[1:], CENTROIDS, strict=False):
+        mean = (norm.pdf(low) - norm.pdf(high)) / (norm.cdf(high) - norm.cdf(low))
+        assert centroid == pytest.approx(mean, abs=5e-5)  # four decimals
+    assert pytest.approx((CENTROIDS[2] + CENTROIDS[3]) / 2, abs=5e-5) == THRESHOLD

@@ -1,0 +1,120 @@
+"""How folders are listed and names are found."""
+
+import textwrap
+
+import pytest
+
+from kvbench.dtypes import all_dtypes
+from kvbench.registry import find_name, suggest, walk
+from kvbench.rotations import all_rotations
+
+NAMES = ["fp8_per_tensor", "fp8_per_token_head", "int4_per_token_head", "int2_per_token_head", "auto"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_name_is_itself(name):
+    """
+    A name finds itself, even where another begins with it.
+    """
+    assert find_name(name, [*NAMES, name + "_wide"], "dtype") == name
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("int2", "int2_per_token_head"), ("int4_per", "int4_per_token_head"), ("a", "auto"), ("fp8_per_te", NAMES[0])],
+)
+def test_a_unique_beginning_is_enough(text, name):
+    """
+    Short names are accepted where they are unique.
+    """
+    assert find_name(text, NAMES, "dtype") == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fp8", "dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"),
+        ("int", "dtype 'int' is not unique: one of int2_per_token_head, int4_per_token_head"),
+        ("nvfp4", r"unknown dtype 'nvfp4': did you mean \w+\?"),
+        ("int3", r"unknown dtype 'int3': did you mean int[24]\?"),
+        ("INT2", r"unknown dtype 'INT2': did you mean int2\?"),
+        ("int4_per_tokn_head", r"did you mean int4_per_token_head\?"),
+        ("zzz", "unknown dtype 'zzz': one of auto, fp8_per_tensor, fp8_per_token_head, int2_per_token_head, int4"),
+        ("", "unknown dtype '': one of auto"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(text, message):
+    """
+    The message says what is wrong, what there is, and what was meant.
+    """
+    with pytest.raises(ValueError, match=message):
+        find_name(text, NAMES, "dtype")
+
+
+def test_what_is_suggested_is_accepted():
+    """
+    Whoever types the suggestion gets on.
+    """
+    for text in ("int3", "int44", "itn2", "fp16x", "bfp16", "int8_per_token", "fp8_per_tokenhead", "nvfp4", "fp4"):
+        suggestion = suggest(text, all_dtypes())
+        if suggestion.startswith("did you mean "):
+            find_name(suggestion.removeprefix("did you mean ").rstrip("?"), all_dtypes(), "dtype")
+
+
+def test_a_new_file_is_listed(tmp_path, monkeypatch):
+    """
+    What a module of the folder holds is found; nothing is registered by hand.
+    """
+    package = tmp_path / "some_package_of_colours"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "base.py").write_text("class Colour(str): pass\n")
+    for name in ("red", "blue"):
+        (package / f"{name}.py").write_text(
+            textwrap.dedent(f"""\
+                from some_package_of_colours.base import Colour
+                {name} = Colour("{name}")
+                not_one = "plain"
+            """)
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from some_package_of_colours.base import Colour
+
+    assert sorted(walk("some_package_of_colours", [str(package)], Colour)) == ["blue", "red"]
+
+
+def test_the_seed_s_dtypes_are_listed():
+    """
+    From most bits to fewest, `auto` first.
+    """
+    assert list(all_dtypes())[:8] == [
+        "auto",
+        "bf16",
+        "fp16",
+        "fp8_per_tensor",
+        "fp8_per_token_head",
+        "int8_per_token_head",
+        "int4_per_token_head",
+        "int2_per_token_head",
+    ]
+
+
+@pytest.mark.parametrize("dtype", all_dtypes().values(), ids=lambda dtype: dtype.name)
+def test_a_dtype_says_where_it_comes_from(dtype):
+    """
+    Its source is named, its default rotation exists, and it has a default size.
+    """
+    assert dtype.source
+    assert dtype.default_rotation in all_rotations()
+    assert 0 < dtype.bits_per_value(128) <= 32
+
+
+def test_the_seed_s_default_rotations():
+    """
+    int4 with the randomized Hadamard rotation, int2 with the plain one, the others without.
+    """
+    defaults = {name: dtype.default_rotation for name, dtype in all_dtypes().items()}
+
+    assert defaults.pop("int4_per_token_head") == "randomized_hadamard"
+    assert defaults.pop("int2_per_token_head") == "hadamard"
+    assert {defaults[name] for name in ("auto", "bf16", "fp16", "fp8_per_tensor", "int8_per_token_head")} == {"none"}

@@ -1,0 +1,123 @@
+"""A scheme's names: what a person writes, and what is shown."""
+
+import pytest
+import torch
+
+from kvbench.dtypes import all_dtypes
+from kvbench.rotations import all_rotations
+from kvbench.schemes import Scheme, split_pair
+
+PAIRS = [(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
+
+
+@pytest.mark.parametrize(("dtype", "rotation"), PAIRS)
+def test_any_dtype_goes_with_any_rotation(dtype, rotation):
+    """
+    A scheme keeps the names that it was parsed from, and those names give it back.
+    """
+    scheme = Scheme.parse(dtype, rotation)
+
+    assert (scheme.dtype_name, scheme.rotation_name) == (dtype, rotation)
+    assert Scheme.parse(scheme.dtype_name, scheme.rotation_name) == scheme
+
+
+@pytest.mark.parametrize("rotation", [None, "default"])
+def test_without_a_rotation_each_dtype_has_its_own(rotation):
+    """
+    int4's keys and int2's values are turned as the seed turned them.
+    """
+    scheme = Scheme.parse("int4:int2", rotation)
+
+    assert scheme.dtype_name == "int4_per_token_head:int2_per_token_head"
+    assert scheme.rotation_name == "randomized_hadamard:hadamard"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rotation"),
+    [
+        ("int4:int2", "hadamard:none"),
+        ({"key": "int4", "value": "int2"}, {"key": "hadamard", "value": "none"}),
+        ({"value": "int2", "key": "int4_per_token_head"}, "hadamard:none"),
+    ],
+)
+def test_keys_and_values_may_differ(dtype, rotation):
+    """
+    `key:value` and a mapping say the same.
+    """
+    scheme = Scheme.parse(dtype, rotation)
+
+    assert (scheme.key.name, scheme.value.name) == ("int4_per_token_head", "int2_per_token_head")
+    assert (scheme.key_rotation.name, scheme.value_rotation.name) == ("hadamard", "none")
+
+
+def test_a_pair_of_equals_is_one_name():
+    """
+    Written twice or once, it is the same scheme with the same name.
+    """
+    assert Scheme.parse("int4:int4") == Scheme.parse("int4")
+    assert Scheme.parse("int4:int4_per_token_head").dtype_name == "int4_per_token_head"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rotation", "message"),
+    [
+        ("int3", None, r"unknown dtype 'int3': did you mean int\d\?"),
+        ("int4:int5", None, "unknown dtype 'int5'"),
+        ("fp8", None, "dtype 'fp8' is not unique"),
+        ("int4:", None, "unknown dtype ''"),
+        (":int4", None, "unknown dtype ''"),
+        ("int4:int2:int8", None, "'int4:int2:int8' has more than one colon: write KEY:VALUE"),
+        ({"key": "int4"}, None, "a pair has the keys 'key' and 'value', not 'key'"),
+        ({"key": "int4", "value": "int2", "query": "int8"}, None, "not 'key', 'value', 'query'"),
+        ("int4", "hadamrd", r"unknown rotation 'hadamrd': did you mean hadamard\?"),
+        ("int4", "hadamard:turn", "unknown rotation 'turn'"),
+    ],
+)
+def test_a_wrong_name_is_refused(dtype, rotation, message):
+    """
+    The message names what was written and what is near it.
+    """
+    with pytest.raises(ValueError, match=message):
+        Scheme.parse(dtype, rotation)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", ["int4", "int4:int2", "fp16:fp8_per_tensor", "auto"])
+def test_bits_are_the_mean_of_keys_and_values(dtype, head_dim):
+    """
+    8 * bytes of a token and head over its 2 * head_dim values.
+    """
+    scheme = Scheme.parse(dtype)
+
+    assert 8 * scheme.row_bytes(head_dim) / (2 * head_dim) == pytest.approx(scheme.bits_per_value(head_dim), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row_bytes"),
+    [("fp16", 512), ("fp8_per_tensor", 256), ("fp8_per_token_head", 264), ("int8", 264), ("int4", 136), ("int2", 72)],
+)
+def test_the_seed_s_bytes_of_a_token(dtype, row_bytes):
+    """
+    K and V of one token and one head of 128 channels.
+    """
+    assert Scheme.parse(dtype).row_bytes(128) == row_bytes
+
+
+def test_auto_becomes_the_model_s_dtype():
+    """
+    Either side of a scheme is resolved, and nothing else changes.
+    """
+    scheme = Scheme.parse("auto:int4").resolve(torch.float32)
+
+    assert scheme.bits_per_value(128) == (32 + 4.25) / 2
+    assert scheme.rotation_name == "none:randomized_hadamard"
+    assert scheme.dtype_name == "auto:int4_per_token_head"
+
+
+def test_splitting():
+    """
+    One name stands for both.
+    """
+    assert split_pair("a") == ("a", "a")
+    assert split_pair("a:b") == ("a", "b")
+    assert split_pair({"key": "a", "value": "b"}) == ("a", "b")
