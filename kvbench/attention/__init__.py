@@ -1,0 +1,40 @@
+"""Attention over the paged cache. `attend` is the one way in; which implementation runs is always said."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from kvbench.attention import reference
+from kvbench.attention.batch import Batch
+from kvbench.cache import PagedCache
+
+Implementation = Literal["reference"]
+
+__all__ = ["Batch", "Implementation", "attend"]
+
+
+def attend(
+    q: Tensor,
+    cache: PagedCache,
+    layer: int,
+    batch: Batch,
+    *,
+    impl: Implementation,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention outputs [T, HQ, D], in q's dtype, of queries that read only the cache.
+
+    q: [T, HQ, D], not rotated, the new tokens of `batch`, whose keys and values are in the cache already.
+    scaling: factor of the scores. sliding_window: a query sees itself and the window - 1 tokens before it.
+    softcap: c in c·tanh(score / c). sinks: [HQ], one more logit a head that takes probability and gives nothing.
+    impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise.
+    """
+    assert impl == "reference"
+    return reference.attend(
+        q, cache, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+    )

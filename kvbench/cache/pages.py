@@ -1,0 +1,92 @@
+"""Who owns which page. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+class OutOfPages(RuntimeError):
+    """The pool has fewer free pages than were asked for; nothing was taken."""
+
+
+@dataclass
+class PageTable:
+    """One sequence's pages, in order, and how many of its tokens they hold."""
+
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class PagePool:
+    """A fixed number of pages, each counted by the sequences that share it."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self._references = [0] * pages
+        self._free = list(range(pages - 1, -1, -1))  # the lowest page is taken first
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_size)
+
+    def reserve(self, table: PageTable, tokens: int) -> None:
+        """Gives `table` pages enough for `tokens` tokens in all.
+
+        Raises:
+            OutOfPages: there are not enough; the table is as before.
+        """
+        wanted = self.pages_for(tokens) - len(table.pages)
+        if wanted > len(self._free):
+            raise OutOfPages(f"{wanted} pages wanted, {len(self._free)} of {len(self._references)} free")
+        for _ in range(wanted):
+            page = self._free.pop()
+            self._references[page] = 1
+            table.pages.append(page)
+
+    def extend(self, table: PageTable, tokens: int) -> list[int]:
+        """Slots (page * page_size + offset) of `tokens` new tokens, now part of the sequence.
+
+        Raises:
+            OutOfPages: as `reserve`.
+        """
+        self.reserve(table, table.length + tokens)
+        positions = range(table.length, table.length + tokens)
+        table.length += tokens
+        return [table.pages[p // self.page_size] * self.page_size + p % self.page_size for p in positions]
+
+    def fork(self, table: PageTable) -> tuple[PageTable, list[tuple[int, int]]]:
+        """A second sequence with the same tokens, and the page copies (source, destination) that it needs.
+
+        Full pages are shared; the last one, if it is not full, is copied, for both sequences will write to it.
+
+        Raises:
+            OutOfPages: no page for that copy; nothing changed.
+        """
+        full = table.length // self.page_size
+        fork = PageTable(table.pages[:full], table.length)
+        if table.length % self.page_size == 0:
+            copies = []
+        else:
+            self.reserve(fork, table.length)
+            copies = [(table.pages[full], fork.pages[full])]
+        for page in table.pages[:full]:
+            self._references[page] += 1
+        return fork, copies
+
+    def release(self, table: PageTable) -> None:
+        """Gives the sequence's pages back; one that others share stays theirs."""
+        for page in reversed(table.pages):
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+        table.pages, table.length = [], 0
+
+
+def pages_used(tables: Sequence[PageTable], page_size: int) -> int:
+    """Distinct pages that hold the tokens of these sequences."""
+    return len({page for table in tables for page in table.pages[: -(-table.length // page_size)]})

@@ -1,0 +1,129 @@
+"""What the pages hold."""
+
+import pytest
+import torch
+
+from kvbench.cache import PagedCache
+from kvbench.cache.paged import kv_bytes_per_token
+from kvbench.dtypes import all_dtypes
+from kvbench.rotations import all_rotations
+from kvbench.schemes import Scheme
+
+SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
+SCHEMES.append(Scheme.parse("int4:int2"))
+IDS = [f"{s.dtype_name}-{s.rotation_name}" for s in SCHEMES]
+LAYERS = [(2, 64), (1, 96)]
+
+
+def filled(scheme, page_size=4, pages=5, tokens=11, **options):
+    """A cache whose memory was NaN, with `tokens` tokens written to every layer, and what was written."""
+    cache = PagedCache(LAYERS, scheme, pages=pages, page_size=page_size, **options)
+    for plane in (*cache.keys, *cache.values):
+        plane.codes.fill_(0xFF)  # NaN in every floating-point type
+        if plane.scale is not None:
+            plane.scale.fill_(torch.nan)
+    written = []
+    slots = torch.randperm(pages * page_size, generator=torch.Generator().manual_seed(0))[:tokens]
+    for layer, (heads, head_dim) in enumerate(LAYERS):
+        k, v = torch.randn(2, tokens, heads, head_dim)
+        cache.append(layer, k, v, slots)
+        written.append((k, v))
+    return cache, written, slots
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_memory_is_the_packed_size(scheme):
+    """
+    8 * nbytes == values * bits_per_value, exactly; a per-tensor scale is four bytes more a layer and side.
+    """
+    pages, page_size = 5, 4
+    cache = PagedCache(LAYERS, scheme, pages=pages, page_size=page_size)
+    slots = pages * page_size
+    scheme = scheme.resolve(torch.float32)
+    bits = sum(
+        slots * heads * head_dim * (scheme.key.bits_per_value(head_dim) + scheme.value.bits_per_value(head_dim))
+        for heads, head_dim in LAYERS
+    )
+    scales = 4 * len(LAYERS) * sum(dtype.granularity == "per_tensor" for dtype in (scheme.key, scheme.value))
+
+    assert 8 * (cache.nbytes - scales) == bits
+    assert cache.nbytes - scales == slots * kv_bytes_per_token(LAYERS, scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_a_slot_gives_back_what_its_dtype_made_of_it(scheme):
+    """
+    Reading a slot gives the rotated row after one quantization, to the bit, wherever it stands.
+    """
+    cache, written, slots = filled(scheme)
+    scheme = cache.scheme
+    for layer, rows in enumerate(written):
+        read = cache.read(layer, torch.arange(5), torch.float32)
+        for x, got, dtype, rotation in zip(
+            rows, read, (scheme.key, scheme.value), (scheme.key_rotation, scheme.value_rotation), strict=True
+        ):
+            expected = dtype.dequantize(dtype.quantize(rotation.rotate(x)))
+            flat = got.transpose(1, 2).flatten(0, 1)  # [slots, HKV, D]
+            assert torch.equal(flat[slots], expected)
+
+
+def test_padding_slots_are_not_written():
+    """
+    A slot of -1 skips its token, and no other slot changes.
+    """
+    cache, _, slots = filled(Scheme.parse("int4"))
+    before = [plane.codes.clone() for plane in (*cache.keys, *cache.values)]
+    k, v = torch.randn(2, 3, 2, 64)
+    cache.append(0, k, v, torch.tensor([-1, -1, -1]))
+
+    assert all(torch.equal(plane.codes, old) for plane, old in zip((*cache.keys, *cache.values), before, strict=True))
+
+    cache.append(0, k, v, torch.tensor([-1, int(slots[0]), -1]))
+    changed = (cache.keys[0].codes != before[0]).flatten(-1).any(-1).any(1).flatten()
+    assert changed.nonzero().flatten().tolist() == [int(slots[0])]
+
+
+def test_copying_a_page_copies_all_layers():
+    """
+    After a copy both pages read the same, in keys and values of every layer.
+    """
+    cache, _, _ = filled(Scheme.parse("int4:int2"), tokens=20)
+    cache.copy_pages([(1, 3)])
+    for layer in range(len(LAYERS)):
+        for x in cache.read(layer, torch.tensor([1, 3]), torch.float32):
+            assert torch.equal(x[0], x[1])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_a_destroyed_cache_holds_no_codes(scheme):
+    """
+    The canary stores zero codes whatever is written.
+    """
+    cache, _, slots = filled(scheme, destroyed=True)
+    codes = cache.keys[0].codes.transpose(1, 2).flatten(0, 1)[slots]
+
+    assert codes.numel() > 0
+    assert not codes.any()
+
+
+def test_per_tensor_scale_reaches_both_writing_and_reading():
+    """
+    With a calibrated scale, values far beyond 448 survive the cache that would saturate them at a scale of 1.
+    """
+    cache = PagedCache([(1, 64)], Scheme.parse("fp8_per_tensor"), pages=1, page_size=4)
+    x = 10000 * torch.randn(4, 1, 64)
+    for plane in (*cache.keys, *cache.values):
+        plane.tensor_scale.copy_(plane.dtype.calibrate(x))
+    cache.append(0, x, x, torch.arange(4))
+    k, _ = cache.read(0, torch.tensor([0]), torch.float32)
+
+    error = (k[0].transpose(0, 1) - x).norm() / x.norm()
+    assert error < 2**-4 / 3**0.5 * 1.2  # half a step of e4m3's three mantissa bits, spread evenly
+
+
+def test_a_head_dim_that_does_not_fit_is_named():
+    """
+    A head_dim that does not fill the words of a dtype is refused with the dtype and what it needs.
+    """
+    with pytest.raises(ValueError, match="head_dim 20 does not fit int2_per_token_head: it needs a multiple of 8"):
+        PagedCache([(1, 20)], Scheme.parse("int2"), pages=1, page_size=4)
