@@ -1,0 +1,97 @@
+"""What a runner does for a task: score continuations, give next-token distributions, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Progress = Callable[[int, int], None]  # called with (requests done, requests in all)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The log-probability of `continuation` after `context`; both are token ids and neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """logprobs: [len(continuation)] float32 on the CPU, nats. greedy: every token was the most likely one."""
+
+    logprobs: Tensor
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Tokens after `prompt`, until a stop string, an end token or `max_new_tokens`.
+
+    temperature: 0 takes the most likely token; otherwise tokens are drawn, from the `top_k` most likely (0: all) that
+    hold `top_p` of the probability, by a generator seeded with `seed` alone: a request's tokens do not depend on its
+    batch.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """text is cut before the first stop string; tokens are all that were made, the end token left out."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What identifies a model and sizes its cache.
+
+    revision: a hash of the weights' and the configuration's files, or the hub's commit.
+    compute_dtype: such as "float32".
+    layers: (KV heads, head_dim) of each layer that has a KV cache, in order.
+    """
+
+    name: str
+    revision: str
+    compute_dtype: str
+    layers: tuple[tuple[int, int], ...]
+    max_length: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """A model under one scheme. Tokens in, numbers out; tokenizing is the task's, through `tokenizer`."""
+
+    info: ModelInfo
+    tokenizer: Any  # a transformers tokenizer
+
+    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+        """One Score a request, in the order of the requests."""
+        ...
+
+    def hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> list[Tensor]:
+        """For each document (token ids), the last hidden states [len(document), H], on the CPU, in the compute dtype.
+
+        State t has seen tokens 0..t; `log_probs` turns it into the distribution of token t+1. Keeping hidden
+        states instead of distributions makes a baseline of a large vocabulary small enough to keep.
+        """
+        ...
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] float32 log-probabilities of hidden states [n, H]. Take a few hundred rows at a time."""
+        ...
+
+    def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
+        """One Generation a request, in the order of the requests."""
+        ...

@@ -1,0 +1,108 @@
+"""What finding and converting a model have in common: its files, their hashes, and one kind of error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvbench.environment import cache_dir
+
+CLOCK_STEP_S = 2.0  # file systems' times are this coarse: a file changed so lately may change again at the same time
+
+
+class ModelError(ValueError):
+    """A model that can't be found, read or loaded; the message says what to do."""
+
+
+@contextmanager
+def one_error(what: str) -> Iterator[None]:
+    """What libraries raise for unusable models, as one line that begins with `what`."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # file formats' readers raise what they like: IndexError, KeyError, struct.error, …
+        raise ModelError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "…"
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, hashed again only when its size or time of change differs from what is remembered."""
+    path = path.resolve()
+    stat = path.stat()
+    key = hashlib.sha256(f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}".encode()).hexdigest()
+    note = cache_dir() / "hashes" / key
+    try:
+        known = note.read_text()
+        if re.fullmatch("[0-9a-f]{64}", known):
+            return known
+    except OSError:
+        pass
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if abs(time.time() - stat.st_mtime) < CLOCK_STEP_S:
+        return digest
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(note.parent) as draft:
+            (draft / key).write_text(digest)
+            (draft / key).replace(note)
+    except OSError:
+        pass  # a cache that can't be written costs time, nothing else
+    return digest
+
+
+@contextmanager
+def draft_folder(parent: Path) -> Iterator[Path]:
+    """A folder of our own in `parent` that is gone after the block, if it has not been renamed."""
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=parent))
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: no such file, or no object in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"cannot read {path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object to a JSON file, its keys sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def transformers_config(config: Mapping[str, Any] | Path, **options: Any) -> Any:
+    """What transformers makes of a config.json, or of a folder, its defaults filled in."""
+    from transformers import AutoConfig
+
+    try:
+        if isinstance(config, Path):
+            return AutoConfig.from_pretrained(config, local_files_only=True, **options)
+        fields = {key: value for key, value in config.items() if key != "model_type"}
+        return AutoConfig.for_model(str(config.get("model_type")), **fields)
+    except Exception as error:  # a configuration class may raise anything for a file that is not its own
+        raise ModelError(f"transformers cannot read this model's configuration: {one_line(error)}") from error

@@ -1,0 +1,132 @@
+"""Which tokens the next forward pass computes, and in which slots they are written. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvbench.cache import OutOfPages, PagePool, PageTable
+from kvbench.runners.prefix import Segment
+
+Copies = list[tuple[int, int]]  # pages to copy before a pass, (source, destination)
+
+
+@dataclass(eq=False)
+class Work:
+    """A segment being computed: its sequence's pages, and how many of its tokens are done."""
+
+    segment: Segment
+    table: PageTable | None = None
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one sequence in one pass. start: the position of the first; slots: where each is written."""
+
+    segment: Segment
+    table: PageTable
+    start: int
+    tokens: Sequence[int]
+    slots: list[int]
+
+    @property
+    def completes(self) -> bool:
+        """This piece ends its segment."""
+        return self.start + len(self.tokens) == self.segment.end
+
+
+@dataclass
+class _Open:
+    """A computed segment whose pages are still wanted by `users` children and endings."""
+
+    table: PageTable
+    users: int
+
+
+@dataclass
+class Prefill:
+    """Computes a prefix tree depth first, so that few sequences hold pages at a time.
+
+    batch_tokens: tokens of one pass at most. chunk: of one sequence in one pass, None for no limit.
+    A segment starts only when the pool has pages for all of it, so what has started always ends.
+    """
+
+    pool: PagePool
+    roots: Sequence[Segment]
+    batch_tokens: int
+    chunk: int | None = None
+    _stack: list[Work] = field(init=False)
+    _open: dict[Segment, _Open] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stack = [Work(root) for root in reversed(self.roots)]
+
+    @property
+    def finished(self) -> bool:
+        """Every segment has been computed."""
+        return not self._stack
+
+    def take(self, most: int) -> tuple[list[Piece], Copies]:
+        """The next pass, of at most `most` sequences, and the page copies to make before it.
+
+        No piece comes where the pool has no room for the next segment.
+        """
+        pieces: list[Piece] = []
+        copies: Copies = []
+        unfinished: list[Work] = []
+        budget = self.batch_tokens
+        while self._stack and budget > 0 and len(pieces) < most:
+            work = self._stack.pop()
+            segment = work.segment
+            try:
+                if work.table is None:
+                    work.table, copied = self._inherit(segment)
+                    copies += copied
+                self.pool.reserve(work.table, segment.end)
+            except OutOfPages:
+                self._stack.append(work)
+                break
+            count = min(len(segment.tokens) - work.done, budget, self.chunk or budget)
+            slots = self.pool.extend(work.table, count)
+            tokens = segment.tokens[work.done : work.done + count]
+            pieces.append(Piece(segment, work.table, segment.start + work.done, tokens, slots))
+            work.done += count
+            budget -= count
+            if pieces[-1].completes:
+                self._open[segment] = _Open(work.table, len(segment.children) + len(segment.ending))
+            else:
+                unfinished.append(work)
+        self._stack += reversed(unfinished)
+        return pieces, copies
+
+    def computed(self, pieces: Sequence[Piece]) -> None:
+        """The pass of these pieces is over: the children of the segments it completed may start."""
+        for piece in pieces:
+            if piece.completes:
+                self._stack += [Work(child) for child in reversed(piece.segment.children)]
+
+    def claim(self, segment: Segment) -> tuple[PageTable, Copies]:
+        """The sequence of one request that ends with a computed segment: the caller's to write to and to release.
+
+        Raises:
+            OutOfPages: no page for its copy; nothing changed.
+        """
+        entry = self._open[segment]
+        if entry.users == 1:
+            del self._open[segment]
+            return entry.table, []
+        table, copies = self.pool.fork(entry.table)
+        entry.users -= 1
+        return table, copies
+
+    def drop(self, segment: Segment) -> None:
+        """One request that ends with a computed segment wants no more of it."""
+        entry = self._open[segment]
+        entry.users -= 1
+        if entry.users == 0:
+            self.pool.release(entry.table)
+            del self._open[segment]
+
+    def _inherit(self, segment: Segment) -> tuple[PageTable, Copies]:
+        return (PageTable(), []) if segment.parent is None else self.claim(segment.parent)

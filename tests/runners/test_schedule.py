@@ -1,0 +1,66 @@
+"""What the forward passes compute, and where it is written."""
+
+import random
+
+import pytest
+
+from kvbench.cache import PagePool
+from kvbench.runners.prefix import build_tree
+from kvbench.runners.schedule import Prefill
+
+
+def simulate(requests, *, pages, page_size=4, batch_tokens=16, chunk=None, most=100):
+    """Runs the passes over a list as memory; what each request reads along its pages in the end, and the passes."""
+    pool = PagePool(pages, page_size)
+    memory = [None] * (pages * page_size)
+    prefill = Prefill(pool, build_tree(requests, 3), batch_tokens, chunk)
+    read, passes = {}, []
+    while not prefill.finished:
+        pieces, copies = prefill.take(most)
+        assert pieces, "no room for the next segment"
+        for source, destination in copies:
+            memory[destination * page_size : (destination + 1) * page_size] = memory[
+                source * page_size : (source + 1) * page_size
+            ]
+        for piece in pieces:
+            for token, slot in zip(piece.tokens, piece.slots, strict=True):
+                memory[slot] = token
+        passes.append(pieces)
+        prefill.computed(pieces)
+        for piece in pieces:
+            if piece.completes:
+                for request in piece.segment.ending:
+                    table = piece.table
+                    slots = [table.pages[i // page_size] * page_size + i % page_size for i in range(table.length)]
+                    read[request] = [memory[slot] for slot in slots]
+                    prefill.drop(piece.segment)
+    assert pool.free_pages == pages
+    return read, passes
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+def test_every_request_finds_its_tokens_in_its_pages(chunk):
+    """
+    Whatever is shared, copied, cut or reused, each request's pages hold its own tokens when it ends; all come back.
+    """
+    rng = random.Random(0)
+    for _ in range(60):
+        stems = [[rng.randrange(50) for _ in range(rng.randrange(1, 25))] for _ in range(3)]
+        requests = [rng.choice(stems) + [rng.randrange(50) for _ in range(rng.randrange(9))] for _ in range(15)]
+        read, passes = simulate(requests, pages=60, chunk=chunk)
+
+        assert [read[i] for i in range(len(requests))] == requests
+        for pieces in passes:
+            assert sum(len(piece.tokens) for piece in pieces) <= 16
+            assert chunk is None or all(len(piece.tokens) <= chunk for piece in pieces)
+
+
+def test_few_pages_are_enough_for_many_requests():
+    """
+    Depth first: a hundred requests pass through the pages of a few.
+    """
+    shots = list(range(24))
+    requests = [[*shots, 100 + i, *range(200, 206)] for i in range(100)]
+    read, _ = simulate(requests, pages=20)
+
+    assert [read[i] for i in range(100)] == requests

@@ -1,0 +1,331 @@
+"""Transformers models through the paged cache, against the same models through transformers' own attention."""
+
+import pytest
+import torch
+import transformers
+
+from kvbench.dtypes import all_dtypes
+from kvbench.rotations import all_rotations
+from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
+from kvbench.runners.transformers import TransformersModel
+from kvbench.schemes import Scheme
+
+SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
+SCHEMES.append(Scheme.parse("int4:int2"))
+IDS = [f"{s.dtype_name}-{s.rotation_name}" for s in SCHEMES]
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "factor": 8.0,
+    "original_max_position_embeddings": 45,  # between the lengths of the requests below
+}
+# every sliding window is shorter than the prompts below
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=5),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, sliding_window=5, query_pre_attn_scalar=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, sliding_window=5, query_pre_attn_scalar=16),
+    "phi": lambda: transformers.PhiConfig(**COMMON),
+    "phi3": lambda: transformers.Phi3Config(**COMMON, sliding_window=6),
+    "phi3-longrope": lambda: transformers.Phi3Config(
+        **COMMON, rope_parameters=LONGROPE, original_max_position_embeddings=45
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **COMMON, sliding_window=5, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**COMMON, **LINEAR),
+}
+
+
+class NumberTokenizer:
+    """Token 7 is the text "7"."""
+
+    eos_token_id = 0
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return " ".join(map(str, tokens))
+
+
+def tiny(name, dtype=torch.float32):
+    """A random model of this architecture, large enough in its weights that tokens depend on their context."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if "sinks" in parameter_name:
+            torch.nn.init.normal_(parameter)
+        elif parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.12)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = tuple((2, 16) for kind in kinds if kind != "linear_attention")
+    info = ModelInfo(name, "random", str(dtype).removeprefix("torch."), layers, 256)
+    return TransformersModel(model, NumberTokenizer(), info)
+
+
+@pytest.fixture(scope="module")
+def llama64():
+    return tiny("llama", torch.float64)
+
+
+def tokens(count, seed):
+    """Random token ids, none of them the end token."""
+    return tuple(torch.randint(1, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def score_requests():
+    """Choices of one question, a common prefix of 20 tokens, one token of context, a long context, one twice."""
+    prefix = tokens(20, 1)
+    contexts = [prefix + tokens(count, count) for count in (1, 4, 9, 30)]
+    requests = [ScoreRequest(context, tokens(3, 50 + i)) for i, context in enumerate(contexts)]
+    requests += [ScoreRequest(contexts[0], tokens(length, 60 + length)) for length in (1, 4, 12)]
+    return [*requests, ScoreRequest((3,), (4,)), requests[0]]
+
+
+def expected_scores(model, requests):
+    """Log-probabilities and greediness by transformers' own eager attention, a request at a time."""
+    scores = []
+    for request in requests:
+        with torch.no_grad():
+            logits = model(torch.tensor([(request.context + request.continuation)[:-1]])).logits[0]
+        rows = logits.double().log_softmax(-1)[len(request.context) - 1 :]
+        target = torch.tensor(request.continuation)
+        scores.append((rows.gather(1, target[:, None])[:, 0], bool((rows.argmax(-1) == target).all())))
+    return scores
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_exact_cache_scores_as_the_model_itself(name):
+    """
+    With `auto` every log-probability is that of the unpatched model, for every kind of attention layer.
+    """
+    loaded = tiny(name)
+    requests = score_requests()
+    scores = loaded.runner(Scheme.parse("auto"), page_size=4).score(requests)
+
+    for score, (logprobs, greedy) in zip(scores, expected_scores(loaded.model, requests), strict=True):
+        torch.testing.assert_close(score.logprobs, logprobs.float(), rtol=0, atol=1e-4)
+        assert score.greedy == greedy
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_exact_cache_generates_as_the_model_itself(name):
+    """
+    Greedy tokens are those of transformers' generate, though here all requests run together.
+    """
+    loaded = tiny(name)
+    prompts = [request.context for request in score_requests()]
+    answers = loaded.runner(Scheme.parse("auto"), page_size=4).generate([GenerateRequest(p, 12) for p in prompts])
+
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        out = loaded.model.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
+        expected = out[0, len(prompt) :].tolist()
+        assert list(answer.tokens) == (expected[: expected.index(0)] if 0 in expected else expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_one_pass_is_replay(llama64, scheme):
+    """
+    Scoring in one pass = feeding token by token through the cache, for every dtype × rotation.
+
+    In float64, for in float32 a key that lies on the boundary of two codes may be rounded to either side by the
+    order of a matrix product's sums, which is another for one token than for many.
+    """
+    requests = score_requests()
+    fused = llama64.runner(scheme, page_size=4).score(requests)
+    replay = llama64.runner(scheme, page_size=4, scoring="replay").score(requests)
+
+    for a, b in zip(fused, replay, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_batches_and_page_sizes_change_nothing(llama64, scheme):
+    """
+    Many requests together, with shared prefixes, = each alone; another page size gives the same.
+    """
+    requests = score_requests()
+    together = llama64.runner(scheme, page_size=4).score(requests)
+    others = {page_size: llama64.runner(scheme, page_size=page_size).score(requests) for page_size in (1, 64)}
+    others["alone"] = [llama64.runner(scheme, page_size=16).score([request])[0] for request in requests[:5]]
+    for scores in others.values():
+        for a, b in zip(scores, together, strict=False):
+            torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.key.code_bits < 16], ids=str)
+def test_quantized_caches_are_read(llama64, scheme):
+    """
+    Every quantized cache changes the scores of its prompt: nothing attends to keys and values that it did not store.
+    """
+    requests = score_requests()
+    exact = llama64.runner(Scheme.parse("auto"), page_size=4).score(requests)
+    quantized = llama64.runner(scheme, page_size=4).score(requests)
+    change = [(a.logprobs - b.logprobs).abs().max() for a, b in zip(exact, quantized, strict=True)]
+
+    assert min(change) > 1e-5
+
+
+@pytest.mark.parametrize("dtype", all_dtypes())
+def test_a_destroyed_cache_wrecks_every_score(llama64, dtype):
+    """
+    With all codes zero, the scores are as far from the exact ones as those after an unrelated context are.
+    """
+    requests = score_requests()
+    exact = llama64.runner(Scheme.parse("auto")).score(requests)
+    destroyed = llama64.runner(Scheme.parse(dtype), destroyed=True).score(requests)
+    unrelated = [
+        ScoreRequest(tokens(len(r.context) - 1, 90 + i) + r.context[-1:], r.continuation)
+        for i, r in enumerate(requests)
+    ]
+    other = llama64.runner(Scheme.parse("auto")).score(unrelated)
+
+    def change(scores):
+        return torch.cat([a.logprobs - b.logprobs for a, b in zip(exact, scores, strict=True)]).abs().mean()
+
+    assert change(destroyed) > 0.7 * change(other)
+
+
+def test_hidden_states_give_the_next_token_distributions():
+    """
+    log_probs(hidden_states(document)) are the model's own distributions, softcapped logits included.
+    """
+    loaded = tiny("gemma2")
+    runner = loaded.runner(Scheme.parse("auto"))
+    documents = [tokens(40, 1), tokens(7, 2), tokens(40, 1)]
+    for document, hidden in zip(documents, runner.hidden_states(documents), strict=True):
+        with torch.no_grad():
+            expected = loaded.model(torch.tensor([document])).logits[0].log_softmax(-1)
+        torch.testing.assert_close(runner.log_probs(hidden), expected, rtol=0, atol=1e-4)
+
+
+def test_documents_longer_than_a_pass_are_cut(monkeypatch):
+    """
+    A small token budget for a pass changes no score and no answer.
+    """
+    loaded = tiny("gemma3")
+    requests = score_requests()
+    prompts = [GenerateRequest(request.context, 6) for request in requests]
+    runner = loaded.runner(Scheme.parse("auto"), page_size=4)
+    scores, answers = runner.score(requests), runner.generate(prompts)
+
+    monkeypatch.setattr("kvbench.runners.transformers.BATCH_TOKENS", 8)
+    monkeypatch.setattr("kvbench.runners.transformers.BATCH_SEQUENCES", 3)
+    runner = loaded.runner(Scheme.parse("auto"), page_size=4)
+    for a, b in zip(scores, runner.score(requests), strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+    assert runner.generate(prompts) == answers
+
+
+def test_answers_end_at_a_stop_string():
+    """
+    The text ends before the first stop string, and generation soon after it.
+    """
+    runner = tiny("llama").runner(Scheme.parse("auto"))
+    prompt = tokens(9, 3)
+    [free] = runner.generate([GenerateRequest(prompt, 20)])
+    stop = f" {free.tokens[5]}"
+    [stopped] = runner.generate([GenerateRequest(prompt, 20, stop=(stop,))])
+
+    assert stopped.text == free.text.split(stop)[0]
+    assert len(stopped.tokens) <= 6 < len(free.tokens)
+
+
+def test_sampling_depends_on_the_seed_alone():
+    """
+    A sampled answer is the same alone and in a batch, another with another seed; top_k=1 is greedy.
+    """
+    runner = tiny("llama").runner(Scheme.parse("auto"))
+    requests = [GenerateRequest(tokens(9, 3), 12, temperature=1.5, seed=seed) for seed in range(6)]
+    together = runner.generate(requests)
+
+    assert [runner.generate([request])[0] for request in requests] == together
+    assert len({answer.tokens for answer in together}) == 6
+    greedy = GenerateRequest(tokens(9, 3), 12)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}):
+        sampled = GenerateRequest(tokens(9, 3), 12, temperature=1.5, **narrow)
+        assert runner.generate([sampled]) == runner.generate([greedy])
+
+
+def test_the_model_is_put_back():
+    """
+    After scoring, and after an error in the middle of it, the model attends as before and no page is lost.
+    """
+    loaded = tiny("llama")
+    runner = loaded.runner(Scheme.parse("int2"))
+    requests = score_requests()
+    before = expected_scores(loaded.model, requests)
+    scores = runner.score(requests)
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.score(requests, progress=interrupt)
+    assert loaded.model.config._attn_implementation == "eager"
+    for (a, _), (b, _) in zip(expected_scores(loaded.model, requests), before, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(runner.score(requests), scores, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
+def test_progress_ends_at_the_total():
+    """
+    Progress counts requests, up to all of them, in scoring, in hidden states and in generation.
+    """
+    runner = tiny("llama").runner(Scheme.parse("auto"))
+    requests = score_requests()
+    for call, arguments in (
+        (runner.score, requests),
+        (runner.hidden_states, [request.context for request in requests]),
+        (runner.generate, [GenerateRequest(request.context, 3) for request in requests]),
+    ):
+        seen = []
+        call(arguments, progress=lambda done, total, seen=seen: seen.append((done, total)))
+        assert seen[-1] == (len(requests), len(requests))
+        assert seen == sorted(seen)
+
+
+def test_no_requests_no_answers():
+    """
+    Empty lists are answered by empty lists.
+    """
+    runner = tiny("llama").runner(Scheme.parse("auto"))
+
+    assert runner.score([]) == runner.hidden_states([]) == runner.generate([]) == []
+
+
+def test_a_head_dim_that_the_dtype_cannot_take_is_refused():
+    """
+    The message names the head_dim and the dtype, before anything runs.
+    """
+    loaded = tiny("llama")
+    loaded.info = ModelInfo("odd", "random", "float32", ((2, 20),) * 3, 256)
+
+    with pytest.raises(ValueError, match="head_dim 20 does not fit int2_per_token_head"):
+        loaded.runner(Scheme.parse("int2"))
