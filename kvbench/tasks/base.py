@@ -1,0 +1,68 @@
+"""What a task is: something that measures a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+if TYPE_CHECKING:  # a config is validated without waiting for torch
+    from torch import Tensor
+
+    from kvbench.results import Outcome
+    from kvbench.runners.base import Progress, Runner
+
+    Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a sweep lends a task while it runs.
+
+    baseline(key, compute): the tensors that `compute` gives with a runner under the baseline scheme of the same model;
+    computed at most once for a key and kept in the run folder. seed: the sweep's seed.
+    """
+
+    baseline: Callable[[str, Callable[[Runner], Tensors]], Tensors]
+    progress: Progress
+    seed: int = 0
+
+
+class Task(Protocol):
+    """A task as configured: cheap to make, heavy only in `run`."""
+
+    @property
+    def name(self) -> str:
+        """What tables and records call it."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides its numbers besides model, scheme and seed, as JSON: needs no model and no network.
+
+        Raises:
+            ValueError: a file it reads is broken; the message names file and line.
+        """
+        ...
+
+    def missing(self) -> list[str]:
+        """What this machine lacks to run it, one line each with what to do; empty when it can run."""
+        ...
+
+    def run(self, runner: Runner, context: RunContext) -> Outcome:
+        """Measures the runner."""
+        ...
+
+
+class Options(BaseModel):
+    """What every task takes.
+
+    name: what tables call it, where one task is listed twice with other options.
+    limit: at most so many documents (of each subtask, for a group).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    limit: PositiveInt | None = None

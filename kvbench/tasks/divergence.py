@@ -1,0 +1,205 @@
+"""How far a quantized cache moves the next-token distribution from the exact cache's, on real text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from kvbench.results import Metric, Outcome
+from kvbench.tasks import text
+from kvbench.tasks.base import Options, RunContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvbench.runners.base import Runner
+
+VERSION = 1
+PERCENTILES = {"kld_median": 50, "kld_p90": 90, "kld_p95": 95, "kld_p99": 99, "kld_p99.9": 99.9}
+LOGITS_AT_A_TIME = 2**24  # 64 MiB in float32; about five such arrays live at once
+
+
+class Divergence(Options):
+    """Next-token KL divergence from the exact cache on real text: mean, tail, same top token, perplexity ratio.
+
+    tokens: in all, spread over the text; context: of one document, bos included. Every position but a document's last
+    predicts its next token. text: a UTF-8 file; without one, the standard library's help topics.
+    """
+
+    name: str = "divergence"
+    tokens: Annotated[int, Field(ge=2)] = 4096
+    context: Annotated[int, Field(ge=2)] = 512
+    text: Annotated[Path | None, Field(strict=False)] = None
+
+    def identity(self) -> dict[str, Any]:
+        source = text.read(self.text)
+        return {
+            "task": "divergence",
+            "version": VERSION,
+            "context": self.context,
+            "documents": self._documents,
+            "text": source.source,
+            "text_sha256": source.sha256,
+        }
+
+    @property
+    def _documents(self) -> int:
+        documents = max(1, self.tokens // self.context)
+        return min(documents, self.limit or documents)
+
+    def missing(self) -> list[str]:
+        try:
+            text.read(self.text)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def run(self, runner: Runner, context: RunContext) -> Outcome:
+        """KL, Δp, same top token and perplexity over the documents.
+
+        Logarithms are float32, sums float64. A KL of equal distributions can come out a little below 0 (about -1e-7);
+        it is reported as measured. Standard errors are over documents: the tokens of one are not independent.
+
+        Raises:
+            ValueError: the text is too short, or the model gave a value that is not finite.
+        """
+        import numpy as np
+        import torch
+
+        source = text.read(self.text)
+        documents = split(source.text, runner.tokenizer, self.context, self._documents)
+        hashes = [text.sha256(" ".join(map(str, tokens))) for tokens in documents]
+        all_hash = text.sha256(" ".join(hashes))
+        # hidden states, not distributions: far smaller, and the head is the same under every scheme
+        before = context.baseline(
+            f"divergence-{all_hash[:16]}", lambda exact: {"hidden": torch.stack(exact.hidden_states(documents))}
+        )["hidden"]
+        after = runner.hidden_states(documents, context.progress)
+
+        per_document = [
+            {name: value.numpy() for name, value in _compare(runner, before[i], after[i], torch.tensor(tokens)).items()}
+            for i, tokens in enumerate(documents)
+        ]
+        for i, columns in enumerate(per_document):
+            if not all(bool(np.isfinite(column).all()) for column in columns.values()):
+                raise ValueError(f"document {i}: the model's output is not finite, so there is no divergence to report")
+
+        metrics = _metrics(per_document)
+        samples = [
+            {
+                "doc_id": i,
+                "doc_hash": digest,
+                "prompt_hash": digest,
+                "filter": "none",
+                "tokens": len(columns["kld"]),
+                **{metric.name: metric.value for metric in _metrics([columns])},
+            }
+            for i, (digest, columns) in enumerate(zip(hashes, per_document, strict=True))
+        ]
+        facts = {
+            "documents_sha256": all_hash,
+            "documents": len(documents),
+            "context": self.context,
+            "predictions": sum(len(columns["kld"]) for columns in per_document),
+            "text": source.source,
+            "text_sha256": source.sha256,
+        }
+        return Outcome(tuple(metrics), samples, facts)
+
+
+def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tuple[int, ...]]:
+    """`documents` pieces of `context` tokens, evenly spread over the text; each begins as the tokenizer begins a text.
+
+    Raises:
+        ValueError: the text has too few tokens.
+    """
+    bos = begins_with(tokenizer)
+    tokens = tokenizer.encode(source, add_special_tokens=False)
+    length = context - len(bos)
+    blocks = len(tokens) // length if length > 0 else 0
+    if blocks < documents:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, too few for {documents} documents of {context}: "
+            "give a longer text, a shorter context or fewer tokens"
+        )
+    starts = [length * (i * blocks // documents) for i in range(documents)]
+    return [(*bos, *tokens[start : start + length]) for start in starts]
+
+
+def begins_with(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text: (bos,) or ()."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    return tuple(whole[: whole.index(plain[0])])
+
+
+def _compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """For each position but the last: KL in nats, change of the next token's probability, same top token, both NLLs.
+
+    before, after: [T, H] hidden states. Returns float64 tensors [T - 1].
+    """
+    import torch
+    from torch.nn.functional import kl_div
+
+    rows = max(16, min(512, LOGITS_AT_A_TIME // max(1, len(runner.tokenizer))))
+    chunks: list[Tensor] = []
+    for first in range(0, len(tokens) - 1, rows):
+        last = min(first + rows, len(tokens) - 1)
+        base = runner.log_probs(before[first:last])  # [n, V]
+        other = runner.log_probs(after[first:last])  # [n, V]
+        index = torch.arange(last - first)
+        following = tokens[first + 1 : last + 1]
+        kld = kl_div(other, base, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
+        base_next, other_next = base[index, following].double(), other[index, following].double()
+        same_top = (base.argmax(-1) == other.argmax(-1)).double()
+        chunks.append(torch.stack([kld, other_next.exp() - base_next.exp(), same_top, -other_next, -base_next]))
+    return dict(zip(("kld", "delta_p", "same_top", "nll", "nll_baseline"), torch.cat(chunks, 1), strict=True))
+
+
+def _metrics(documents: list[dict[str, Any]]) -> list[Metric]:
+    """The metrics over documents of equal length, each a dict of float64 arrays, one value a position."""
+    import numpy as np
+    from scipy.stats import sem
+
+    n = len(documents)
+    every = {name: np.concatenate([columns[name] for columns in documents]) for name in documents[0]}
+
+    def mean(name: str) -> float:
+        return float(every[name].mean())
+
+    def error(values: list[Any]) -> float | None:
+        return float(sem(values)) if n > 1 else None
+
+    def mean_error(name: str) -> float | None:
+        return error([columns[name].mean() for columns in documents])
+
+    def scaled(factor: float, stderr: float | None) -> float | None:
+        return None if stderr is None else factor * stderr
+
+    kld = every["kld"]
+    rms = math.sqrt(float((every["delta_p"] ** 2).mean()))
+    rms_error = error([(columns["delta_p"] ** 2).mean() for columns in documents])
+    ppl, ppl_baseline = math.exp(mean("nll")), math.exp(mean("nll_baseline"))
+    ratio = ppl / ppl_baseline
+    # d exp(x) = exp(x) dx, and d sqrt(x) = dx / (2 sqrt(x)): the delta method
+    return [
+        Metric("kld", mean("kld"), mean_error("kld"), n, "nats", False),
+        *(Metric(name, float(np.percentile(kld, p)), None, n, "nats", False) for name, p in PERCENTILES.items()),
+        Metric("kld_max", float(kld.max()), None, n, "nats", False),
+        Metric("delta_p", 100 * mean("delta_p"), scaled(100, mean_error("delta_p")), n, "%", True),
+        Metric("rms_delta_p", 100 * rms, scaled(50 / rms, rms_error) if rms else rms_error, n, "%", False),
+        Metric("same_top", 100 * mean("same_top"), scaled(100, mean_error("same_top")), n, "%", True),
+        Metric("ppl", ppl, scaled(ppl, mean_error("nll")), n, "ppl", False),
+        Metric("ppl_baseline", ppl_baseline, scaled(ppl_baseline, mean_error("nll_baseline")), n, "ppl"),
+        Metric(
+            "ppl_ratio",
+            ratio,
+            scaled(ratio, error([(columns["nll"] - columns["nll_baseline"]).mean() for columns in documents])),
+            n,
+            "",
+            False,
+        ),
+    ]

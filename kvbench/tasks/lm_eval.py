@@ -1,0 +1,393 @@
+"""lm-eval's tasks by name: its prompts, metrics and filters over a runner, with data from the hub or a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache, partialmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, NonNegativeInt
+
+from kvbench.results import Metric, Outcome
+from kvbench.tasks import lm_eval_index, mirror, text
+from kvbench.tasks.base import Options, RunContext
+
+if TYPE_CHECKING:
+    from kvbench.runners.base import Runner
+
+# lm-eval's own seeds, so that its few-shot examples are ours
+RANDOM_SEED, OTHER_SEED = 0, 1234
+BOOTSTRAP_REPEATS = 1000  # of lm-eval's bootstrap (for a perplexity's error); its 100 000 take minutes
+UNITS = {"perplexity": "ppl", "word_perplexity": "ppl", "byte_perplexity": "ppl", "bits_per_byte": "bits"}
+NOT_MEASURED = -1.0  # what RULER's tasks say of lengths that were not asked for
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+class LmEval(Options):
+    """One of lm-eval's tasks, groups or tags.
+
+    num_fewshot, apply_chat_template: as lm-eval takes them. metadata: for tasks that make their own documents, such as
+    `max_seq_lengths` for RULER. data: the mirror's folder, for this task alone.
+    """
+
+    task: str
+    num_fewshot: NonNegativeInt | None = None
+    apply_chat_template: bool = False
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    data: Annotated[Path | None, Field(strict=False)] = None
+
+    def identity(self) -> dict[str, Any]:
+        data: dict[str, str] = {}
+        for leaf in self._leaves():
+            if leaf.mirrored:
+                place, files = leaf.mirrored
+                data |= {f"{place}/{split}": mirror.digest(file) for split, file in files.items()}
+        entries = lm_eval_index.closure(self.task).values()
+        ours = any(entry.path and Path(entry.path).parent == lm_eval_index.OURS for entry in entries)
+        return {
+            "task": self.task,
+            "lm_eval": lm_eval_index.version(),
+            "yaml": {entry.name: lm_eval_index.digest(Path(entry.path)) for entry in entries if entry.path},
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "apply_chat_template": self.apply_chat_template,
+            "metadata": self.metadata,
+            "data": data,
+            **({"text_sha256": text.builtin().sha256} if ours else {}),
+        }
+
+    def missing(self) -> list[str]:
+        found: dict[str, None] = {}
+        for leaf in self._leaves():
+            found |= dict.fromkeys(leaf.missing(self.num_fewshot))
+        return list(found)
+
+    def run(self, runner: Runner, context: RunContext) -> Outcome:
+        """lm-eval's metrics and a row for each document and filter.
+
+        Where lm-eval gives a perplexity over words or bytes no standard error, it is a bootstrap's over documents.
+
+        Raises:
+            ValueError: data that is not there, or a row that the task cannot read, as `file:line: what is wrong`.
+        """
+        import jinja2
+        from lm_eval.evaluator import evaluate
+
+        from kvbench.tasks.runner_lm import RunnerLM
+
+        lacking = self.missing()
+        if lacking:
+            raise ValueError("; ".join(lacking))
+        identity = json.dumps(self.identity(), sort_keys=True)
+        model = RunnerLM(runner, context.progress, context.seed)
+        with _quiet(), _seeded():
+            loaded = _load(self.model_dump_json(), identity, str(runner.tokenizer.name_or_path))
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(seed=OTHER_SEED)
+            try:
+                results = evaluate(
+                    lm=model,
+                    task_dict=loaded,
+                    limit=self.limit,
+                    bootstrap_iters=BOOTSTRAP_REPEATS,
+                    apply_chat_template=self.apply_chat_template,
+                    fewshot_as_multiturn=self.apply_chat_template,
+                )
+            except (jinja2.UndefinedError, LookupError, TypeError, ValueError, AttributeError) as error:
+                for leaf in self._leaves():
+                    leaf.raise_broken_row(loaded["tasks"], error)
+                raise
+        return self._outcome(loaded, results, model.truncated)
+
+    def _outcome(self, loaded: dict[str, Any], results: dict[str, Any], truncated: int) -> Outcome:
+        rows = {
+            name: [_sample(name, row, loaded["tasks"][name]) for row in rows]
+            for name, rows in results["samples"].items()
+        }
+        metrics: list[Metric] = []
+        # the task's or group's own numbers first, then those of what it holds
+        for name in sorted(results["results"], key=lambda name: (name != self.task, name in rows)):
+            leaves = [leaf for leaf in rows if leaf in lm_eval_index.closure(name)]
+            n = sum(results["n-samples"][leaf]["effective"] for leaf in leaves)
+            prefix = "" if name == self.task else f"{name}/"
+            for metric, filter_name, value, stderr in _numbers(results["results"][name]):
+                values = [row.get(metric) for leaf in leaves for row in rows[leaf]]
+                if value == NOT_MEASURED and set(values) == {NOT_MEASURED}:
+                    for leaf in leaves:
+                        rows[leaf] = [{key: cell for key, cell in row.items() if key != metric} for row in rows[leaf]]
+                    continue
+                if stderr is None:
+                    stderr = _ratio_stderr(rows.get(name, []), metric, value)
+                label = metric if filter_name == "none" else f"{metric},{filter_name}"
+                better = {results["higher_is_better"][leaf].get(metric) for leaf in leaves}
+                metrics.append(
+                    Metric(
+                        prefix + label,
+                        value,
+                        stderr,
+                        n,
+                        UNITS.get(metric, ""),
+                        better.pop() if len(better) == 1 else None,
+                    )
+                )
+        samples = [row for task_rows in rows.values() for row in task_rows]
+        hashes = [[row["task"], row["doc_id"], row["filter"], row["doc_hash"], row["prompt_hash"]] for row in samples]
+        facts = {
+            "lm_eval": lm_eval_index.version(),
+            "documents_sha256": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+            "documents": len({(row["task"], row["doc_id"]) for row in samples}),
+            "truncated_requests": truncated,
+            "num_fewshot": results["n-shot"],
+            "versions": results["versions"],
+            "data": {leaf.name: leaf.source for leaf in self._leaves()},
+        }
+        return Outcome(tuple(metrics), samples, facts)
+
+    def _leaves(self) -> list[_Leaf]:
+        entries = lm_eval_index.closure(self.task).values()
+        return [
+            _Leaf(entry.name, Path(entry.path), self.data) for entry in entries if entry.kind == "task" and entry.path
+        ]
+
+
+class _Leaf:
+    """One task of lm-eval, and where its rows are. mirrored: its folder in the mirror, and the files by split."""
+
+    def __init__(self, name: str, path: Path, data: Path | None) -> None:
+        self.name = name
+        self.path = path
+        self.config = lm_eval_index.config(path)
+        self.from_hub = (
+            bool(self.config.get("dataset_path"))
+            and "custom_dataset" not in self.config
+            and "data_files" not in (self.config.get("dataset_kwargs") or {})
+        )
+        self.mirrored = (
+            mirror.find(data, self.config["dataset_path"], self.config.get("dataset_name")) if self.from_hub else None
+        )
+
+    @property
+    def source(self) -> str:
+        """Where its rows come from, as a record says it."""
+        if self.mirrored:
+            return f"mirror: {self.mirrored[0]}"
+        if self.from_hub:
+            return f"hub: {self.config['dataset_path']}/{self.config.get('dataset_name') or 'default'}"
+        return "the task itself"
+
+    def needed_splits(self, num_fewshot: int | None) -> list[str]:
+        """The split that is scored, and the one that few-shot examples come from."""
+        config = self.config
+        scored = config.get("test_split") or config.get("validation_split")
+        shots = config.get("num_fewshot")
+        if num_fewshot is not None and shots != 0:  # lm-eval lets a task that says 0 keep it
+            shots = num_fewshot
+        examples = config.get("fewshot_config") or {}
+        if not shots or "samples" in examples:
+            return [scored] if scored else []
+        from_split = config.get("fewshot_split") or examples.get("split") or config.get("training_split")
+        return list(dict.fromkeys(filter(None, (scored, from_split or config.get("validation_split") or scored))))
+
+    def missing(self, num_fewshot: int | None) -> list[str]:
+        """What its data lacks here."""
+        if not self.from_hub:
+            return []
+        dataset, name = self.config["dataset_path"], self.config.get("dataset_name") or "default"
+        wanted = self.needed_splits(num_fewshot)
+        if self.mirrored:
+            place, files = self.mirrored
+            return [
+                f"{self.name}: the data folder has no {place}/{split}.jsonl" for split in wanted if split not in files
+            ]
+        reason = mirror.hub_lacks(dataset)
+        if reason is None:
+            return []
+        files_wanted = " and ".join(f"{dataset}/{name}/{split}.jsonl" for split in wanted)
+        return [
+            f"{self.name}: no data set {dataset} here, and {reason}: put {files_wanted} (the hub's rows) "
+            "in the folder that `data:` or KVBENCH_DATA names"
+        ]
+
+    def redirect(self) -> dict[str, Any]:
+        """What changes in the stock YAML so that rows come from the mirror."""
+        if not self.mirrored:
+            return {}
+        _, files = self.mirrored
+        absent = {key: None for key in SPLITS if self.config.get(key) and self.config[key] not in files}
+        return {"dataset_kwargs": {"mirror_files": {split: str(file) for split, file in files.items()}}, **absent}
+
+    def raise_broken_row(self, tasks: dict[str, Any], cause: Exception) -> None:
+        """Raises a ValueError that names the first row of the mirror that the task cannot render, if there is one."""
+        task = tasks.get(self.name)
+        if task is None or not self.mirrored:
+            return
+        split = task.config.test_split or task.config.validation_split
+        file = self.mirrored[1][split]
+        for number, document in enumerate(task.eval_docs, 1):
+            try:
+                task.doc_to_text(document)
+                task.doc_to_target(document)
+                if task.config.doc_to_choice is not None:
+                    task.doc_to_choice(document)
+            except Exception as error:
+                line = "" if task.config.process_docs is not None else f":{number}"
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{file}{line}: {self.name} cannot read this row: {what}") from cause
+
+
+@lru_cache(maxsize=8)
+def _load(options: str, identity: str, tokenizer: str) -> dict[str, Any]:
+    """lm-eval's task objects for an LmEval as JSON, with their documents; `identity` stands for the files behind them.
+
+    lm-eval scans a folder with no more than this task needs: each stock YAML, included, and redirected to the mirror.
+    """
+    from lm_eval.tasks import TaskManager
+
+    task = LmEval.model_validate_json(options)
+    entries = lm_eval_index.closure(task.task).values()
+    leaves = {leaf.name: leaf for leaf in task._leaves()}
+    with tempfile.TemporaryDirectory(prefix="kvbench-tasks-") as folder:
+        for number, entry in enumerate(entry for entry in entries if entry.path):
+            redirect = leaves[entry.name].redirect() if entry.name in leaves else {}
+            lines = yaml.safe_dump({"include": entry.path, **redirect})
+            if redirect:
+                lines += "custom_dataset: !function kvbench.tasks.mirror.load\n"
+            Path(folder, f"{number:05}.yaml").write_text(lines, encoding="utf-8")
+        manager = TaskManager(
+            include_path=folder, include_defaults=False, metadata={"tokenizer": tokenizer, **task.metadata}
+        )
+        loaded: dict[str, Any] = manager.load([task.task])
+    for leaf in loaded["tasks"].values():
+        preset = leaf.get_config("num_fewshot")
+        if task.num_fewshot is not None and preset != 0:
+            leaf.set_config(key="num_fewshot", value=task.num_fewshot)
+        elif preset is None:
+            leaf.set_config(key="num_fewshot", value=0)
+    return loaded
+
+
+def _numbers(result: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:
+    """(metric, filter, value, stderr or None) of one task's or group's results."""
+    for key, value in result.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = result.get(f"{metric}_stderr,{filter_name}")
+        yield metric, filter_name, float(value), float(stderr) if isinstance(stderr, (int, float)) else None
+
+
+def _sample(name: str, row: dict[str, Any], task: Any) -> dict[str, Any]:
+    """A row without the document: hashes, what the model said, and one number a metric.
+
+    `perplexity` is the log-likelihood, as in lm-eval's own records. A perplexity over words or bytes is the document's
+    own; beside it stand `.logprob` and `.weight`, of which the sums make the task's.
+    """
+    said: dict[str, Any] = {}
+    responses = [response[0] if isinstance(response, list) and response else response for response in row["resps"]]
+    if all(isinstance(response, (tuple, list)) for response in responses):
+        said = {
+            "logprobs": [float(logprob) for logprob, _ in responses],
+            "greedy": [bool(is_greedy) for _, is_greedy in responses],
+        }
+    elif all(isinstance(response, float) for response in responses):
+        said = {"logprobs": responses}
+    else:
+        said = {
+            "resps": [str(text) for response in row["resps"] for text in response],
+            "filtered_resps": [str(response) for response in row["filtered_resps"]],
+        }
+    metrics: dict[str, Any] = {}
+    for metric in row["metrics"]:
+        value = row[metric]
+        if isinstance(value, (bool, int, float)):
+            metrics[metric] = float(value)
+        elif isinstance(value, (tuple, list)) and len(value) == 2 and metric in UNITS:
+            metrics[metric] = float(task.aggregation()[metric]([value]))
+            metrics[f"{metric}.logprob"], metrics[f"{metric}.weight"] = map(float, value)
+        else:
+            metrics[metric] = json.dumps(value, default=str)
+    hashes = {key: row[key] for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")}
+    return {"task": name, **hashes, **said, **metrics}
+
+
+def _ratio_stderr(rows: list[dict[str, Any]], metric: str, value: float) -> float | None:
+    """The standard error of a perplexity over words or bytes, bootstrapped over documents; None for other metrics."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    if len(rows) < 2 or f"{metric}.logprob" not in rows[0]:
+        return None
+
+    def statistic(logprob: Any, weight: Any, axis: int = -1) -> Any:
+        nats = -logprob.sum(axis) / weight.sum(axis)
+        return nats / np.log(2) if metric == "bits_per_byte" else np.exp(nats)
+
+    logprobs, weights = (np.array([row[f"{metric}.{part}"] for row in rows]) for part in ("logprob", "weight"))
+    if not np.isclose(statistic(logprobs, weights), value):  # lm-eval aggregates it otherwise
+        return None
+    rng = np.random.default_rng(RANDOM_SEED)
+    drawn = bootstrap(
+        (logprobs, weights),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=BOOTSTRAP_REPEATS,
+        method="percentile",
+        rng=rng,
+    )
+    return float(drawn.standard_error)
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """The global generators as lm-eval seeds them inside the block, and as before after it."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(RANDOM_SEED)
+        np.random.seed(OTHER_SEED)
+        torch.manual_seed(OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block lm-eval logs only errors, shows no bars, prints nothing and starts no processes."""
+    import datasets
+    from lm_eval.api.task import tqdm  # the class behind every bar here
+
+    logger = logging.getLogger("lm_eval")
+    level, init, alone = logger.level, tqdm.__init__, os.environ.get("DISABLE_MULTIPROC")
+    bars = datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    tqdm.__init__ = partialmethod(init, disable=True)
+    datasets.disable_progress_bars()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork a process that holds a model
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        tqdm.__init__ = init
+        if not bars:
+            datasets.enable_progress_bars()
+        if alone is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = alone

@@ -1,0 +1,105 @@
+"""Data sets from a folder in place of the hub: <folder>/<dataset_path>/<dataset_name or default>/<split>.jsonl."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+# Where a mirror may hold a relative of what a stock task names: the same articles, rare words written <unk>.
+STAND_INS = {("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"): ("wikitext", "wikitext-2-v1")}
+
+
+def find(data: Path | None, dataset_path: str, dataset_name: str | None) -> tuple[str, dict[str, Path]] | None:
+    """The data set's folder inside the mirror and its files by split, or None where the mirror has no such folder."""
+    names = [(dataset_path, dataset_name), STAND_INS.get((dataset_path, dataset_name or ""))]
+    for path, name in filter(None, names):
+        place = f"{path}/{name or 'default'}"
+        if data is not None and (data / place).is_dir():
+            return place, {file.stem: file for file in sorted((data / place).glob("*.jsonl"))}
+    return None
+
+
+def digest(path: Path) -> str:
+    """The file's SHA-256, once its rows were found whole; kept while its size and time stay.
+
+    Raises:
+        ValueError: a broken row, as `file:line: what is wrong`.
+    """
+    stat = path.stat()
+    return _checked(path, stat.st_mtime_ns, stat.st_size)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: a line that is no JSON object, or that lacks a field of the first, as `file:line: what is wrong`.
+    """
+    found: list[dict[str, Any]] = []
+    # not splitlines(): text in JSON may hold other line separators as they are
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
+        lacking = [field for field in (found[0] if found else row) if field not in row]
+        if lacking:
+            raise ValueError(f"{path}:{number}: no field {lacking[0]!r}, which the first row has")
+        found.append(row)
+    return found
+
+
+def load(mirror_files: dict[str, str], **_: Any) -> Any:
+    """A `datasets.DatasetDict` of mirror files by split, in memory: what lm-eval calls in place of the hub."""
+    import datasets
+
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows(Path(file))) for split, file in mirror_files.items()}
+    )
+
+
+def hub_lacks(dataset_path: str) -> str | None:
+    """Why the hub's data set cannot be had here, or None when it is in the local cache or the hub answers for it."""
+    from huggingface_hub import constants
+
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    if (prepared / dataset_path.replace("/", "___")).is_dir():
+        return None
+    if (Path(constants.HF_HUB_CACHE) / f"datasets--{dataset_path.replace('/', '--')}" / "snapshots").is_dir():
+        return None
+    return _hub_unreachable() or _hub_says(dataset_path)
+
+
+@cache
+def _hub_unreachable() -> str | None:
+    """Asked once a process, so that a long list of data sets costs one time-out."""
+    answer = _hub_says("Salesforce/wikitext")
+    return None if answer is None or answer.startswith("the hub does not give it") else answer
+
+
+@cache
+def _hub_says(dataset_path: str) -> str | None:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is switched off (HF_HUB_OFFLINE)"
+    try:
+        HfApi().dataset_info(dataset_path, timeout=10)
+    except HfHubHTTPError as error:
+        return f"the hub does not give it ({type(error).__name__})"
+    except Exception:  # the HTTP library below, and so its exceptions, change with the hub client's version
+        return "the hub cannot be reached"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _checked(path: Path, mtime_ns: int, size: int) -> str:
+    rows(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()

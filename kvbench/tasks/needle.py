@@ -1,0 +1,158 @@
+"""Whether a fact at some depth of a long context is found again: a number, asked for at the end."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, PositiveInt
+
+from kvbench.results import Metric, Outcome
+from kvbench.tasks import text
+from kvbench.tasks.base import Options, RunContext
+
+if TYPE_CHECKING:
+    from kvbench.runners.base import Runner
+
+VERSION = 1
+ANSWER_TOKENS = 16
+CITIES = ("Oslo", "Lisbon", "Nairobi", "Quito", "Hanoi", "Dublin", "Ankara", "Havana", "Seoul", "Tunis", "Riga", "Lima")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One prompt; `answer` is the number that it hides."""
+
+    context: int
+    depth: float
+    prompt: str
+    answer: str
+
+
+class Needle(Options):
+    """A number told at a depth of a long context and asked for at its end; the answer must be exact.
+
+    contexts: tokens of prompt and answer together, at most; depths: how many places, evenly from start to end;
+    per_cell: documents for each context and depth; seed: of the documents, not of the sweep.
+    """
+
+    name: str = "needle"
+    contexts: Annotated[tuple[Annotated[int, Field(ge=128)], ...], Field(min_length=1, strict=False)] = (1024,)
+    depths: PositiveInt = 5
+    per_cell: PositiveInt = 4
+    seed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "task": "needle",
+            "version": VERSION,
+            "contexts": list(self.contexts),
+            "depths": self.depths,
+            "per_cell": self.per_cell,
+            "seed": self.seed,
+            "limit": self.limit,
+            "text": text.BUILTIN,
+            "text_sha256": text.builtin().sha256,
+        }
+
+    def missing(self) -> list[str]:
+        try:
+            text.builtin()
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def documents(self, tokenizer: Any) -> list[Document]:
+        """The prompts, each no longer than its context leaves beside the answer; tokenizer and seed decide them."""
+        places = [i / (self.depths - 1) if self.depths > 1 else 0.5 for i in range(self.depths)]
+        made = [
+            _document(random.Random(f"{self.seed}/{context}/{i}/{depth}"), tokenizer, context, depth)
+            for context in self.contexts
+            for i in range(self.per_cell)
+            for depth in places
+        ]
+        return made[: self.limit]
+
+    def run(self, runner: Runner, context: RunContext) -> Outcome:
+        """Accuracy over all documents, and for each context length where there are several."""
+        from kvbench.runners.base import GenerateRequest
+
+        documents = self.documents(runner.tokenizer)
+        requests = [
+            GenerateRequest(tuple(runner.tokenizer.encode(document.prompt)), ANSWER_TOKENS, stop=("\n",))
+            for document in documents
+        ]
+        said = [generation.text for generation in runner.generate(requests, context.progress)]
+        right = [
+            float(_first_number(reply) == document.answer) for reply, document in zip(said, documents, strict=True)
+        ]
+
+        hashes = [text.sha256(document.prompt) for document in documents]
+        samples = [
+            {
+                "doc_id": i,
+                "doc_hash": hashes[i],
+                "prompt_hash": text.sha256(" ".join(map(str, requests[i].prompt))),
+                "target_hash": text.sha256(document.answer),
+                "filter": "none",
+                "context": document.context,
+                "depth": document.depth,
+                "prompt_tokens": len(requests[i].prompt),
+                "resps": [said[i]],
+                "acc": right[i],
+            }
+            for i, document in enumerate(documents)
+        ]
+        metrics = [_accuracy("acc", right)]
+        if len(self.contexts) > 1:
+            cells = groupby(zip(documents, right, strict=True), key=lambda pair: pair[0].context)
+            metrics += [_accuracy(f"acc@{length}", [score for _, score in pairs]) for length, pairs in cells]
+        facts = {
+            "documents_sha256": text.sha256(" ".join(hashes)),
+            "documents": len(documents),
+            "text": text.BUILTIN,
+            "text_sha256": text.builtin().sha256,
+        }
+        return Outcome(tuple(metrics), samples, facts)
+
+
+def _document(draw: random.Random, tokenizer: Any, context: int, depth: float) -> Document:
+    city, answer = draw.choice(CITIES), str(draw.randrange(10_000, 100_000))
+    fact = f"The secret number of {city} is {answer}."
+    question = f"\n\nQuestion: What is the secret number of {city}?\nAnswer: The secret number of {city} is"
+
+    sentences = [sentence for paragraph in text.prose() for sentence in paragraph if answer not in sentence]
+    first = draw.randrange(len(sentences))
+    wanted: list[str] = []
+    room = context - ANSWER_TOKENS - len(tokenizer.encode(f"{fact} {question}"))
+    for sentence in (sentences[(first + i) % len(sentences)] for i in range(len(sentences))):
+        room -= len(tokenizer.encode(f" {sentence}", add_special_tokens=False))
+        if room < 0:
+            break
+        wanted.append(sentence)
+
+    def prompt() -> str:
+        at = round(depth * len(wanted))
+        return " ".join([*wanted[:at], fact, *wanted[at:]]) + question
+
+    # sentences tokenized apart seldom take fewer tokens than together, but they can
+    while len(tokenizer.encode(prompt())) > context - ANSWER_TOKENS and wanted:
+        wanted.pop()
+    return Document(context, depth, prompt(), answer)
+
+
+def _first_number(reply: str) -> str | None:
+    found = re.search(r"\d+", reply)
+    return found.group() if found else None
+
+
+def _accuracy(name: str, right: Iterable[float]) -> Metric:
+    from scipy.stats import sem
+
+    values = list(right)
+    stderr = float(sem(values)) if len(values) > 1 else None
+    return Metric(name, sum(values) / len(values), stderr, len(values), higher_is_better=True)

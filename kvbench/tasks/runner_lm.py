@@ -1,0 +1,157 @@
+"""A runner as lm-eval sees a model: the requests and the tokens of lm-eval's own HFLM, answered by a runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest
+
+MAX_GEN_TOKENS = 256
+GENERATION_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
+
+
+class RunnerLM(TemplateLM):  # type: ignore[misc]
+    """Answers lm-eval's requests through a runner.
+
+    Tokenization, truncation and the cutting of generated text are those of `lm_eval.models.huggingface.HFLM` 0.4.13 for
+    decoder-only models, so that with an exact cache the scores are HFLM's.
+    truncated: how many requests were cut from the left so far.
+    """
+
+    def __init__(self, runner: Runner, progress: Progress | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.runner = runner
+        self.tokenizer = runner.tokenizer
+        self.max_length = runner.info.max_length
+        self._progress = progress
+        self._seed = seed
+        self.truncated = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return int(self.runner.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: the tokenizer's bos token, or its end-of-text token."""
+        bos = self.runner.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, for lm-eval's records."""
+        return str(self.runner.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids, with the tokenizer's own special tokens unless told otherwise or the text has its bos already."""
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if add_special_tokens is None and has_bos_prefix(string, self.runner.tokenizer.decode(self.prefix_token_id)):
+            options = {"add_special_tokens": False}
+        return list(self.runner.tokenizer.encode(string, **options))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding gives it) of each continuation."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        wanted = []
+        for _strings, context, continuation in requests:
+            if not context or not continuation or len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens after {len(context)}: both need one token at least, "
+                    f"and the model takes {self.max_length}"
+                )
+            # the last token is only predicted, so one more than max_length fits
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            self.truncated += len(tokens) < len(context) + len(continuation)
+            cut = len(tokens) - len(continuation)
+            wanted.append(ScoreRequest(tuple(tokens[:cut]), tuple(tokens[cut:])))
+        scores = self.runner.score(wanted, self._progress)
+        return [(float(score.logprobs.double().sum()), score.greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """The log-probability of each whole text, in windows of the model's length that score each token once."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, (string,) in enumerate(request.args for request in requests):
+            pieces = get_rolling_token_windows(
+                token_list=self.tok_encode(string),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, pieces):
+                windows.append((None, context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _greedy) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += logprob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Text after each prompt, cut before the first stop string."""
+        eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        wanted = [self._generate_request(i, eos, *request.args) for i, request in enumerate(requests)]
+        return [
+            postprocess_generated_text(
+                self.runner.tokenizer.decode(list(made.tokens), skip_special_tokens=True), list(request.stop), None
+            )
+            for request, made in zip(wanted, self.runner.generate(wanted, self._progress), strict=True)
+        ]
+
+    def _generate_request(self, number: int, eos: str, prompt: str, given: dict[str, Any]) -> GenerateRequest:
+        options = normalize_gen_kwargs(given, MAX_GEN_TOKENS)
+        stop = handle_stop_sequences(options.pop("until"), eos=eos)
+        max_new_tokens = options.pop("max_gen_toks")
+        if options.pop("num_beams", 1) != 1:
+            raise ValueError("num_beams is not 1: beam search is not offered")
+        unknown = options.keys() - GENERATION_OPTIONS
+        if unknown:
+            raise ValueError(f"generation option {min(unknown)!r} is not offered: only {', '.join(GENERATION_OPTIONS)}")
+        room = self.max_length - max_new_tokens
+        if room <= 0:
+            raise ValueError(f"{max_new_tokens} tokens to generate leave no room in the model's {self.max_length}")
+        tokens = self._encode_prompt(prompt)
+        self.truncated += len(tokens) > room
+        sampled = bool(options.get("do_sample"))
+        return GenerateRequest(
+            prompt=tuple(tokens[-room:]),
+            max_new_tokens=max_new_tokens,
+            stop=tuple(text for text in stop if text),
+            temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
+            top_k=int(options.get("top_k", 50)),  # transformers' own default when it samples
+            top_p=float(options.get("top_p", 1.0)),
+            seed=self._seed + number,
+        )
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        # HFLM looks for bos itself here, where tok_encode looks for the prefix token
+        starts = has_bos_prefix(prompt, getattr(self.runner.tokenizer, "bos_token", None))
+        return list(self.runner.tokenizer.encode(prompt, **({"add_special_tokens": False} if starts else {})))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation in the model's template; without its system turn where the template refuses one."""
+
+        def apply(history: list[dict[str, str]]) -> str:
+            return str(
+                self.runner.tokenizer.apply_chat_template(
+                    history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+
+        try:
+            return apply(chat_history)
+        except jinja2.exceptions.TemplateError:
+            return apply([message for message in chat_history if message["role"] != "system"])

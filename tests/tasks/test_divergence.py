@@ -1,0 +1,167 @@
+"""Divergence against scipy's definitions and against a model that does not differ."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy, sem
+
+from kvbench.runners.toy import ToyRunner
+from kvbench.tasks import RunContext, make_task, text
+from kvbench.tasks.divergence import split
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Five documents of 40 tokens."""
+    file = tmp_path / "small.txt"
+    file.write_text(text.builtin().text[:2000])
+    return {"task": "divergence", "tokens": 200, "context": 40, "text": str(file)}
+
+
+def values(outcome):
+    return {metric.name: metric.value for metric in outcome.metrics}
+
+
+def errors(outcome):
+    return {metric.name: metric.stderr for metric in outcome.metrics}
+
+
+def test_every_number_is_the_textbooks(small, context):
+    """
+    KL is scipy's entropy(p, q) at every position but a document's last; Δp, same top and perplexities follow their
+    definitions; standard errors are those of the documents' means.
+    """
+    exact, noisy = ToyRunner(), ToyRunner(noise=0.1)
+    outcome = make_task(small).run(noisy, context)
+
+    documents = split(text.read(Path(small["text"])).text, exact.tokenizer, 40, 5)
+    kld, delta_p, same, nll = [], [], [], []
+    for document in documents:
+        p = exact.log_probs(exact.hidden_states([document])[0][:-1]).double().numpy()
+        q = noisy.log_probs(noisy.hidden_states([document])[0][:-1]).double().numpy()
+        following = (np.arange(39), np.array(document[1:]))
+        kld.append(entropy(np.exp(p), np.exp(q), axis=1))
+        delta_p.append(100 * (np.exp(q[following]) - np.exp(p[following])))
+        same.append(100.0 * (p.argmax(1) == q.argmax(1)))
+        nll.append([-q[following].mean(), -p[following].mean()])
+    nll = np.array(nll)
+
+    got = values(outcome)
+    expected = {
+        "kld": np.mean(kld),
+        "kld_median": np.median(kld),
+        "kld_p99": np.percentile(kld, 99),
+        "kld_max": np.max(kld),
+        "delta_p": np.mean(delta_p),
+        "rms_delta_p": np.sqrt(np.mean(np.square(delta_p))),
+        "same_top": np.mean(same),
+        "ppl": math.exp(nll[:, 0].mean()),
+        "ppl_baseline": math.exp(nll[:, 1].mean()),
+        "ppl_ratio": math.exp((nll[:, 0] - nll[:, 1]).mean()),
+    }
+    assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert errors(outcome)["kld"] == pytest.approx(sem(np.mean(kld, axis=1)), rel=1e-4)
+    assert errors(outcome)["ppl_ratio"] == pytest.approx(expected["ppl_ratio"] * sem(nll[:, 0] - nll[:, 1]), rel=1e-4)
+    assert [sample["kld"] for sample in outcome.samples] == pytest.approx(np.mean(kld, axis=1).tolist(), rel=1e-4)
+
+
+def test_the_exact_cache_diverges_from_itself_by_nothing(small, context):
+    """
+    The baseline against itself: KL 0, the same top token always, a perplexity ratio of 1.
+    """
+    got = values(make_task(small).run(ToyRunner(), context))
+
+    assert abs(got["kld"]) < 1e-6
+    assert got["same_top"] == 100
+    assert got["ppl_ratio"] == 1
+    assert got["rms_delta_p"] == 0
+
+
+def test_more_noise_diverges_more(small, context):
+    """
+    KL and RMS Δp grow with the noise, the same-top share falls.
+    """
+    runs = [values(make_task(small).run(ToyRunner(noise=noise), context)) for noise in (0.02, 0.1, 0.5)]
+
+    for name, sign in (("kld", 1), ("rms_delta_p", 1), ("same_top", -1)):
+        row = [sign * run[name] for run in runs]
+        assert row == sorted(row)
+
+
+def test_one_document_has_no_standard_error(small, context):
+    """
+    A standard error needs two documents; with one it is absent, not 0.
+    """
+    outcome = make_task(small | {"tokens": 40}).run(ToyRunner(noise=0.1), context)
+
+    assert {metric.n for metric in outcome.metrics} == {1}
+    assert set(errors(outcome).values()) == {None}
+
+
+def test_a_broken_cache_is_an_error_not_a_number(small, context):
+    """
+    A model whose output is NaN fails the cell instead of reporting NaN.
+    """
+    runner = ToyRunner()
+    runner._states[ord("e") :] = torch.nan
+
+    with pytest.raises(ValueError, match="not finite"):
+        make_task(small).run(runner, context)
+
+
+def test_the_baseline_is_asked_for_under_a_key_of_the_documents(small):
+    """
+    Two schemes share a baseline; another context is another key.
+    """
+    keys = []
+
+    def baseline(key, compute):
+        keys.append(key)
+        return compute(ToyRunner())
+
+    context = RunContext(baseline=baseline, progress=lambda done, total: None)
+    for spec in (small, small, small | {"context": 50}):
+        make_task(spec).run(ToyRunner(noise=0.1), context)
+
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_text_file_is_taken_and_a_short_one_refused(small, tmp_path, context):
+    """
+    `text` names a UTF-8 file whose hash is the identity's; too few tokens or no file is said before anything runs.
+    """
+    file = tmp_path / "text.txt"
+    file.write_text("Once upon a time. " * 20)
+
+    task = make_task(small | {"text": str(file)})
+    assert len(task.run(ToyRunner(), context).samples) == 5
+    before = task.identity()
+    file.write_text("Twice. ")
+    assert task.identity() != before
+    with pytest.raises(ValueError, match="too few for 5 documents of 40"):
+        task.run(ToyRunner(), context)
+    (line,) = make_task(small | {"text": str(tmp_path / "none.txt")}).missing()
+    assert "none.txt" in line
+
+
+def test_limit_takes_fewer_documents(small, context):
+    """
+    `limit` counts documents, and the identity counts them too.
+    """
+    task = make_task(small | {"limit": 2})
+
+    assert len(task.run(ToyRunner(), context).samples) == 2
+    assert task.identity() != make_task(small).identity()
+
+
+def test_samples_hold_numbers_and_hashes_but_no_text(small, context):
+    """
+    A row a document, as JSON, with the columns that paired tests join by.
+    """
+    for sample in make_task(small).run(ToyRunner(noise=0.1), context).samples:
+        assert {"doc_id", "doc_hash", "prompt_hash", "filter", "tokens", "kld", "same_top"} <= sample.keys()
+        assert len(json.dumps(sample)) < 1000

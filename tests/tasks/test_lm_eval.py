@@ -1,0 +1,224 @@
+"""lm-eval's tasks over a toy model: the mirror, the records, and what a broken or absent file is told."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from kvbench.runners.toy import ToyRunner
+from kvbench.tasks import lm_eval_index, make_task
+
+METRICS = {
+    "arc_easy": {"acc", "acc_norm"},
+    "piqa": {"acc", "acc_norm"},
+    "gsm8k": {"exact_match,strict-match", "exact_match,flexible-extract"},
+    "lambada_openai": {"perplexity", "acc"},
+    "wikitext": {"word_perplexity", "byte_perplexity", "bits_per_byte"},
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_stock_tasks_run_from_a_mirror(name, mirror, context):
+    """
+    Stock tasks read the mirror's rows without a hub and give their own metrics, each with a standard error.
+    """
+    task = make_task({"task": name, "limit": 4}, mirror)
+
+    assert task.missing() == []
+    outcome = task.run(ToyRunner(), context)
+    assert {metric.name for metric in outcome.metrics} == METRICS[name]
+    assert all(metric.n == 4 and metric.stderr is not None for metric in outcome.metrics)
+    assert len(outcome.samples) == (8 if name == "gsm8k" else 4)
+    assert outcome.facts["data"][name].startswith("mirror: ")
+
+
+def test_wikitext_sums_over_documents(mirror, context):
+    """
+    The task's word perplexity is that of the sums of `.logprob` and `.weight` in the records.
+    """
+    outcome = make_task("wikitext", mirror).run(ToyRunner(), context)
+
+    logprob, weight = (sum(row[f"word_perplexity.{part}"] for row in outcome.samples) for part in ("logprob", "weight"))
+    value = {metric.name: metric.value for metric in outcome.metrics}["word_perplexity"]
+    assert value == pytest.approx(np.exp(-logprob / weight))
+
+
+def test_records_hold_no_document(mirror, context):
+    """
+    A sample has hashes, what the model said and a column a metric; none of the document's words.
+    """
+    for name in METRICS:
+        for row in make_task({"task": name, "limit": 2}, mirror).run(ToyRunner(), context).samples:
+            assert {"task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter"} <= row.keys()
+            assert not {"doc", "target", "arguments"} & row.keys()
+            assert not any(word in json.dumps(row) for word in ("Which is a gas", "jar", "What is", "saw the", "Title"))
+
+
+def test_running_twice_gives_the_same_and_leaves_the_global_generators_alone(mirror, context):
+    """
+    Few-shot examples, samples and scores repeat within a process, and nobody's random numbers change.
+    """
+    task = make_task({"task": "gsm8k", "num_fewshot": 3, "limit": 3}, mirror)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    first, again = task.run(ToyRunner(), context), task.run(ToyRunner(), context)
+
+    assert first == again
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    zero = make_task({"task": "gsm8k", "num_fewshot": 0, "limit": 3}, mirror).run(ToyRunner(), context)
+    assert zero.samples[0]["doc_hash"] == first.samples[0]["doc_hash"]
+    assert zero.samples[0]["prompt_hash"] != first.samples[0]["prompt_hash"]
+
+
+def test_nothing_is_printed(mirror, context, capfd):
+    """
+    lm-eval's bars, warnings and prints stay away from both streams.
+    """
+    make_task({"task": "lambada_openai", "limit": 3}, mirror).run(ToyRunner(), context)
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_told(mirror, context):
+    """
+    The runner's progress reaches the sweep, up to the last request.
+    """
+    seen = []
+    context = type(context)(context.baseline, lambda done, total: seen.append((done, total)))
+
+    make_task({"task": "arc_easy", "limit": 3}, mirror).run(ToyRunner(), context)
+
+    assert seen[-1] == (12, 12)
+
+
+def test_a_tag_runs_all_its_tasks_under_their_names(mirror, context):
+    """
+    A tag's subtasks stand in one outcome, metrics prefixed by the task, samples told apart by a column.
+    """
+    easy = (mirror / "allenai/ai2_arc/ARC-Easy/test.jsonl").read_text()
+    challenge = mirror / "allenai/ai2_arc/ARC-Challenge/test.jsonl"
+    challenge.parent.mkdir()
+    challenge.write_text("".join(easy.splitlines(keepends=True)[:2]))
+
+    outcome = make_task("ai2_arc", mirror).run(ToyRunner(), context)
+
+    names = {metric.name: metric.n for metric in outcome.metrics}
+    assert names == {"arc_easy/acc": 6, "arc_easy/acc_norm": 6, "arc_challenge/acc": 2, "arc_challenge/acc_norm": 2}
+    assert {row["task"] for row in outcome.samples} == {"arc_easy", "arc_challenge"}
+
+
+def test_a_group_gives_its_own_numbers_and_those_of_its_parts(tmp_path, mirror, context, monkeypatch):
+    """
+    A group's metric counts the documents of all its tasks; a nested group's only those of its own.
+    """
+    stock = lm_eval_index.index()["piqa"].path
+    groups = {"outer": ["inner", "three"], "inner": ["one", "two"]}
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.yaml").write_text(f"include: {stock}\ntask: {name}\n")
+    for name, members in groups.items():
+        config = {"group": name, "task": members, "aggregate_metric_list": [{"metric": "acc"}]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(lm_eval_index, "index", lambda: lm_eval_index.scan(tmp_path))
+
+    outcome = make_task({"task": "outer", "limit": 2}, mirror).run(ToyRunner(), context)
+
+    metrics = {metric.name: metric for metric in outcome.metrics}
+    assert outcome.metrics[0] is metrics["acc"]
+    assert (metrics["acc"].n, metrics["acc"].higher_is_better) == (6, True)
+    assert metrics["inner/acc"].n == 4
+    assert metrics["one/acc_norm"].n == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"goal": "x", ', "validation.jsonl:3: not a JSON object"),
+        ("", "validation.jsonl:3: not a JSON object"),
+        ('["goal"]', "validation.jsonl:3: not a JSON object but list"),
+        ('{"goal": "x", "sol1": "a", "label": 0}', "validation.jsonl:3: no field 'sol2'"),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(mirror, line, message):
+    """
+    A row that is cut, or lacks a field, is found when the task is identified, before any model is loaded.
+    """
+    file = mirror / "baber/piqa/default/validation.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
+        make_task("piqa", mirror).identity()
+
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_the_task_cannot_render_is_named_before_the_model_runs(mirror, context):
+    """
+    A value the prompt cannot be made of is named by file and line, and no request reaches the model.
+    """
+    file = mirror / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    lines[4] = lines[4].replace('"answerKey": "B"', '"answerKey": "Z"')
+    file.write_text("".join(lines))
+    runner = ToyRunner()
+    runner.score = None
+
+    with pytest.raises(ValueError, match=r"test\.jsonl:5: arc_easy cannot read this row"):
+        make_task("arc_easy", mirror).run(runner, context)
+
+
+def test_what_is_missing_is_said_with_what_to_do(mirror, context):
+    """
+    Without mirror and hub a task names the data set and the file to put; a mirror without the examples' split is told.
+    """
+    (line,) = make_task("boolq", mirror).missing()
+    assert "super_glue" in line
+    assert "validation.jsonl" in line
+    assert "KVBENCH_DATA" in line
+
+    task = make_task({"task": "arc_easy", "num_fewshot": 5}, mirror)
+    assert task.missing() == ["arc_easy: the data folder has no allenai/ai2_arc/ARC-Easy/train.jsonl"]
+    with pytest.raises(ValueError, match=r"train\.jsonl"):
+        task.run(ToyRunner(), context)
+
+
+def test_the_identity_follows_the_data(mirror):
+    """
+    Another row, limit or number of examples is another identity; the folder's place is not.
+    """
+    task = make_task("piqa", mirror)
+    identities = [task.identity(), make_task({"task": "piqa", "limit": 3}, mirror).identity()]
+    moved = mirror.parent / f"{mirror.name}-moved"
+    mirror.rename(moved)
+    assert make_task("piqa", moved).identity() == identities[0]
+
+    file = moved / "baber/piqa/default/validation.jsonl"
+    file.write_text(file.read_text().replace("Turn", "Pull"))
+    identities.append(make_task("piqa", moved).identity())
+
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 3
+    assert str(mirror.parent) not in json.dumps(identities)
+
+
+def test_pydoc_cloze_needs_nothing(context):
+    """
+    The built-in cloze task runs without mirror or hub: passages of 60 to 100 words whose last word came before.
+    """
+    task = make_task({"task": "pydoc_cloze", "limit": 5})
+
+    assert task.missing() == []
+    outcome = task.run(ToyRunner(), context)
+    assert {metric.name for metric in outcome.metrics} == {"acc", "perplexity"}
+    assert outcome.facts["documents"] == 5
+
+    from kvbench.tasks.lm_eval_tasks.pydoc_cloze import documents
+
+    passages = [row["text"].split() for row in documents()["test"]]
+    assert len(passages) >= 100
+    for words in passages:
+        assert 60 <= len(words) <= 100
+        assert words[-1] in {word.strip(".,;:()") for word in words[:-1]}
