@@ -37,6 +37,10 @@ def find_name(text: str, names: Collection[str], what: str) -> str:
 
 def suggest(text: str, names: Collection[str]) -> str:
     """The nearest name, by its short form too, as "did you mean X?", or the list of all names."""
-    short = {name.split("_per_")[0]: name for name in names}
-    near = difflib.get_close_matches(text.lower(), [*names, *short], n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(names))}"
+    short = [name.split("_per_")[0] for name in names]
+    known = sorted({*names, *(name for name in short if short.count(name) == 1)})
+    # of equally near ones the first, for difflib's own choice would be the last
+    near = max(known, key=lambda name: difflib.SequenceMatcher(None, name, text.lower()).ratio(), default="")
+    if difflib.get_close_matches(text.lower(), [near], cutoff=0.5):
+        return f"did you mean {near}?"
+    return f"one of {', '.join(sorted(names))}"

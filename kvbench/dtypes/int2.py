@@ -34,7 +34,8 @@ class Int2PerTokenHead(Dtype):
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         x = x.to(torch.float32)
-        norm = (sum_of_squares(x) + 1e-12).sqrt()
+        # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
+        norm = (sum_of_squares(x) + 1e-12).double().sqrt().float()
         root = math.sqrt(x.shape[-1])
         z = x * (root / norm).unsqueeze(-1)
         codes = (z > -THRESHOLD).to(torch.uint8) + (z > 0) + (z > THRESHOLD)

@@ -1,0 +1,352 @@
+"""The command line: parses, calls one layer, prints. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from kvbench.report.tables import Table
+    from kvbench.sweep.command import Options, Planned
+
+# 0, 1 and 3 come from the sweep itself
+BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 2, 4, 5, 130
+
+EPILOG = (
+    "Exit codes: 0 all done and gates passed; 1 a gate failed; 2 bad usage or config; 3 finished, some cells failed; "
+    "4 environment unusable; 5 nothing to report or compare; 130 interrupted, resumable."
+)
+
+# plain help: rich would take longer to import than all the rest
+app = typer.Typer(
+    name="kvbench",
+    help="How few bits can a language model's KV cache have, at what cost in accuracy, and how sure are we?",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ls = typer.Typer(
+    name="ls", help="List dtypes, rotations, tasks or models.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(ls)
+
+
+class ReportFormat(StrEnum):
+    """How a report is printed."""
+
+    TABLE = "table"
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+
+
+class ListFormat(StrEnum):
+    """How a list is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False)]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="KEY=PATTERN", help="Only cells that match, such as dtype=int4*; repeatable."),
+]
+Skip = Annotated[
+    list[str] | None, typer.Option("--skip", metavar="KEY=PATTERN", help="No cells that match, such as task=gsm8k.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the YAML: tasks[0].limit=50.")
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, metavar="N", help="A quick look at N documents a task: NOT A REAL SCORE."),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: results/<sweep name>]")
+]
+AsList = Annotated[ListFormat, typer.Option("--format", help="A table, or JSON.")]
+
+
+# ---- verbs
+
+
+@app.command()
+def sweep(
+    config: Config,
+    only: Only = None,
+    skip: Skip = None,
+    settings: Set = None,
+    limit: Limit = None,
+    output: Output = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
+) -> None:
+    """Run the cells of CONFIG that are not done yet.
+
+    A cell is one model × dtype × rotation × task. What is done is kept, whatever stops the sweep.
+    """
+    from kvbench.sweep.command import UnusableError, run_sweep
+
+    options = _options(only, skip, settings, limit, output, fresh, retry_failed)
+    if dry_run:
+        _print_plan(_prepared(config, options))
+        return
+    from kvbench.sweep.document import ConfigError
+
+    try:
+        code = run_sweep(config, options)
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
+    except UnusableError as error:
+        fail(error, UNUSABLE)
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    config: Config,
+    only: Only = None,
+    skip: Skip = None,
+    settings: Set = None,
+    limit: Limit = None,
+    output: Output = None,
+    as_format: AsList = ListFormat.TABLE,
+) -> None:
+    """Show what a sweep would run.
+
+    Its cells, their true bits and KV memory, what is done, and what is missing on this machine. Runs nothing.
+    """
+    planned = _prepared(config, _options(only, skip, settings, limit, output))
+    if as_format == ListFormat.JSON:
+        from kvbench.sweep.command import plan_rows
+
+        print(json.dumps(plan_rows(planned), indent=1))
+    else:
+        _print_plan(planned)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
+    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+) -> None:
+    """Print and write the tables of a run folder.
+
+    Puts report.md, report.csv and report.json into it.
+    """
+    from kvbench.report.tables import LEGEND, Report
+    from kvbench.results import NotARunError
+
+    try:
+        found = Report.read(folder)
+    except NotARunError as error:
+        fail(error, NOTHING_TO_COMPARE)
+    except FileNotFoundError as error:
+        fail(error, BAD_INPUT)
+    if as_format == ReportFormat.TABLE:
+        for table in found.tables():
+            _print_table(table)
+        print("\n".join([LEGEND, *found.summary()]))
+    else:
+        print({"md": found.markdown, "csv": found.csv, "json": found.json}[as_format.value](), end="")
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+    try:
+        first, *others = found.write()
+    except OSError as error:
+        print(f"not written: {error.filename}: {error.strerror}", file=sys.stderr)
+    else:
+        names = " · ".join([str(first), *(path.name for path in others)])
+        print(names, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine lacks to run kvbench."""
+    from kvbench import environment
+    from kvbench.runners import models
+
+    checks = [*environment.doctor(), *models.doctor()]
+    _print_rows(("", "", "", ""), [(check.status, check.name, check.detail, check.todo) for check in checks])
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(UNUSABLE)
+
+
+@ls.command("dtypes")
+def ls_dtypes(as_format: AsList = ListFormat.TABLE) -> None:
+    """KV-cache dtypes, with their true bits a value at head_dim 128."""
+    from kvbench.dtypes import all_dtypes
+
+    rows = [
+        {
+            "name": dtype.name,
+            "bits_per_value": None if dtype.name == "auto" else dtype.bits_per_value(128),
+            "granularity": dtype.granularity,
+            "default_rotation": dtype.default_rotation,
+            "source": dtype.source,
+        }
+        for dtype in all_dtypes().values()
+    ]
+    _print_list(rows, as_format, {"bits_per_value": "model's own"})
+
+
+@ls.command("rotations")
+def ls_rotations(as_format: AsList = ListFormat.TABLE) -> None:
+    """Rotations."""
+    from kvbench.rotations import all_rotations
+
+    _print_list([{"name": one.name, "source": one.source} for one in all_rotations().values()], as_format)
+
+
+@ls.command("tasks")
+def ls_tasks(as_format: AsList = ListFormat.TABLE) -> None:
+    """Tasks: kvbench's own first, then lm-eval's."""
+    from dataclasses import asdict
+
+    from kvbench.tasks import list_tasks
+
+    _print_list([asdict(task) for task in list_tasks()], as_format)
+
+
+@ls.command("models")
+def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
+    """Models that this machine knows by name. A folder, a .gguf file or a hub id is a model too."""
+    from kvbench.runners.models import list_models
+
+    _print_list(list_models(), as_format)
+
+
+# ---- what the verbs share
+
+
+def fail(error: object, code: int) -> NoReturn:
+    """The message alone on stderr, and the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _options(
+    only: Sequence[str] | None,
+    skip: Sequence[str] | None,
+    settings: Sequence[str] | None,
+    limit: int | None,
+    output: Path | None,
+    fresh: bool = False,
+    retry_failed: bool = False,
+) -> Options:
+    from kvbench.sweep.command import Options
+
+    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed)
+
+
+def _prepared(config: Path, options: Options) -> Planned:
+    from kvbench.sweep.command import prepare
+    from kvbench.sweep.document import ConfigError
+
+    try:
+        return prepare(config, options)
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
+
+
+def _print_plan(planned: Planned) -> None:
+    from kvbench.sweep.command import plan_summary, plan_tables
+
+    for title, headers, rows in plan_tables(planned):
+        print(title)
+        _print_rows(headers, rows, numeric=(2, 3, 4))
+        print()
+    print("\n".join(plan_summary(planned)))
+
+
+def _print_table(table: Table) -> None:
+    print(table.title)
+    for warning in table.warnings:
+        print(warning)
+    numeric = [index for index, header in enumerate(table.headers) if header.numeric]
+    _print_rows(["\n".join(header.lines) for header in table.headers], table.rows, numeric)
+    print("\n".join([*table.notes, ""]))
+
+
+def _print_list(rows: Sequence[dict[str, Any]], as_format: ListFormat, absent: dict[str, str] | None = None) -> None:
+    if as_format == ListFormat.JSON:
+        print(json.dumps(rows, indent=1))
+        return
+    names = list(rows[0]) if rows else []
+    shown = [[_shown(row[name], (absent or {}).get(name, "-")) for name in names] for row in rows]
+    numeric = [i for i, name in enumerate(names) if any(isinstance(row[name], (int, float)) for row in rows)]
+    _print_rows([name.replace("_", " ") for name in names], shown, numeric)
+
+
+def _shown(value: object, absent: str) -> str:
+    if value is None:
+        return absent
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
+    """A table as wide as it needs to be, whatever the terminal: a value that is cut short is a wrong value."""
+    heads = [header.split("\n") for header in headers]
+    depth = max(map(len, heads)) if any(headers) else 0
+    lines = [[*[""] * (depth - len(head)), *head] for head in heads]
+    head_rows = [[line[level] for line in lines] for level in range(depth)]
+    widths = [max(map(len, column)) for column in zip(*head_rows, *rows, strict=True)]
+
+    def joined(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if index in numeric else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "   ".join(cells).rstrip()
+
+    print("\n".join(map(joined, head_rows)), end="\n" if head_rows else "")
+    if head_rows:
+        print("─" * (sum(widths) + 3 * (len(widths) - 1)))
+    print("\n".join(map(joined, rows)))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"kvbench {version('kvbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; what it prints may be cut off by a pipe that closes."""
+    try:
+        app()
+    except BrokenPipeError:
+        # the interpreter would try to flush it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

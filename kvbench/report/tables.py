@@ -1,0 +1,365 @@
+"""The tables of a run folder: for a terminal, as Markdown, as CSV and as JSON. Loads without torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbench.results import Metric, NotARunError, Record, Store, headline, name_of, shown_metric
+
+COLUMNS = (
+    "model",
+    "dtype",
+    "rotation",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "n",
+    "unit",
+    "bits_per_value",
+    "kv_bytes_per_token",
+    "scoring",
+    "compute_dtype",
+    "limit",
+    "seed",
+    "status",
+    "cell",
+)
+LEGEND = "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point."
+
+
+@dataclass(frozen=True)
+class Header:
+    """A column's head: what it holds, and below it what and how many. numeric: set to the right."""
+
+    lines: tuple[str, ...]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """One model's numbers under one scoring mode; notes stand below it."""
+
+    title: str
+    headers: list[Header]
+    rows: list[list[str]]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run folder says. problems: a line for each record that cannot be read."""
+
+    folder: Path
+    records: list[Record]
+    run: dict[str, Any]
+    problems: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report of a run folder.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            NotARunError: it holds no cell.
+        """
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        store = Store(folder)
+        if not store.cells.is_dir():
+            raise NotARunError(
+                f"nothing to report: {folder} is no run folder, it has no cells/ (kvbench sweep makes one)"
+            )
+        contents = store.load()
+        if not contents.records:
+            broken = f"; {len(contents.problems)} records cannot be read" if contents.problems else ""
+            raise NotARunError(f"nothing to report: {folder} has no finished cell{broken}")
+        return cls(folder, list(contents.records.values()), store.run(), contents.problems)
+
+    # ---- one list, a row a metric
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a metric of each cell, and one without a metric for each failed cell; the canary has none.
+
+        A value that JSON has no number for (an infinite perplexity) is None here, and stands in the cell's record.
+        """
+        rows = []
+        for record in self._ordered():
+            common = {
+                "model": record.model["name"],
+                "dtype": record.dtype,
+                "rotation": record.rotation,
+                "task": record.task,
+                "bits_per_value": record.bits_per_value,
+                "kv_bytes_per_token": record.kv_bytes_per_token,
+                "scoring": record.scoring,
+                "compute_dtype": record.model.get("compute_dtype"),
+                "limit": record.limit,
+                "seed": record.identity.get("seed"),
+                "status": record.status,
+                "cell": record.cell,
+            }
+            for metric in record.metrics or (None,):
+                number: dict[str, Any] = dict.fromkeys(("metric", "value", "stderr", "n", "unit"))
+                if metric is not None:
+                    number = {
+                        "metric": metric.name,
+                        "value": _finite(metric.value),
+                        "stderr": _finite(metric.stderr),
+                        "n": metric.n,
+                        "unit": metric.unit,
+                    }
+                row = {**common, **number}
+                rows.append({column: row[column] for column in COLUMNS})
+        return rows
+
+    def _ordered(self) -> list[Record]:
+        """The records without the canary's: models as they come, schemes as the sweep lists them, others by size."""
+        order = [(scheme["dtype"], scheme["rotation"]) for scheme in self.run.get("schemes", [])]
+        tasks = list(
+            dict.fromkeys(name for name in (_planned_task(self.records, cell) for cell in self._planned()) if name)
+        )
+
+        def key(record: Record) -> tuple[Any, ...]:
+            scheme = (record.dtype, record.rotation)
+            place = order.index(scheme) if scheme in order else len(order)
+            task = tasks.index(record.task) if record.task in tasks else len(tasks)
+            return _group(record), place, -(record.bits_per_value or 0), scheme, task, record.task, record.cell
+
+        return sorted((record for record in self.records if not record.canary), key=key)
+
+    def _planned(self) -> list[str]:
+        return list(self.run.get("cells", []))
+
+    # ---- tables
+
+    def tables(self) -> list[Table]:
+        """A table a model, compute dtype, scoring mode and limit."""
+        groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+        for record in self._ordered():
+            groups[_group(record)].append(record)
+        return [self._table(records) for records in groups.values()]
+
+    def _table(self, records: list[Record]) -> Table:
+        labels = task_labels(records)
+        by_place: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
+        for record in records:
+            by_place[record.dtype, record.rotation][labels[record.cell]] = record
+        columns: list[tuple[str, str]] = []
+        for label in dict.fromkeys(labels[record.cell] for record in records):
+            of_task = [record for record in records if labels[record.cell] == label]
+            names = dict.fromkeys(metric.name for record in of_task for metric in headline(record.metrics))
+            columns += [(label, name) for name in names]
+
+        headers = [
+            Header(("dtype",), numeric=False),
+            Header(("rotation",), numeric=False),
+            Header(("bits/", "value")),
+            Header(("KV KiB/", "token")),
+            Header(("smaller", "than fp16")),
+        ]
+        for label, name in columns:
+            found = [m for r in records if labels[r.cell] == label for m in r.metrics if m.name == name]
+            counts = sorted({metric.n for metric in found})
+            unit = f" ({found[0].unit})" if found[0].unit and found[0].unit != "%" else ""
+            size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
+            headers.append(Header((label, f"{name}{unit}", size)))
+
+        rows = []
+        for (dtype, rotation), cells in by_place.items():
+            bits = next((r.bits_per_value for r in cells.values() if r.bits_per_value), None)
+            size_bytes = next((r.kv_bytes_per_token for r in cells.values() if r.kv_bytes_per_token), None)
+            row = [
+                dtype,
+                rotation,
+                f"{bits:.2f}" if bits else "-",
+                f"{size_bytes / 1024:.1f}" if size_bytes else "-",
+                f"{16 / bits:.2f} ×" if bits else "-",
+            ]
+            for label, name in columns:
+                metric = _metric(cells.get(label), name)
+                row.append(shown_metric(metric) if metric else "-")
+            rows.append(row)
+        return Table(_title(records[0]), headers, rows, _warnings(records), _notes(records))
+
+    def summary(self) -> list[str]:
+        """Lines below all tables: how much is done, the canary, what failed, what cannot be read."""
+        counts = {status: sum(record.status == status for record in self.records) for status in ("done", "failed")}
+        left = set(self._planned()) - {record.cell for record in self.records}
+        lines = [f"{counts['done']} cells done, {counts['failed']} failed, {len(left)} of the sweep not run"]
+        lines += list(self._canary())
+        for record in self.records:
+            if record.status == "failed":
+                label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"
+                lines.append(f"failed: {label}: {record.error}: {self.folder / 'cells' / record.cell / 'record.json'}")
+        return lines + self.problems
+
+    def _canary(self) -> Iterator[str]:
+        judgements = self.run.get("canary", [])
+        if judgements is None:
+            yield "canary: turned off, so it was not tested that the cache is read"
+            return
+        if not judgements:
+            yield "canary: no verdict, so it was not tested that the cache is read"
+        meaning = {
+            "wrecked": "canary (a destroyed cache) wrecks the scores, as it must",
+            "unmoved": "QUANTIZATION NOT IN EFFECT: a destroyed cache leaves the scores where they were",
+            "undecided": "canary undecided: the baseline can't be told from chance",
+        }
+        for verdict, text in meaning.items():
+            those = [one for one in judgements if one["verdict"] == verdict]
+            if those:
+                yield f"{text}: " + "; ".join(f"{one['task']}{_limited(one['limit'])}: {one['why']}" for one in those)
+
+    # ---- texts
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+        lines = [f"# {self.run.get('sweep') or self.folder.resolve().name}", ""]
+        if self.run.get("note"):
+            lines += [self.run["note"], ""]
+        for table in self.tables():
+            lines += [f"## {table.title}", ""]
+            lines += [line for warning in table.warnings for line in (f"**{warning}**", "")]
+            lines.append(
+                "| " + " | ".join(" ".join(header.lines).replace("/ ", "/") for header in table.headers) + " |"
+            )
+            lines.append("|" + "|".join("---:" if header.numeric else ":---" for header in table.headers) + "|")
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+            lines += ["", *(f"{note}  " for note in table.notes), ""]
+        lines += [LEGEND, "", *(f"- {line}" for line in self._portable(self.summary()))]
+        return "\n".join(lines) + "\n"
+
+    def _portable(self, lines: Sequence[str]) -> list[str]:
+        """The lines with paths from the report itself: it may be committed."""
+        return [line.replace(f"{self.folder}/", "") for line in lines]
+
+    def json(self) -> str:
+        """`rows` as JSON."""
+        return json.dumps(self.rows(), indent=1, allow_nan=False) + "\n"
+
+    def csv(self) -> str:
+        """`rows` as CSV; what is absent is empty."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        return text.getvalue()
+
+    def write(self) -> list[Path]:
+        """Puts report.md, report.csv and report.json into the run folder."""
+        paths = []
+        for name, text in (("report.md", self.markdown()), ("report.csv", self.csv()), ("report.json", self.json())):
+            path = self.folder / name
+            path.write_text(text, encoding="utf-8")
+            paths.append(path)
+        return paths
+
+
+def task_labels(records: Sequence[Record]) -> dict[str, str]:
+    """What the task of each cell is called; tasks of one name and other options get these beside it."""
+    identities: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        task = record.identity.get("task", {})
+        identities[record.task][name_of("", task)] = task
+    labels = {}
+    for record in records:
+        same_name = list(identities[record.task].values())
+        task = record.identity.get("task", {})
+        label = record.task
+        if len(same_name) > 1:
+            keys = [key for key in task if len({json.dumps(one.get(key), sort_keys=True) for one in same_name}) > 1]
+            options = [
+                f"{key}={task[key]}"
+                for key in keys
+                if not isinstance(task[key], (dict, list)) and len(str(task[key])) < 24
+            ]
+            label += f" ({', '.join(options) or name_of('', task).lstrip('-')})"
+        labels[record.cell] = label
+    return labels
+
+
+def _group(record: Record) -> tuple[str, ...]:
+    """What the cells of one table have in common."""
+    model = record.identity.get("model", {})
+    # full runs before quick looks
+    limit = f"{record.limit:09}" if record.limit is not None else ""
+    seed = str(record.identity.get("seed"))
+    return (
+        limit,
+        record.model["name"],
+        str(model.get("revision")),
+        str(model.get("compute_dtype")),
+        record.scoring,
+        seed,
+    )
+
+
+def _title(record: Record) -> str:
+    seed = record.identity.get("seed")
+    parts = [record.model["name"], str(record.model.get("compute_dtype")), f"scoring {record.scoring}"]
+    return " · ".join([*parts, *([f"seed {seed}"] if seed else [])])
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    warnings = []
+    if records[0].limit is not None:
+        warnings.append(f"NOT A REAL SCORE: --limit {records[0].limit}, the first documents of each task alone")
+    machines = {_machine(record) for record in records if record.environment}
+    if len(machines) > 1:
+        warnings.append(f"cells of {len(machines)} environments: {'; '.join(sorted(machines))}")
+    return warnings
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    notes = [f"model revision {records[0].model.get('revision')}"]
+    machines = {_machine(record) for record in records if record.environment}
+    if len(machines) == 1:
+        notes.append(machines.pop())
+    cut = {
+        record.task: limit
+        for record in records
+        if record.limit is None and isinstance(limit := record.identity.get("task", {}).get("limit"), int)
+    }
+    if cut:
+        notes.append("first documents only: " + ", ".join(f"{task} {limit}" for task, limit in cut.items()))
+    return notes
+
+
+def _machine(record: Record) -> str:
+    """Processor and versions, in words."""
+    environment = record.environment
+    gpus = [gpu["name"] for gpu in environment.get("gpus") or []]
+    processor = gpus[0] if gpus and environment.get("device") != "cpu" else environment.get("cpu")
+    if processor == environment.get("cpu") and environment.get("cores"):
+        processor = f"{processor}, {environment['cores']} cores"
+    versions = environment.get("versions") or {}
+    software = [f"{name} {versions[name]}" for name in ("torch", "transformers", "lm_eval") if versions.get(name)]
+    git = environment.get("git") or {}
+    revision = f" at {git['revision'][:9]}" if git.get("revision") else ""
+    return ", ".join([str(processor), *software, f"kvbench {environment.get('kvbench')}{revision}"])
+
+
+def _limited(limit: int | None) -> str:
+    return "" if limit is None else f" (--limit {limit})"
+
+
+def _planned_task(records: Sequence[Record], cell: str) -> str | None:
+    return next((record.task for record in records if record.cell == cell), None)
+
+
+def _metric(record: Record | None, name: str) -> Metric | None:
+    return next((metric for metric in record.metrics if metric.name == name), None) if record else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

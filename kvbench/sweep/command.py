@@ -1,0 +1,289 @@
+"""What `kvbench sweep` and `kvbench plan` do once their arguments are parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbench.environment import describe
+from kvbench.results import Contents, Store
+from kvbench.sweep.canary import judge_all
+from kvbench.sweep.config import Sweep, load_sweep
+from kvbench.sweep.document import ConfigError
+from kvbench.sweep.execute import NotInEffectError, execute, not_in_effect, terminable
+from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
+from kvbench.sweep.plan import Cell, choose, missing_data, plan
+from kvbench.sweep.progress import Clock, Display, duration
+
+OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
+
+
+class UnusableError(RuntimeError):
+    """This machine cannot run what was asked for; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of `kvbench sweep`; its help says what they mean."""
+
+    only: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    limit: int | None = None
+    output: Path | None = None
+    fresh: bool = False
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep laid out: all its cells, those that the filters leave, and its run folder."""
+
+    sweep: Sweep
+    every: list[Cell]
+    cells: list[Cell]
+    store: Store
+
+
+def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned:
+    """The cells that a command line means.
+
+    Raises:
+        ConfigError: the file or a flag is wrong.
+    """
+    parts = parts or REAL
+    settings = list(options.settings)
+    if options.limit is not None:
+        settings.append(f"limit={options.limit}")
+    sweep = load_sweep(path, settings, parts=parts)
+    every = plan(sweep, parts=parts)
+    cells = choose(every, options.only, options.skip)
+    if not cells:
+        raise ConfigError("--only and --skip together leave no cell")
+    return Planned(sweep, every, cells, Store(options.output or Path("results") / sweep.name))
+
+
+def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
+    """Runs what is not done yet, and returns the exit code.
+
+    Raises:
+        ConfigError: the file or a flag is wrong.
+        UnusableError: a model or data is missing, or another sweep writes to the folder.
+    """
+    parts = parts or REAL
+    planned = prepare(path, options, parts)
+    try:
+        with terminable():
+            absent = fetch_models(planned.cells, parts)
+            if any(cell.model.missing for cell in planned.cells):  # they were: now their revisions are known
+                planned = prepare(path, options, parts)
+            return _write(planned, options, parts, absent)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; finished work is kept. The same command continues it.\n")
+        return INTERRUPTED
+
+
+def _write(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
+    """`_run` with the sole right to write. What a task raises is its cell's; an OSError here is the run folder's."""
+    folder = planned.store.folder
+    try:
+        with planned.store.writing():
+            return _run(planned, options, parts, absent)
+    except BlockingIOError:
+        raise UnusableError(f"another sweep is writing to {folder}") from None
+    except OSError as error:
+        raise UnusableError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
+    """Brings the models here that are not; returns a line for each that can't be had."""
+    lines = []
+    for spec in dict.fromkeys(cell.spec for cell in cells if cell.model.missing):
+        try:
+            parts.fetch_model(spec)
+        except ValueError as error:
+            lines.append(str(error))
+    return lines
+
+
+def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
+    sweep, store, cells = planned.sweep, planned.store, planned.cells
+    contents = store.load()
+    todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
+    lacking = absent + missing_data(todo)
+    if lacking:
+        hint = "  --skip task=NAME or --skip model=NAME runs the rest"
+        raise UnusableError(
+            "\n".join(["this machine lacks what the sweep needs", *(f"  {line}" for line in lacking), hint])
+        )
+    if options.fresh:
+        store.remove(None if len(cells) == len(planned.every) else [cell.name for cell in cells])
+        contents = store.load()
+
+    device = default_device()
+    environment = {**describe(), "device": device}
+    display = Display(todo, Clock(contents.records.values()), store.cells)
+    for problem in contents.problems:
+        display.say(problem, "yellow")
+    before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
+    display.say(_header(sweep, len(cells), before, environment))
+    _write_run(planned, [])
+    # an unmoved canary is named by the conclusion, which also sees those that were run before
+    with display, contextlib.suppress(NotInEffectError):
+        execute(
+            todo,
+            store,
+            display,
+            baseline=sweep.baseline_scheme,
+            page_size=sweep.page_size,
+            device=device,
+            environment=environment,
+            parts=parts,
+        )
+    return _conclude(planned, display)
+
+
+def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list[Cell]:
+    """The cells without a record, and with `retry_failed` those that failed."""
+    kept = {name for name, record in contents.records.items() if record.status == "done" or not retry_failed}
+    return [cell for cell in cells if cell.name not in kept]
+
+
+def _header(sweep: Sweep, cells: int, before: Sequence[str], environment: dict[str, Any]) -> str:
+    gpus = environment.get("gpus") or []
+    versions = environment.get("versions") or {}
+    machine = gpus[0]["name"] if gpus and environment["device"] != "cpu" else environment.get("cpu") or "CPU"
+    software = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if versions.get(name)
+    )
+    limit = f"first {sweep.limit} documents: NOT A REAL SCORE" if sweep.limit else ""
+    counts = [f"{before.count(status)} {status} before" for status in ("done", "failed") if status in before]
+    parts = [sweep.name, f"{cells} cells", *counts, f"{machine}, {software}", limit]
+    return " · ".join(part for part in parts if part)
+
+
+def _write_run(planned: Planned, judgements: list[dict[str, Any]]) -> None:
+    sweep = planned.sweep
+    baseline = sweep.baseline_scheme
+    schemes = {(scheme.dtype_name, scheme.rotation_name): None for scheme in [baseline, *sweep.schemes()]}
+    planned.store.write_run(
+        {
+            "sweep": sweep.name,
+            "note": sweep.note,
+            "baseline": {"dtype": baseline.dtype_name, "rotation": baseline.rotation_name},
+            "schemes": [{"dtype": dtype, "rotation": rotation} for dtype, rotation in schemes],
+            "cells": [cell.name for cell in planned.every],
+            "canary": judgements if judgements or sweep.canary else None,
+            # without `data`: a run folder may be committed, and names no path of this machine
+            "config": sweep.model_dump(mode="json", exclude_none=True, exclude={"data"}),
+        }
+    )
+
+
+def _conclude(planned: Planned, display: Display) -> int:
+    """The last lines, and the exit code."""
+    records = planned.store.load().records
+    _write_run(planned, [asdict(judgement) for judgement in judge_all(list(records.values()))])
+    judgements = judge_all([records[cell.name] for cell in planned.every if cell.name in records])
+    here = [records[cell.name] for cell in planned.cells if cell.name in records]
+    failed = [record for record in here if record.status == "failed"]
+    undecided = [one for one in judgements if one.verdict == "undecided"]
+    unmoved = [one for one in judgements if one.verdict == "unmoved"]
+    for one in undecided:
+        display.say(f"canary undecided: {one.model}, {one.task}: {one.why}", "yellow")
+    if failed:
+        display.say(f"{len(failed)} of {len(planned.cells)} cells failed; --retry-failed runs them again", "red")
+    if unmoved:
+        display.say(f"error: {not_in_effect(unmoved)}", "red")
+    else:
+        display.say(
+            f"{len(here) - len(failed)} of {len(planned.cells)} cells done · kvbench report {planned.store.folder}"
+        )
+    return GATE_FAILED if unmoved else SOME_FAILED if failed else OK
+
+
+# ---- plan
+
+
+def plan_rows(planned: Planned) -> list[dict[str, Any]]:
+    """A row a cell, with what is known of it before it runs."""
+    records = planned.store.load().records
+    clock = Clock(records.values())
+    return [
+        {
+            "cell": cell.name,
+            "model": cell.model.name,
+            "compute_dtype": cell.model.compute_dtype,
+            "dtype": cell.dtype,
+            "rotation": cell.rotation,
+            "task": cell.task.name,
+            "scoring": cell.scoring,
+            "limit": cell.limit,
+            "bits_per_value": cell.bits_per_value,
+            "kv_bytes_per_token": cell.kv_bytes_per_token,
+            "max_length": cell.model.max_length,
+            "status": records[cell.name].status if cell.name in records else "to run",
+            "expected_seconds": clock.expect(cell.task.name),
+        }
+        for cell in planned.cells
+    ]
+
+
+def plan_lacks(planned: Planned) -> list[str]:
+    """What this machine lacks to run the cells, one line each with what to do."""
+    models = {cell.model.name: cell.model.missing for cell in planned.cells if cell.model.missing}
+    left = _left(planned.cells, planned.store.load(), retry_failed=True)
+    return [f"model {name}: {todo}" for name, todo in models.items()] + missing_data(left)
+
+
+def plan_tables(planned: Planned) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table a model: title, headers and rows; a row a scheme, a column a task with the state of its cell."""
+    rows = plan_rows(planned)
+    tables = []
+    for model in dict.fromkeys(cell.model for cell in planned.cells):
+        of_model = [row for row in rows if (row["model"], row["compute_dtype"]) == (model.name, model.compute_dtype)]
+        tasks = list(dict.fromkeys(row["task"] for row in of_model))
+        bits = "bits/value" if model.layers else "bits/value\nat D=128"
+        headers = ["dtype", "rotation", bits, "KV KiB/\ntoken", f"KV MiB at\n{model.max_length or '?'} tokens", *tasks]
+        table = []
+        for dtype, rotation in dict.fromkeys((row["dtype"], row["rotation"]) for row in of_model):
+            of_scheme = [row for row in of_model if (row["dtype"], row["rotation"]) == (dtype, rotation)]
+            first, status = of_scheme[0], {row["task"]: row["status"] for row in of_scheme}
+            size = first["kv_bytes_per_token"]
+            sizes = (
+                [f"{size / 1024:.1f}", f"{size * model.max_length / 2**20:.1f}"]
+                if size and model.max_length
+                else ["-"] * 2
+            )
+            table.append(
+                [dtype, rotation, f"{first['bits_per_value']:.2f}", *sizes, *(status.get(task, "-") for task in tasks)]
+            )
+        tables.append((_model_line(model), headers, table))
+    return tables
+
+
+def plan_summary(planned: Planned) -> list[str]:
+    """Lines below the tables: how much is left, how long that takes, what is missing, where results go."""
+    rows = plan_rows(planned)
+    counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
+    lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
+    left = [row["expected_seconds"] for row in rows if row["status"] == "to run"]
+    if left and None not in left:
+        lines[0] += f", about {duration(sum(left))} by the cells done before"
+    if planned.sweep.limit:
+        lines.append(f"limit {planned.sweep.limit}: NOT A REAL SCORE")
+    lacking = plan_lacks(planned)
+    lines += ["missing here:", *(f"  {line}" for line in lacking)] if lacking else ["nothing is missing here"]
+    return [*lines, str(planned.store.folder)]
+
+
+def _model_line(model: ModelFacts) -> str:
+    parts = [model.name, model.revision or "revision unknown", f"computes in {model.compute_dtype}"]
+    for heads, head_dim in dict.fromkeys(model.layers or ()):
+        count = (model.layers or ()).count((heads, head_dim))
+        parts.append(f"{count} layers × {heads} KV heads × {head_dim}")
+    return " · ".join(parts)

@@ -1,0 +1,290 @@
+"""A sweep as YAML: read, validated, and where it is wrong the line and column that are."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from kvbench.registry import find_name
+from kvbench.rotations import all_rotations
+from kvbench.schemes import Scheme, split_pair
+from kvbench.sweep.document import ConfigError, Document, Loc, apply_setting, read_document, shown
+from kvbench.sweep.parts import REAL, ComputeDtype, Parts
+from kvbench.tasks.base import Task
+
+Scoring = Literal["fused", "replay"]
+
+
+# ---- the shape of the YAML
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSpec(_Strict):
+    """A model by name, folder, hub id or GGUF file."""
+
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    compute_dtype: ComputeDtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+def _pair(value: Any) -> Any:
+    """A mapping or a text, checked to have two names at most."""
+    if not isinstance(value, (str, dict)):
+        raise ValueError(f"expected a name, KEY:VALUE or {{key: …, value: …}}, not {shown(value)}")
+    for name in split_pair(value):
+        if not isinstance(name, str):
+            raise ValueError(f"expected a name, not {shown(name)}")
+    return value
+
+
+def _dtype(value: Any) -> Any:
+    Scheme.parse(_pair(value))
+    return value
+
+
+def _rotation(value: Any) -> Any:
+    for name in split_pair(_pair(value)):
+        find_name(name, [*all_rotations(), "default"], "rotation")
+    if "default" in split_pair(value) and value != "default":
+        raise ValueError("'default' stands alone: it is each dtype's own rotation")
+    return value
+
+
+DtypePair = Annotated[Any, BeforeValidator(_dtype)]
+RotationPair = Annotated[Any, BeforeValidator(_rotation)]
+
+
+class DtypeSpec(_Strict):
+    """A dtype (or one for keys and one for values), and the rotations to run it with where they are not the sweep's."""
+
+    dtype: DtypePair
+    rotations: Annotated[list[RotationPair], Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return {"dtype": value}
+        value = dict(value)
+        if "dtype" not in value and {"key", "value"} & set(value):
+            value["dtype"] = {name: value.pop(name) for name in ("key", "value") if name in value}
+        if "rotation" in value:
+            if "rotations" in value:
+                raise ValueError("'rotation' and 'rotations' say the same: keep one")
+            value["rotations"] = [value.pop("rotation")]
+        return value
+
+
+def _task(value: Any) -> Any:
+    if not isinstance(value, (str, dict)):
+        raise ValueError(f"expected a task's name or a mapping, not {shown(value)}")
+    return value
+
+
+TaskSpec = Annotated[Any, AfterValidator(_task)]
+
+
+class Sweep(_Strict):
+    """What `kvbench sweep` runs: every model × dtype × rotation × task.
+
+    compute_dtype: None takes float32 on a CPU and the model's own dtype on a GPU.
+    limit: the first documents of every task alone; a quick look, marked as such in every table.
+    canary: also run a destroyed cache, which must wreck the scores.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    note: str = ""
+    model: ModelSpec | None = None
+    models: Annotated[list[ModelSpec], Field(min_length=1)] | None = None
+    dtypes: Annotated[list[DtypeSpec], Field(min_length=1)]
+    rotations: Annotated[list[RotationPair], Field(min_length=1)] = ["default"]
+    tasks: Annotated[list[TaskSpec], Field(min_length=1)]
+    baseline: DtypePair = "fp16"
+    canary: bool = True
+    data: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    page_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    scoring: Scoring = "fused"
+    compute_dtype: ComputeDtype | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_or_many_models(self) -> Self:
+        if (self.model is None) == (self.models is None):
+            raise ValueError("give either 'model' or 'models'")
+        return self
+
+    @property
+    def all_models(self) -> list[ModelSpec]:
+        """The models, each with the sweep's compute dtype where it names none of its own."""
+        specs = [self.model] if self.model else list(self.models or [])
+        return [
+            spec if spec.compute_dtype else spec.model_copy(update={"compute_dtype": self.compute_dtype})
+            for spec in specs
+        ]
+
+    @property
+    def baseline_scheme(self) -> Scheme:
+        """What the others are compared with, never rotated unless its dtype is by default."""
+        return Scheme.parse(self.baseline)
+
+    def schemes(self) -> list[Scheme]:
+        """Every dtype × rotation, in the order written, each once."""
+        found: dict[tuple[str, str], Scheme] = {}
+        for spec in self.dtypes:
+            for rotation in spec.rotations or self.rotations:
+                scheme = Scheme.parse(spec.dtype, None if rotation == "default" else rotation)
+                found.setdefault((scheme.dtype_name, scheme.rotation_name), scheme)
+        return list(found.values())
+
+    def data_folder(self) -> Path | None:
+        """The mirror of datasets that the YAML names, else KVBENCH_DATA."""
+        folder = self.data or os.environ.get("KVBENCH_DATA")
+        return Path(folder).expanduser() if folder else None
+
+    def make_tasks(self, parts: Parts = REAL) -> list[Task]:
+        """The tasks, cut to `limit` where there is one.
+
+        Raises:
+            ValueError: an unknown task or option.
+        """
+        return [parts.make_task(self.cut(spec), self.data_folder()) for spec in self.tasks]
+
+    def cut(self, spec: Any) -> Any:
+        """A task's spec with the sweep's limit, where that is smaller than its own."""
+        if self.limit is None:
+            return spec
+        spec = dict(spec) if isinstance(spec, Mapping) else {"task": spec}
+        own = spec.get("limit")
+        return {**spec, "limit": min(own, self.limit) if isinstance(own, int) else self.limit}
+
+
+# ---- reading
+
+
+def load_sweep(path: Path, settings: Sequence[str] = (), *, parts: Parts = REAL) -> Sweep:
+    """The sweep of a YAML file, with `key=value` settings laid over it.
+
+    Raises:
+        ConfigError: with one message for each thing that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f": did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"no file {path}{hint}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_sweep(text, str(path), settings, parts=parts)
+
+
+def parse_sweep(text: str, name: str, settings: Sequence[str] = (), *, parts: Parts = REAL) -> Sweep:
+    """The sweep of a YAML text; `name` stands for it in messages.
+
+    Raises:
+        ConfigError: with one message for each thing that is wrong.
+    """
+    document, data = read_document(text, name)
+    for setting in settings:
+        document.overridden[apply_setting(data, setting)] = setting
+    try:
+        sweep = Sweep.model_validate(data)
+    except ValidationError as error:
+        items = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
+        raise ConfigError("\n".join(explain(document, item) for item in items)) from None
+    wrong = list(problems_beyond_shape(document, sweep, parts))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return sweep
+
+
+def problems_beyond_shape(document: Document, sweep: Sweep, parts: Parts) -> Iterator[str]:
+    """A message for each folder, model and task that cannot be, though it is written well."""
+    data = sweep.data_folder()
+    if data is not None and not data.is_dir():
+        text = f"there is no folder {data}"
+        yield document.message(("data",), text) if sweep.data else f"KVBENCH_DATA: {text}"
+        return
+    for index, model in enumerate(sweep.all_models):
+        try:
+            parts.find_model(model)
+        except ValueError as error:
+            yield document.message_near(("model",) if sweep.model else ("models", index), str(error))
+    for index, spec in enumerate(sweep.tasks):
+        try:
+            # its identity reads what the task is made of, such as a mirror's file
+            parts.make_task(sweep.cut(spec), data).identity()
+        except ValueError as error:
+            yield document.message_near(("tasks", index), str(error))
+
+
+# ---- pydantic's errors in our words
+
+
+def explain(document: Document, item: ErrorDetails) -> str:
+    """One message for one of pydantic's errors."""
+    kind, value = item["type"], item["input"]
+    loc = tuple(step for step in item["loc"])
+    if kind == "extra_forbidden":
+        names = fields_at(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+        return document.message(loc, f"unknown key '{loc[-1]}': {hint}", key=True)
+    if kind == "missing":
+        return document.message(loc[:-1], f"missing key '{loc[-1]}'")
+    if kind == "value_error":
+        return document.message_near(loc, str(item["ctx"]["error"]))
+    if kind == "literal_error":
+        names = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+        return document.message(loc, f"unknown value {shown(value)}: {hint}")
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = "at least" if kind == "greater_than_equal" else "at most"
+        limit = item["ctx"]["ge" if kind == "greater_than_equal" else "le"]
+        return document.message(loc, f"expected a number of {bound} {limit}, not {shown(value)}")
+    if kind == "too_short":
+        return document.message(loc, "expected at least one entry, the list is empty")
+    if kind == "string_pattern_mismatch":
+        return document.message(loc, f"expected letters, digits, '.', '_' and '-', not {shown(value)}")
+    expected = re.sub(r"^Input should be (a valid )?", "", item["msg"])
+    expected = {
+        "dictionary": "a mapping",
+        "dictionary or instance of ModelSpec": "a name or a mapping",
+        "integer": "a whole number",
+        "boolean": "true or false",
+        "string": "text",
+        "list": "a list",
+    }.get(expected, expected)
+    return document.message(loc, f"expected {expected}, not {shown(value)}")
+
+
+def fields_at(loc: Loc) -> list[str]:
+    """The keys that a mapping at `loc` may have."""
+    if not loc:
+        return list(Sweep.model_fields)
+    if loc[0] in ("model", "models"):
+        return list(ModelSpec.model_fields)
+    if loc[0] == "dtypes":
+        return ["dtype", "key", "value", "rotation", "rotations"]
+    return []

@@ -1,0 +1,128 @@
+"""What a sweep needs of the rest of kvbench, as four functions, so that tests can lend it a toy model and toy tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from kvbench.runners.base import ModelInfo, Runner
+from kvbench.schemes import Scheme
+from kvbench.tasks.base import Task
+
+if TYPE_CHECKING:
+    from kvbench.sweep.config import ModelSpec
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model without loading it.
+
+    revision, layers, max_length: None where only the model itself could say. missing: what to do to have it here.
+    """
+
+    name: str
+    compute_dtype: ComputeDtype
+    revision: str | None = None
+    layers: tuple[tuple[int, int], ...] | None = None
+    max_length: int | None = None
+    missing: str = ""
+
+
+class LoadedModel(Protocol):
+    """One model in memory; its runners share the weights."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What identifies it."""
+        ...
+
+    def runner(self, scheme: Scheme, *, page_size: int, scoring: Any, destroyed: bool) -> Runner:
+        """The model under a scheme; with `destroyed`, all that its cache gives back is zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The four functions; all raise ValueError with a message for a person.
+
+    find_model: facts, offline. fetch_model: brings a missing model here. open_model: loads it, computing in a dtype on
+    a device. make_task: the task of a spec, with the folder of a mirror.
+    """
+
+    find_model: Callable[[ModelSpec], ModelFacts]
+    fetch_model: Callable[[ModelSpec], None]
+    open_model: Callable[[ModelSpec, ComputeDtype, str], LoadedModel]
+    make_task: Callable[[Any, Path | None], Task]
+
+
+def default_device() -> str:
+    """The first GPU, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_compute_dtype() -> ComputeDtype:
+    """float32 on a CPU, where 16 bits are no faster; bfloat16 on a GPU."""
+    return "float32" if default_device() == "cpu" else "bfloat16"
+
+
+def find_model(spec: ModelSpec) -> ModelFacts:
+    """What this machine knows of a model.
+
+    Raises:
+        ValueError: a name that can be no model.
+    """
+    from kvbench.runners import models
+
+    source = models.resolve(spec.name, spec.revision)
+    compute_dtype = spec.compute_dtype or default_compute_dtype()
+    try:
+        layers, max_length = models.shape(source)
+    except models.ModelError:
+        if source.available:
+            raise
+        return ModelFacts(source.name, compute_dtype, missing=source.missing)
+    revision = models.revision(source) if source.available else None
+    return ModelFacts(source.name, compute_dtype, revision, layers, max_length, source.missing)
+
+
+def fetch_model(spec: ModelSpec) -> None:
+    """Brings a model here that isn't, where a network allows it.
+
+    Raises:
+        ValueError: it can't be had.
+    """
+    from kvbench.runners import models
+
+    models.prepare(models.resolve(spec.name, spec.revision))
+
+
+def open_model(spec: ModelSpec, compute_dtype: ComputeDtype, device: str) -> LoadedModel:
+    """The model, loaded.
+
+    Raises:
+        ValueError: it can't be.
+    """
+    from kvbench.runners import models
+    from kvbench.runners.transformers import TransformersModel
+
+    return TransformersModel.load(models.resolve(spec.name, spec.revision), compute_dtype, device)
+
+
+def make_task(spec: Any, data: Path | None) -> Task:
+    """A task of kvbench's own, or one of lm-eval's by its name.
+
+    Raises:
+        ValueError: no such task, or no such option.
+    """
+    from kvbench.tasks import make_task as make
+
+    return make(spec, data)
+
+
+REAL = Parts(find_model, fetch_model, open_model, make_task)

@@ -1,0 +1,213 @@
+"""Which cells a sweep has, what decides their numbers, and what their caches take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from kvbench.cache.paged import kv_bytes_per_token
+from kvbench.results import name_of
+from kvbench.schemes import Scheme
+from kvbench.sweep.config import ModelSpec, Sweep
+from kvbench.sweep.document import ConfigError
+from kvbench.sweep.parts import REAL, ModelFacts, Parts
+from kvbench.tasks.base import Task
+
+IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number-giving unit: a model under a scheme, measured by a task.
+
+    baseline: its scheme is what the others are compared with. canary: its cache is destroyed.
+    limit: documents that `--limit` leaves of every task.
+    """
+
+    spec: ModelSpec
+    model: ModelFacts
+    scheme: Scheme
+    task: Task
+    scoring: str
+    seed: int
+    limit: int | None = None
+    baseline: bool = False
+    canary: bool = False
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides its numbers.
+
+        Not among it: the page size, the device and the versions of torch and transformers. The first changes nothing (a
+        test holds that), the others change the last digits, and an upgrade should not throw a night's work away; they
+        stand in the record's environment, and the report says where cells of several environments meet.
+        """
+        return {
+            "version": IDENTITY_VERSION,
+            "model": {
+                "name": self.model.name,
+                "revision": self.model.revision,
+                "compute_dtype": self.model.compute_dtype,
+            },
+            "scheme": {
+                "dtype": self.scheme.dtype_name,
+                "rotation": self.scheme.rotation_name,
+                "destroyed": self.canary,
+            },
+            "task": self.task.identity(),
+            "scoring": self.scoring,
+            "seed": self.seed,
+            "limit": self.limit,
+        }
+
+    @cached_property
+    def name(self) -> str:
+        """Its folder: a readable slug and the hash of its identity."""
+        model = self.model.name.rsplit("/", 1)[-1]
+        return name_of(f"{model}-{self.dtype}-{self.rotation}-{self.task.name}", self.identity)
+
+    @property
+    def dtype(self) -> str:
+        """What tables call its dtype."""
+        return "canary" if self.canary else self.scheme.dtype_name
+
+    @property
+    def rotation(self) -> str:
+        """What tables call its rotation."""
+        return self.scheme.rotation_name
+
+    @property
+    def label(self) -> str:
+        """What progress calls it."""
+        return f"{self.dtype} · {self.rotation} · {self.task.name}"
+
+    @property
+    def resolved(self) -> Scheme:
+        """Its scheme with `auto` replaced by the compute dtype."""
+        return self.scheme.resolve(getattr(torch, self.model.compute_dtype))
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int | None:
+        """Bytes of one token's keys and values over all layers; None where the model's shape is unknown."""
+        if self.model.layers is None:
+            return None
+        return kv_bytes_per_token(self.model.layers, self.resolved)
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """True bits a value over all layers; at head_dim 128 where the model's shape is unknown."""
+        if self.model.layers is None or self.kv_bytes_per_token is None:
+            return self.resolved.bits_per_value(128)
+        return 8 * self.kv_bytes_per_token / sum(2 * heads * head_dim for heads, head_dim in self.model.layers)
+
+
+def plan(sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL) -> list[Cell]:
+    """The cells of a sweep that are not `done`, in the order they run.
+
+    The cells of a model follow each other, so that it is loaded once: first the baseline's, then the canary's (a sweep
+    whose quantization is not in effect stops there), then the others, task by task within a scheme.
+
+    Raises:
+        ConfigError: a model or task that cannot be, or a head_dim that a dtype can't take.
+    """
+    cells: dict[str, Cell] = {}
+    tasks = [parts.make_task(sweep.cut(spec), sweep.data_folder()) for spec in sweep.tasks]
+    baseline = sweep.baseline_scheme
+    for spec in sweep.all_models:
+        facts = parts.find_model(spec)
+        schemes = [(baseline, True, False)]
+        if sweep.canary:
+            schemes.append((baseline, False, True))
+        schemes += [(scheme, False, False) for scheme in sweep.schemes()]
+        for scheme, is_baseline, canary in schemes:
+            check_head_dims(facts, scheme)
+            for task in tasks:
+                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, is_baseline, canary)
+                cells.setdefault(cell.name, cell)
+    return [cell for name, cell in cells.items() if name not in done]
+
+
+def check_head_dims(model: ModelFacts, scheme: Scheme) -> None:
+    """Raises ConfigError where a dtype of the scheme can't take the model's head_dim."""
+    for head_dim in sorted({head_dim for _, head_dim in model.layers or ()}):
+        for dtype in (scheme.key, scheme.value):
+            try:
+                dtype.check_head_dim(head_dim)
+            except ValueError as error:
+                raise ConfigError(f"model {model.name}: {error}") from None
+
+
+# ---- --only and --skip
+
+FILTER_KEYS = ("model", "dtype", "rotation", "task")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`dtype=int4*`: cells of which a part matches a pattern; a name without wildcards may be short."""
+
+    key: str
+    pattern: str
+
+    @classmethod
+    def parse(cls, text: str, flag: str) -> Filter:
+        """The filter of `KEY=PATTERN`.
+
+        Raises:
+            ConfigError: another form, or another key.
+        """
+        key, equals, pattern = text.partition("=")
+        if not equals or key not in FILTER_KEYS or not pattern:
+            raise ConfigError(f"{flag} {text}: expected KEY=PATTERN with KEY one of {', '.join(FILTER_KEYS)}")
+        if key in ("dtype", "rotation") and pattern != "canary" and not re.search(r"[*?\[]", pattern):
+            try:
+                scheme = Scheme.parse(pattern) if key == "dtype" else Scheme.parse("auto", pattern)
+            except ValueError as error:
+                raise ConfigError(f"{flag} {text}: {error}") from None
+            pattern = scheme.dtype_name if key == "dtype" else scheme.rotation_name
+        return cls(key, pattern)
+
+    def matches(self, cell: Cell) -> bool:
+        """Whether the cell is meant."""
+        name = part(cell, self.key)
+        # a hub id by its last part too
+        return fnmatchcase(name, self.pattern) or fnmatchcase(name.rsplit("/", 1)[-1], self.pattern)
+
+
+def part(cell: Cell, key: str) -> str:
+    """What a cell is called under one of FILTER_KEYS."""
+    return {"model": cell.model.name, "dtype": cell.dtype, "rotation": cell.rotation, "task": cell.task.name}[key]
+
+
+def choose(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Cell]:
+    """The cells that match one `only` filter of each key given, and no `skip` filter.
+
+    Raises:
+        ConfigError: a malformed filter, or one that matches nothing.
+    """
+    wanted = [Filter.parse(text, "--only") for text in only]
+    unwanted = [Filter.parse(text, "--skip") for text in skip]
+    for chosen, flag in ((wanted, "--only"), (unwanted, "--skip")):
+        for one in chosen:
+            if not any(one.matches(cell) for cell in cells):
+                there = ", ".join(sorted({part(cell, one.key) for cell in cells}))
+                raise ConfigError(f"{flag} {one.key}={one.pattern} matches no cell; there are {there}")
+    keys = {one.key for one in wanted}
+    return [
+        cell
+        for cell in cells
+        if all(any(one.matches(cell) for one in wanted if one.key == key) for key in keys)
+        and not any(one.matches(cell) for one in unwanted)
+    ]
+
+
+def missing_data(cells: Sequence[Cell]) -> list[str]:
+    """What this machine lacks to run the cells' tasks, one line each with what to do."""
+    tasks = {cell.task.name: cell.task for cell in cells}
+    return list(dict.fromkeys(line for task in tasks.values() for line in task.missing()))

@@ -1,0 +1,309 @@
+"""A configuration is taken as it was meant, or refused at the line and column where it is wrong."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from kvbench.sweep.config import load_sweep, parse_sweep
+from kvbench.sweep.document import ConfigError
+
+GOOD = """\
+name: toys
+model: toy
+dtypes: [fp16, int4]
+tasks: [toy_a]
+"""
+
+
+@pytest.fixture
+def parse(toy):
+    def parsed(text, *settings):
+        return parse_sweep(text, "bad.yaml", settings, parts=toy.PARTS)
+
+    return parsed
+
+
+@pytest.fixture
+def refused(parse):
+    """The message that a text is refused with."""
+
+    def message(text, *settings):
+        with pytest.raises(ConfigError) as error:
+            parse(text, *settings)
+        return str(error.value)
+
+    return message
+
+
+def schemes(sweep):
+    return [(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()]
+
+
+def test_short_names_and_pairs(parse):
+    """
+    A dtype is a name, a short one, KEY:VALUE or a mapping; with its own rotations it leaves the sweep's aside.
+    """
+    text = """\
+    name: toys
+    model: toy
+    rotations: [default, none]
+    dtypes:
+      - int8
+      - int4:int2
+      - {key: int4, value: int2, rotation: hadamard}
+      - {dtype: int4, rotations: [none, hadamard]}
+    tasks: [toy_a]
+    """
+
+    assert schemes(parse(textwrap.dedent(text))) == [
+        ("int8_per_token_head", "none"),
+        ("int4_per_token_head:int2_per_token_head", "randomized_hadamard:hadamard"),
+        ("int4_per_token_head:int2_per_token_head", "none"),
+        ("int4_per_token_head:int2_per_token_head", "hadamard"),
+        ("int4_per_token_head", "none"),
+        ("int4_per_token_head", "hadamard"),
+    ]
+
+
+def test_models_take_the_sweeps_compute_dtype(parse):
+    """
+    A model without a compute dtype of its own computes in the sweep's.
+    """
+    text = GOOD.replace("model: toy", "models: [toy, {name: other, compute_dtype: float16}]\ncompute_dtype: bfloat16")
+
+    assert [(m.name, m.compute_dtype) for m in parse(text).all_models] == [("toy", "bfloat16"), ("other", "float16")]
+
+
+def test_a_setting_is_laid_over_the_file(parse):
+    """
+    `--set` changes a value, adds one, and gives options to a task written as a name.
+    """
+    sweep = parse(GOOD, "tasks[0].n=7", "seed=3", "dtypes=[int8]", "model=other")
+
+    assert sweep.tasks == [{"task": "toy_a", "n": 7}]
+    assert (sweep.seed, sweep.all_models[0].name, schemes(sweep)) == (3, "other", [("int8_per_token_head", "none")])
+
+
+def test_a_limit_cuts_every_task(parse, toy):
+    """
+    The sweep's limit holds for each task, but for one whose own is smaller.
+    """
+    sweep = parse(GOOD.replace("[toy_a]", "[toy_a, {task: toy_b, limit: 3}, {task: toy_c, limit: 9}]"), "limit=5")
+
+    assert [task.limit for task in sweep.make_tasks(toy.PARTS)] == [5, 3, 5]
+
+
+def with_line(line):
+    return GOOD + line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            GOOD.replace("[fp16, int4]", "\n  - fp16\n  - int8_per_token_hed  # a comment"),
+            """\
+            bad.yaml:5:5: dtypes[1]: unknown dtype 'int8_per_token_hed': did you mean int8_per_token_head?
+                5 |   - int8_per_token_hed  # a comment
+                  |     ^^^^^^^^^^^^^^^^^^
+            """,
+        ),
+        (
+            GOOD.replace("int4]", "{key: int4, value: int5}]"),
+            """\
+            bad.yaml:3:35: dtypes[1].value: unknown dtype 'int5': did you mean int8?
+                3 | dtypes: [fp16, {key: int4, value: int5}]
+                  |                                   ^^^^
+            """,
+        ),
+        (
+            GOOD.replace("int4]", "{dtype: int4, rotation: hadamrd}]"),
+            """\
+            bad.yaml:3:40: dtypes[1].rotation: unknown rotation 'hadamrd': did you mean hadamard?
+                3 | dtypes: [fp16, {dtype: int4, rotation: hadamrd}]
+                  |                                        ^^^^^^^
+            """,
+        ),
+        (
+            with_line("rotations: [defalt]"),
+            """\
+            bad.yaml:5:13: rotations[0]: unknown rotation 'defalt': did you mean default?
+                5 | rotations: [defalt]
+                  |             ^^^^^^
+            """,
+        ),
+        (
+            GOOD.replace("[toy_a]", "[toy_a, gsm]"),
+            """\
+            bad.yaml:4:16: tasks[1]: unknown task 'gsm': did you mean toy?
+                4 | tasks: [toy_a, gsm]
+                  |                ^^^
+            """,
+        ),
+        (
+            GOOD.replace("[toy_a]", "[{task: toy_a, limt: 3}]"),
+            """\
+            bad.yaml:4:16: tasks[0]: task toy_a: unknown option 'limt'
+                4 | tasks: [{task: toy_a, limt: 3}]
+                  |                       ^^^^
+            """.replace("4:16", "4:23"),
+        ),
+        (
+            GOOD.replace("model: toy", "model: {name: tony, compute_dtype: float32}"),
+            """\
+            bad.yaml:2:15: model.name: unknown model 'tony': did you mean toy?
+                2 | model: {name: tony, compute_dtype: float32}
+                  |               ^^^^
+            """,
+        ),
+        (
+            GOOD.replace("dtypes", "dtyps"),
+            """\
+            bad.yaml:1:1: missing key 'dtypes'
+            bad.yaml:3:1: unknown key 'dtyps': did you mean dtypes?
+                3 | dtyps: [fp16, int4]
+                  | ^^^^^
+            """,
+        ),
+        (
+            with_line("seed: -1\nscoring: replays\ncanary: maybe\nlimit: true\npage_size: x\ncompute_dtype: bfloat"),
+            """\
+            bad.yaml:5:7: seed: expected a number of at least 0, not -1
+                5 | seed: -1
+                  |       ^^
+            bad.yaml:6:10: scoring: unknown value 'replays': did you mean replay?
+                6 | scoring: replays
+                  |          ^^^^^^^
+            bad.yaml:7:9: canary: expected true or false, not 'maybe'
+                7 | canary: maybe
+                  |         ^^^^^
+            bad.yaml:8:8: limit: expected a whole number, not true
+                8 | limit: true
+                  |        ^^^^
+            bad.yaml:9:12: page_size: expected a whole number, not 'x'
+                9 | page_size: x
+                  |            ^
+            bad.yaml:10:16: compute_dtype: unknown value 'bfloat': did you mean bfloat16?
+               10 | compute_dtype: bfloat
+                  |                ^^^^^^
+            """,
+        ),
+        (
+            GOOD.replace("[toy_a]", "toy_a"),
+            """\
+            bad.yaml:4:8: tasks: expected a list, not 'toy_a'
+                4 | tasks: toy_a
+                  |        ^^^^^
+            """,
+        ),
+        (
+            GOOD.replace("[toy_a]", "[]"),
+            """\
+            bad.yaml:4:8: tasks: expected at least one entry, the list is empty
+                4 | tasks: []
+                  |        ^^
+            """,
+        ),
+        (GOOD.replace("model: toy\n", ""), "bad.yaml:1:1: give either 'model' or 'models'"),
+        (
+            GOOD + "model: other\n",
+            """\
+            bad.yaml:5:1: model: this key stands twice, first in line 2
+                5 | model: other
+                  | ^^^^^
+            """,
+        ),
+        (
+            "name: toys\ntasks:\n\t- toy_a\n",
+            """\
+            bad.yaml:3:1: a tab: YAML is indented with spaces
+                3 | \t- toy_a
+                  | ^
+            """,
+        ),
+        (
+            'name: "toys\n',
+            """\
+            bad.yaml:2:1: found unexpected end of stream (while scanning a quoted scalar)
+                2 |
+                  | ^
+            """,
+        ),
+        (
+            GOOD.replace("toy\n", "!!python/name:os.system x\n", 1),
+            """\
+            bad.yaml:2:8: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'
+                2 | model: !!python/name:os.system x
+                  |        ^
+            """,
+        ),
+        ("", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes and tasks"),
+        ("# nothing\n", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes and tasks"),
+        ("- a\n", "bad.yaml:1:1: expected a mapping with name, model, dtypes and tasks"),
+        ("a: &a [*a]\n", None),
+        ("\x00", None),
+    ],
+)
+def test_an_error_names_its_place(refused, text, expected):
+    """
+    Every mistake is named by file, line and column, with its line, the bad value, and the nearest good one.
+    """
+    message = refused(text)
+
+    if expected is not None:
+        lines = [line.rstrip() for line in message.splitlines()]
+        assert lines == textwrap.dedent(expected).rstrip("\n").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("sed=5", "--set sed=5: unknown key 'sed': did you mean seed?"),
+        ("seed", "--set seed: expected KEY=VALUE, such as tasks[0].limit=50"),
+        ("tasks[3].limit=5", "--set tasks[3].limit=5: there is no tasks[3]; there are 1 entries"),
+        ("seed.x=5", "--set seed.x=5: expected a whole number, not {'x': 5}"),
+        (
+            "dtypes[0]=int8_per_token_hed",
+            "--set dtypes[0]=int8_per_token_hed: unknown dtype 'int8_per_token_hed': did you mean int8_per_token_head?",
+        ),
+        ("seed=[", "--set seed=[: '[' is not a YAML value"),
+    ],
+)
+def test_a_wrong_setting_is_named(refused, setting, expected):
+    """
+    A mistake in `--set` is said of the flag, not of a line of the file.
+    """
+    assert refused(GOOD, setting) == expected
+
+
+def test_the_mirror_is_the_yamls_else_the_environments(parse, tmp_path, monkeypatch):
+    """
+    `data:` comes before KVBENCH_DATA; a folder that is not there is refused either way.
+    """
+    monkeypatch.setenv("KVBENCH_DATA", str(tmp_path))
+    assert parse(GOOD).data_folder() == tmp_path
+    (tmp_path / "own").mkdir()
+    assert parse(GOOD, f"data={tmp_path / 'own'}").data_folder() == tmp_path / "own"
+
+    with pytest.raises(ConfigError, match=r"bad.yaml:5:7: data: there is no folder absent"):
+        parse(GOOD + "data: absent\n")
+    monkeypatch.setenv("KVBENCH_DATA", "absent")
+    with pytest.raises(ConfigError, match="KVBENCH_DATA: there is no folder absent"):
+        parse(GOOD)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path, toy):
+    """
+    A file that is not there, a folder, and a file that is no text are refused in one line.
+    """
+    (tmp_path / "sweep.yaml").write_text(GOOD)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(ConfigError, match=r"no file .*swep\.yaml: did you mean .*sweep\.yaml\?"):
+        load_sweep(tmp_path / "swep.yaml", parts=toy.PARTS)
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_sweep(tmp_path, parts=toy.PARTS)
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_sweep(tmp_path / "binary.yaml", parts=toy.PARTS)

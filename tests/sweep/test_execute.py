@@ -1,0 +1,338 @@
+"""A sweep keeps what is finished, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from kvbench.report.tables import Report
+from kvbench.results import Store
+from kvbench.sweep.command import Options, UnusableError, prepare, run_sweep
+
+
+@pytest.fixture
+def config(tmp_path, toy):
+    def written(**changes):
+        return toy.write_config(tmp_path / "toys.yaml", **changes)
+
+    return written
+
+
+@pytest.fixture
+def run(tmp_path, toy):
+    """Runs a sweep of toys into tmp_path/run; returns its exit code."""
+
+    def ran(path, **options):
+        return run_sweep(path, Options(output=tmp_path / "run", **options), toy.PARTS)
+
+    return ran
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "run")
+
+
+def logged(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_what_is_done_is_not_run_again(config, run, store, tmp_path):
+    """
+    The same command a second time runs nothing; a task added to the file runs alone.
+    """
+    log = tmp_path / "log"
+    assert run(config(tasks=[{"task": "toy_a", "log": str(log)}])) == 0
+    first = logged(log)
+
+    assert run(config(tasks=[{"task": "toy_a", "log": str(log)}])) == 0
+    assert logged(log) == first
+
+    assert run(config(tasks=[{"task": name, "log": str(log)} for name in ("toy_a", "toy_b")])) == 0
+    assert logged(log)[len(first) :] == [line.replace("toy_a", "toy_b") for line in first]
+
+
+def test_a_failed_cell_keeps_its_error_and_the_sweep_goes_on(config, run, store, capsys):
+    """
+    A cell that raises is recorded with its traceback and named in one line; the others are measured; exit 3.
+    """
+    assert run(config(tasks=[{"task": "toy_a", "fails": "int8"}, "toy_b"])) == 3
+
+    records = store.load().records.values()
+    (failed,) = [record for record in records if record.status == "failed"]
+    assert (failed.dtype, failed.task, failed.error) == (
+        "int8_per_token_head",
+        "toy_a",
+        "RuntimeError: no int8 today",
+    )
+    assert "Traceback" in failed.traceback
+    assert "toy.py" in failed.traceback
+    assert sum(record.status == "done" for record in records) == 9
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if "no int8 today" in line]
+    assert str(store.cells / failed.cell / "record.json") in line
+
+
+def test_failed_cells_are_run_again_when_asked(config, run, store, tmp_path):
+    """
+    A failed cell stays failed, and the exit code 3, until --retry-failed.
+    """
+    tasks = [{"task": "toy_a", "fails": "int8", "log": str(tmp_path / "log")}]
+    assert run(config(tasks=tasks)) == 3
+    before = logged(tmp_path / "log")
+
+    assert run(config(tasks=[{**tasks[0], "fails": ""}])) == 3
+    assert logged(tmp_path / "log") == before
+    assert run(config(tasks=[{**tasks[0], "fails": ""}]), retry_failed=True) == 0
+
+    assert logged(tmp_path / "log")[len(before) :] == ["toy_a int8_per_token_head"]
+    assert len(store.done()) == 5
+
+
+def test_fresh_starts_over(config, run, store, tmp_path):
+    """
+    --fresh forgets the results of the cells it is about, and runs them.
+    """
+    log = tmp_path / "log"
+    path = config(tasks=[{"task": "toy_a", "log": str(log)}])
+    run(path)
+    before = logged(log)
+
+    run(path, fresh=True, only=["dtype=int8"])
+    assert logged(log)[len(before) :] == ["toy_a int8_per_token_head"]
+    run(path, fresh=True)
+    assert len(logged(log)) == 2 * len(before) + 1
+    assert len(store.done()) == 5
+
+
+def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
+    """
+    A half-written record costs one line and one cell.
+    """
+    path = config(tasks=["toy_a"])
+    run(path)
+    broken = sorted(store.done())[0]
+    (store.cells / broken / "record.json").write_text('{"version": 1, "ce')
+    capsys.readouterr()
+
+    assert run(path) == 0
+
+    assert len(store.done()) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("not a whole record" in line for line in lines) == 1
+    assert sum("1/1" in line for line in lines) == 1
+
+
+def test_the_baseline_is_computed_once_for_all_cells(config, run, store):
+    """
+    Tensors of the baseline are shared by the cells of a model; another model has its own.
+    """
+    assert run(config(model=None, models=["toy", "other"], tasks=["toy_a", "toy_b"])) == 0
+
+    assert sorted(path.name.rsplit("-", 1)[0] for path in store.baselines.iterdir()) == [
+        "other-quality",
+        "toy-quality",
+    ]
+
+
+def test_a_model_is_loaded_once(config, tmp_path, toy):
+    """
+    The cells of a model run on one loaded model, and none is loaded where nothing is left to do.
+    """
+    opened = []
+
+    def open_model(*arguments):
+        opened.append(arguments[0].name)
+        return toy.open_model(*arguments)
+
+    parts = toy.Parts(toy.find_model, toy.fetch_model, open_model, toy.make_task)
+    path = config(model=None, models=["toy", "other"])
+
+    assert run_sweep(path, Options(output=tmp_path / "run"), parts) == 0
+    assert run_sweep(path, Options(output=tmp_path / "run"), parts) == 0
+    assert opened == ["toy", "other"]
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_cells_alone(config, tmp_path, toy):
+    """
+    Another model's cells are measured all the same.
+    """
+
+    def open_model(spec, *rest):
+        if spec.name == "other":
+            raise MemoryError("no room")
+        return toy.open_model(spec, *rest)
+
+    parts = toy.Parts(toy.find_model, toy.fetch_model, open_model, toy.make_task)
+
+    assert run_sweep(config(model=None, models=["other", "toy"]), Options(output=tmp_path / "run"), parts) == 3
+    records = Store(tmp_path / "run").load().records.values()
+    assert {(record.model["name"], record.status) for record in records} == {("other", "failed"), ("toy", "done")}
+
+
+def test_a_living_canary_stops_the_sweep(config, run, store, monkeypatch, capsys):
+    """
+    Where a destroyed cache changes nothing, no quantized cell is run: exit 1, and it is said why.
+    """
+    monkeypatch.setenv("TOY_IGNORES_CACHE", "1")
+    path = config()
+
+    assert run(path) == 1
+    assert {record.dtype for record in store.load().records.values()} == {"fp16", "canary"}
+    assert "error: quantization not in effect" in capsys.readouterr().err
+    # and it is not forgotten by the next run
+    monkeypatch.delenv("TOY_IGNORES_CACHE")
+    assert run(path) == 1
+
+
+def test_only_what_can_run_here_is_begun(config, run, store):
+    """
+    What is missing is said before anything runs, unless the cells that want it are done or left out.
+    """
+    lacking = config(tasks=["toy_a", {"task": "toy_b", "lacks": "toy_b wants a file: put it there"}])
+
+    with pytest.raises(UnusableError, match="toy_b wants a file: put it there"):
+        run(lacking)
+    assert not store.done()
+    assert run(lacking, skip=["task=toy_b"]) == 0
+    with pytest.raises(UnusableError, match="model absent: fetch it from somewhere"):
+        run(config(model="absent"))
+
+
+def test_a_missing_model_is_fetched(config, tmp_path, toy):
+    """
+    A model that isn't here is brought before its cells are named: its revision is part of them.
+    """
+    here = []
+
+    def find_model(spec):
+        facts = toy.find_model(spec)
+        return facts if here else toy.ModelFacts(facts.name, facts.compute_dtype, missing="fetch it")
+
+    parts = toy.Parts(find_model, lambda spec: here.append(spec.name), toy.open_model, toy.make_task)
+
+    assert run_sweep(config(), Options(output=tmp_path / "run"), parts) == 0
+    assert here == ["toy"]
+    records = Store(tmp_path / "run").load().records.values()
+    assert {record.identity["model"]["revision"] for record in records} == {"r1"}
+
+
+def test_two_sweeps_of_one_folder_are_refused(config, run, store):
+    """
+    The second of two at the same time says so and touches nothing.
+    """
+    with store.writing(), pytest.raises(UnusableError, match="another sweep is writing"):
+        run(config())
+
+
+def test_a_record_says_what_it_is_of(config, run, store):
+    """
+    A record carries true sizes, the scoring mode, times, and the machine.
+    """
+    run(config(dtypes=["int4"], tasks=["toy_a"], note="hello"))
+
+    (record,) = [one for one in store.load().records.values() if one.dtype == "int4_per_token_head"]
+    assert (record.bits_per_value, record.kv_bytes_per_token, record.scoring) == (4.5, 432, "fused")
+    assert record.model["layers"] == [[2, 64]] * 3
+    assert record.timings["seconds"] >= 0
+    assert record.environment["versions"]["torch"]
+    assert record.facts == {"documents_sha256": "abc"}
+    assert store.samples(record.cell)["doc_hash"].tolist() == [f"d{i}" for i in range(50)]
+    assert store.run()["note"] == "hello"
+
+
+def test_no_terminal_gets_a_line_a_cell(config, run, capsys):
+    """
+    Where stderr is no terminal nothing is redrawn: a header, a line for each finished cell, a last line.
+    """
+    run(config(tasks=["toy_a"]))
+
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == ""
+    assert "\x1b" not in captured.err
+    assert lines[0].startswith("toys · 5 cells · ")
+    assert [line.split()[0] for line in lines[1:-1]] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    assert lines[-1].startswith("5 of 5 cells done · kvbench report ")
+
+
+# ---- stopped and killed
+
+
+def start(path, output, toy):
+    """The sweep in a process of its own; torch is there already, so it starts at once."""
+
+    def ran():
+        os.setpgrp()
+        os._exit(run_sweep(path, Options(output=output), toy.PARTS))
+
+    process = multiprocessing.get_context("fork").Process(target=ran)
+    process.start()
+    return process
+
+
+def wait_for_cells(output, count, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.is_alive():
+        if (output / "cells").is_dir() and len(list((output / "cells").glob("toy-*"))) >= count:
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_says_that_it_can_go_on(config, tmp_path, toy, kind, capfd):
+    """
+    Ctrl-C and SIGTERM keep what is finished and exit with 130; the same command finishes the rest.
+    """
+    path = config(tasks=[{"task": "toy_a", "seconds": 0.2}])
+    output = tmp_path / "run"
+    process = start(path, output, toy)
+    wait_for_cells(output, 2, process)
+    os.kill(process.pid, kind)
+    process.join(30)
+
+    assert process.exitcode == 130
+    errors = capfd.readouterr().err
+    assert "stopped; finished work is kept. The same command continues it." in errors
+    assert "Traceback" not in errors
+    assert 2 <= len(Store(output).done()) < 5
+    assert Store(output).load().problems == []
+    assert run_sweep(path, Options(output=output), toy.PARTS) == 0
+    assert len(Store(output).done()) == 5
+
+
+def test_a_killed_sweep_loses_at_most_the_cell_in_flight(config, tmp_path, toy):
+    """
+    Killed with SIGKILL at random moments and continued, a sweep ends with the tables of one that was left alone.
+    """
+    path = config(tasks=[{"task": f"toy_{i}", "seconds": 0.005} for i in range(6)])
+    assert run_sweep(path, Options(output=tmp_path / "alone"), toy.PARTS) == 0
+    rng = random.Random(0)
+    output = tmp_path / "killed"
+    finished: set[str] = set()
+    for _ in range(8):
+        process = start(path, output, toy)
+        wait_for_cells(output, len(finished) + 1, process)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        now = Store(output).load()
+        assert now.problems == []
+        assert finished <= set(now.records), "a finished cell was lost"
+        finished = set(now.records)
+
+    assert len(finished) < len(prepare(path, Options(), toy.PARTS).cells), "it was never killed in time"
+    assert run_sweep(path, Options(output=output), toy.PARTS) == 0
+
+    def table(folder):
+        return json.loads(Report.read(folder).json())
+
+    assert table(output) == table(tmp_path / "alone")
+    assert not list(output.rglob(".draft-*"))

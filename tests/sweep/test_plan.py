@@ -1,0 +1,177 @@
+"""A sweep's cells: which there are, in which order, and what their names depend on."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvbench.sweep.config import parse_sweep
+from kvbench.sweep.document import ConfigError
+from kvbench.sweep.plan import choose, missing_data, plan
+
+TEXT = """\
+name: toys
+model: toy
+compute_dtype: float32
+dtypes: [int8, fp16, int4]
+tasks: [toy_a, toy_b]
+"""
+
+
+@pytest.fixture
+def cells(toy):
+    def planned(text=TEXT, *settings, done=()):
+        return plan(parse_sweep(text, "toys.yaml", settings, parts=toy.PARTS), done, parts=toy.PARTS)
+
+    return planned
+
+
+def labels(cells):
+    return [cell.label for cell in cells]
+
+
+def test_the_baseline_comes_first_then_the_canary(cells):
+    """
+    A model's cells follow each other: the baseline's, the canary's, then the others in the order written, each once.
+    """
+    found = cells(TEXT.replace("model: toy", "models: [toy, other]"), "tasks=[toy_a]", "rotations=[default,none]")
+
+    one_model = [
+        "fp16 · none · toy_a",
+        "canary · none · toy_a",
+        "int8_per_token_head · none · toy_a",
+        "int4_per_token_head · randomized_hadamard · toy_a",
+        "int4_per_token_head · none · toy_a",
+    ]
+    assert labels(found) == one_model * 2
+    assert [cell.model.name for cell in found] == ["toy"] * 5 + ["other"] * 5
+
+
+def test_the_baseline_is_measured_though_no_one_lists_it(cells):
+    """
+    Without a baseline nothing could be compared; without a canary it is turned off by name.
+    """
+    assert labels(cells(TEXT, "dtypes=[int8]", "tasks=[toy_a]", "canary=false")) == [
+        "fp16 · none · toy_a",
+        "int8_per_token_head · none · toy_a",
+    ]
+
+
+def test_resume_is_set_subtraction(cells):
+    """
+    What is done is left out, and the order of the rest stays.
+    """
+    every = cells()
+
+    assert [cell.name for cell in cells(done={every[0].name, every[3].name})] == [
+        cell.name for i, cell in enumerate(every) if i not in (0, 3)
+    ]
+
+
+def test_a_name_is_the_same_tomorrow(cells):
+    """
+    A cell's name is fixed: a change of it would forget every finished cell. (Raise IDENTITY_VERSION when it must.)
+    """
+    assert cells()[-1].name == "toy-int4_per_token_head-randomized_hadamard-toy_b-d5124f9395"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model=other",),
+        ("compute_dtype=bfloat16",),
+        ("dtypes[2]={dtype: int4, rotation: none}",),
+        ("dtypes[2]=int4:int2",),
+        ("tasks[1].n=49",),
+        ("scoring=replay",),
+        ("seed=1",),
+        ("limit=100",),
+    ],
+)
+def test_what_decides_the_numbers_decides_the_name(cells, settings):
+    """
+    Another model, precision, scheme, task option, scoring mode, seed or limit is another cell.
+    """
+    assert cells(TEXT, *settings)[-1].name.rsplit("-", 1)[-1] != cells()[-1].name.rsplit("-", 1)[-1]
+
+
+@pytest.mark.parametrize("settings", [("page_size=64",), ("note=hello",), ("name=others",), ("canary=false",)])
+def test_what_does_not_decide_the_numbers_does_not(cells, settings):
+    """
+    The page size, the sweep's name and its note leave finished cells finished.
+    """
+    assert cells(TEXT, *settings)[-1].name == cells()[-1].name
+
+
+def test_a_canary_is_no_baseline(cells):
+    """
+    The destroyed cache of a scheme and its whole one are different cells.
+    """
+    every = cells()
+
+    assert len({cell.name for cell in every}) == len(every) == 8
+
+
+def test_sizes_are_the_models(cells):
+    """
+    Bits a value count every scale over all layers; bytes a token are of all layers, keys and values together.
+    """
+    int4 = cells()[-1]
+
+    assert int4.bits_per_value == 4.5
+    assert int4.kv_bytes_per_token == 3 * 2 * 2 * (64 // 2 + 4)
+
+
+def test_a_head_dim_that_does_not_fit_is_one_line(cells):
+    """
+    A dtype that can't take the model's head_dim is refused before anything runs.
+    """
+    with pytest.raises(ConfigError, match=r"^model odd: head_dim 63 does not fit int4_per_token_head: .*$"):
+        cells(TEXT, "model=odd")
+
+
+@pytest.mark.parametrize(
+    ("only", "skip", "expected"),
+    [
+        (["dtype=int4"], [], [f"int4_per_token_head · randomized_hadamard · toy_{task}" for task in "ab"]),
+        (
+            ["dtype=int*", "task=*_b"],
+            [],
+            ["int8_per_token_head · none · toy_b", "int4_per_token_head · randomized_hadamard · toy_b"],
+        ),
+        (["dtype=int8", "dtype=fp16", "task=toy_a"], [], ["fp16 · none · toy_a", "int8_per_token_head · none · toy_a"]),
+        ([], ["dtype=int*", "task=toy_a"], ["fp16 · none · toy_b", "canary · none · toy_b"]),
+        (["dtype=canary"], ["task=toy_b"], ["canary · none · toy_a"]),
+        (["rotation=randomized"], ["task=toy_b"], ["int4_per_token_head · randomized_hadamard · toy_a"]),
+    ],
+)
+def test_filters_choose_cells(cells, only, skip, expected):
+    """
+    Filters of one key are alternatives, of several keys all hold; names may be short or patterns.
+    """
+    assert labels(choose(cells(), only, skip)) == expected
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("int4", r"--only int4: expected KEY=PATTERN with KEY one of model, dtype, rotation, task"),
+        ("color=red", r"--only color=red: expected KEY=PATTERN"),
+        ("dtype=int3", r"--only dtype=int3: unknown dtype 'int3'"),
+        ("task=gsm8k", r"--only task=gsm8k matches no cell; there are toy_a, toy_b"),
+    ],
+)
+def test_a_filter_that_means_nothing_is_refused(cells, only, message):
+    """
+    A filter that matches no cell is a mistake, not an empty sweep.
+    """
+    with pytest.raises(ConfigError, match=message):
+        choose(cells(), [only])
+
+
+def test_what_is_missing_is_said_once(cells):
+    """
+    A task's lack is one line, however many cells it has.
+    """
+    text = TEXT.replace("[toy_a, toy_b]", "[toy_a, {task: toy_b, lacks: toy_b needs a file}]")
+
+    assert missing_data(cells(text)) == ["toy_b needs a file"]

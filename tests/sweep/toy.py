@@ -1,0 +1,135 @@
+"""A model and tasks that take no time: scores fall with the bits, and to nothing where the cache is destroyed.
+
+Run as a script it is `kvbench` over them, for tests that kill it: `python toy.py sweep CONFIG --output DIR`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvbench.results import Metric, Outcome
+from kvbench.runners.base import ModelInfo
+from kvbench.schemes import Scheme
+from kvbench.sweep.parts import ModelFacts, Parts
+from kvbench.tasks.base import RunContext
+
+LAYERS = ((2, 64),) * 3
+MODELS = {"toy": "r1", "other": "r2"}
+
+
+@dataclass
+class ToyRunner:
+    scheme: Scheme
+    destroyed: bool
+    info: ModelInfo
+    tokenizer: Any = None
+
+    @property
+    def quality(self) -> float:
+        return 0.0 if self.destroyed else self.scheme.bits_per_value(64) / 16
+
+
+@dataclass
+class ToyModel:
+    info: ModelInfo
+    reads_cache: bool = True
+    runners: list[ToyRunner] = field(default_factory=list)
+
+    def runner(self, scheme: Scheme, *, page_size: int, scoring: str, destroyed: bool) -> ToyRunner:
+        runner = ToyRunner(scheme, destroyed and self.reads_cache, self.info)
+        self.runners.append(runner)
+        return runner
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    name: str
+    limit: int | None = None
+    n: int = 50
+    seconds: float = 0.0
+    fails: str = ""
+    lacks: str = ""
+    log: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        return {"task": self.name, "limit": self.limit, "n": self.n}
+
+    def missing(self) -> list[str]:
+        return [self.lacks] if self.lacks else []
+
+    def run(self, runner: Any, context: RunContext) -> Outcome:
+        if self.log:
+            with Path(self.log).open("a") as file:
+                file.write(f"{self.name} {runner.scheme.dtype_name}\n")
+        if self.fails and self.fails in runner.scheme.dtype_name:
+            raise RuntimeError(f"no {self.fails} today")
+        base = context.baseline("quality", lambda exact: {"quality": torch.tensor([exact.quality])})["quality"]
+        for step in range(5):
+            time.sleep(self.seconds / 5)
+            context.progress(step + 1, 5)
+        score = runner.quality
+        n = min(self.n, self.limit or self.n)
+        samples = [
+            {"doc_id": i, "doc_hash": f"d{i}", "prompt_hash": f"p{i}", "filter": "none", "acc": float(i < score * n)}
+            for i in range(n)
+        ]
+        metrics = (
+            Metric("acc", score, 0.02, n, "", True),
+            Metric("kld", max(0.0, float(base[0]) - score) * 3, 0.001, n, "nats", False),
+            Metric("kld_max", 9.0, None, n, "nats", False),
+        )
+        return Outcome(metrics, samples, {"documents_sha256": "abc"})
+
+
+def find_model(spec: Any) -> ModelFacts:
+    dtype = spec.compute_dtype or "float32"
+    if spec.name == "absent":
+        return ModelFacts("absent", dtype, missing="fetch it from somewhere")
+    if spec.name not in (*MODELS, "odd"):
+        raise ValueError(f"unknown model '{spec.name}': did you mean toy?")
+    return ModelFacts(spec.name, dtype, MODELS.get(spec.name), ((2, 63),) if spec.name == "odd" else LAYERS, 1024)
+
+
+def fetch_model(spec: Any) -> None:
+    raise ValueError(f"model {spec.name}: fetch it from somewhere")
+
+
+def open_model(spec: Any, compute_dtype: str, device: str) -> ToyModel:
+    reads_cache = "TOY_IGNORES_CACHE" not in os.environ
+    return ToyModel(ModelInfo(spec.name, MODELS[spec.name], compute_dtype, LAYERS, 1024), reads_cache)
+
+
+def make_task(spec: Any, data: Path | None) -> ToyTask:
+    options = {"task": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("task")
+    if not name.startswith("toy"):
+        raise ValueError(f"unknown task '{name}': did you mean toy?")
+    unknown = set(options) - set(ToyTask.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"task {name}: unknown option '{unknown.pop()}'")
+    return ToyTask(name, **options)
+
+
+PARTS = Parts(find_model, fetch_model, open_model, make_task)
+
+
+def write_config(path: Path, **changes: Any) -> Path:
+    """A sweep of the toy model, written as YAML (JSON is YAML)."""
+    config = {"name": "toys", "model": "toy", "dtypes": ["fp16", "int8", "int4", "int2"], "tasks": ["toy_a", "toy_b"]}
+    path.write_text(json.dumps({**config, **changes}, indent=1))
+    return path
+
+
+if __name__ == "__main__":
+    import kvbench.sweep.command
+    from kvbench.cli import main
+
+    kvbench.sweep.command.REAL = PARTS
+    main()

@@ -1,0 +1,278 @@
+"""The command line: what goes to which stream, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvbench.cli import app
+from kvbench.sweep import command
+
+TOY = Path(__file__).parent / "sweep" / "toy.py"
+
+
+@pytest.fixture(scope="module")
+def toy():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("kvbench_toy_cli", TOY)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kvbench(tmp_path, monkeypatch, toy):
+    """`kvbench ARGUMENTS` over the toy model, in an empty folder."""
+    monkeypatch.setattr(command, "REAL", toy.PARTS)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+def one_error(result, code):
+    """The line of an error, if that is all there is."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_nothing_heavy_is_imported_for_help():
+    """
+    Parsing a command line imports neither torch nor anything else that takes a noticeable time.
+    """
+    heavy = "{'torch', 'transformers', 'lm_eval', 'pandas', 'numpy', 'pydantic', 'rich', 'yaml'}"
+    code = f"import sys, kvbench.cli; print({heavy} & set(sys.modules))"
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert run.stdout == "set()\n"
+
+
+def test_help_lists_the_verbs(kvbench):
+    """
+    --help shows every verb and the exit codes.
+    """
+    result = kvbench("--help")
+
+    assert result.exit_code == 0
+    assert all(verb in result.stdout for verb in ("sweep", "plan", "report", "ls", "doctor", "130 interrupted"))
+
+
+def test_the_version_is_the_packages(kvbench):
+    """
+    --version names the installed version.
+    """
+    from importlib.metadata import version
+
+    assert kvbench("--version").stdout == f"kvbench {version('kvbench')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("swep",), ("sweep",), ("sweep", "c.yaml", "--limt", "3"), ("ls", "dtypse"), ("report", "x", "--format", "xml")],
+)
+def test_wrong_usage_is_2(kvbench, arguments):
+    """
+    An unknown verb, option or value is a usage error.
+    """
+    result = kvbench(*arguments)
+
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+
+
+def test_a_session(kvbench, toy, tmp_path):
+    """
+    plan, sweep, plan, report: results on stdout, progress on stderr, everything in results/<name>.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+
+    before = kvbench("plan", config)
+    assert before.exit_code == 0
+    assert "10 cells: 0 done, 0 failed, 10 to run" in before.stdout
+    assert not (tmp_path / "results").exists()
+
+    swept = kvbench("sweep", config)
+    assert swept.exit_code == 0
+    assert swept.stdout == ""
+    assert "10 of 10 cells done" in swept.stderr
+
+    assert "10 cells: 10 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
+
+    report = kvbench("report", "results/toys")
+    assert report.exit_code == 0
+    assert report.stderr == ""
+    assert report.stdout.splitlines()[-1] == "results/toys/report.md · report.csv · report.json"
+    assert all((tmp_path / "results/toys" / f"report.{kind}").is_file() for kind in ("md", "csv", "json"))
+
+
+def test_a_table_is_never_cut(kvbench, toy, tmp_path, monkeypatch):
+    """
+    However narrow the terminal, every name and number is whole.
+    """
+    monkeypatch.setenv("COLUMNS", "20")
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int4:int2"])
+    kvbench("sweep", config)
+
+    for output in (kvbench("report", "results/toys").stdout, kvbench("plan", config).stdout):
+        assert "int4_per_token_head:int2_per_token_head" in output
+        assert "randomized_hadamard:hadamard" in output
+        assert "…" not in output
+
+
+@pytest.mark.parametrize("kind", ["md", "csv", "json"])
+def test_other_formats_are_pure(kvbench, toy, tmp_path, kind):
+    """
+    Markdown, CSV and JSON on stdout are what is written to the file, and nothing else.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml"))
+
+    result = kvbench("report", "results/toys", "--format", kind)
+
+    assert result.stdout == (tmp_path / f"results/toys/report.{kind}").read_text()
+    assert result.stderr.startswith("results/toys/report.md")
+
+
+def test_a_dry_run_runs_nothing(kvbench, toy, tmp_path):
+    """
+    --dry-run is the plan.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+
+    result = kvbench("sweep", config, "--dry-run", "--only", "dtype=int4")
+
+    assert result.exit_code == 0
+    assert "2 cells: 0 done, 0 failed, 2 to run" in result.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_plan_as_json(kvbench, toy, tmp_path):
+    """
+    A row a cell, with its true bits, its bytes and its state.
+    """
+    rows = json.loads(kvbench("plan", toy.write_config(tmp_path / "toys.yaml"), "--format", "json").stdout)
+
+    assert len(rows) == 10
+    assert {row["status"] for row in rows} == {"to run"}
+    assert {row["dtype"]: row["kv_bytes_per_token"] for row in rows}["int2_per_token_head"] == 3 * 2 * 2 * (16 + 4)
+
+
+def test_a_plan_says_what_is_missing(kvbench, toy, tmp_path):
+    """
+    A model and data that are not here are named with what to do; the rest of the plan stands.
+    """
+    config = toy.write_config(
+        tmp_path / "toys.yaml", model="absent", tasks=["toy_a", {"task": "toy_b", "lacks": "toy_b wants a file"}]
+    )
+
+    result = kvbench("plan", config)
+
+    assert result.exit_code == 0
+    assert "  model absent: fetch it from somewhere\n  toy_b wants a file\n" in result.stdout
+    assert "10 to run" in result.stdout
+
+
+def test_a_quick_look_is_marked(kvbench, toy, tmp_path):
+    """
+    --limit is marked in the progress, the plan and the report.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+
+    assert "NOT A REAL SCORE" in kvbench("sweep", config, "--limit", 5).stderr
+    assert "NOT A REAL SCORE" in kvbench("plan", config, "--limit", 5).stdout
+    assert "NOT A REAL SCORE" in kvbench("report", "results/toys").stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "code", "message"),
+    [
+        ({"dtypes": ["int99"]}, [], 2, "toys.yaml:"),
+        ({"model": "nobody"}, [], 2, "unknown model 'nobody': did you mean toy?"),
+        ({"tasks": ["gsm"]}, [], 2, "unknown task 'gsm'"),
+        ({"model": "odd"}, [], 2, "model odd: head_dim 63 does not fit int4_per_token_head"),
+        ({"model": "absent"}, [], 4, "model absent: fetch it from somewhere"),
+        ({}, ["--only", "dtype=int99"], 2, "--only dtype=int99: unknown dtype 'int99'"),
+        ({}, ["--only", "dtype=int8", "--skip", "task=toy_*"], 2, "leave no cell"),
+        ({}, ["--set", "tasks[7]=x"], 2, "there is no tasks[7]"),
+    ],
+)
+def test_bad_input_is_one_message(kvbench, toy, tmp_path, changes, options, code, message):
+    """
+    What a person got wrong is said without a traceback, with its exit code, and nothing is written.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", **changes)
+
+    assert message in one_error(kvbench("sweep", config, *options), code)
+    assert not (tmp_path / "results/toys/cells").exists()
+
+
+def test_a_failed_cell_is_3_and_a_living_canary_1(kvbench, toy, tmp_path, monkeypatch):
+    """
+    The exit code of a sweep says whether its numbers can be used.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "fails": "int2"}])
+    assert kvbench("sweep", config).exit_code == 3
+
+    monkeypatch.setenv("TOY_IGNORES_CACHE", "1")
+    assert kvbench("sweep", config, "--fresh").exit_code == 1
+
+
+def test_nothing_to_report_is_5_and_no_folder_2(kvbench, tmp_path):
+    """
+    A folder that is no run has nothing to report; one that is not there is a mistake.
+    """
+    (tmp_path / "empty").mkdir()
+
+    assert "is no run folder" in one_error(kvbench("report", "empty"), 5)
+    assert "no folder absent" in one_error(kvbench("report", "absent"), 2)
+
+
+@pytest.mark.parametrize("what", ["dtypes", "rotations", "models", "tasks"])
+def test_lists_are_tables_and_json(kvbench, what):
+    """
+    Every list can be read by a person and by a program.
+    """
+    rows = json.loads(kvbench("ls", what, "--format", "json").stdout)
+    table = kvbench("ls", what).stdout.splitlines()
+
+    assert rows[0]["name"]
+    assert len(table) == len(rows) + 2
+    assert table[2].startswith(rows[0]["name"])
+
+
+def test_dtypes_carry_their_true_bits(kvbench):
+    """
+    Bits a value at head_dim 128 count the scale; `auto` has the model's own.
+    """
+    bits = {
+        row["name"]: row["bits_per_value"] for row in json.loads(kvbench("ls", "dtypes", "--format", "json").stdout)
+    }
+
+    assert bits["auto"] is None
+    assert (bits["fp16"], bits["int8_per_token_head"], bits["int4_per_token_head"]) == (16.0, 8.25, 4.25)
+    assert bits["int2_per_token_head"] == 2.25
+
+
+def test_a_closed_pipe_is_no_error():
+    """
+    `kvbench ls tasks | head` ends quietly.
+    """
+    code = "import sys; from kvbench.cli import main; sys.argv = ['kvbench', 'ls', 'tasks']; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+
+    assert process.stderr.read() == b""
+    process.wait(60)

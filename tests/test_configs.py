@@ -1,0 +1,50 @@
+"""The configurations that ship with kvbench can be used as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvbench.dtypes import all_dtypes
+from kvbench.sweep.command import Options, plan_lacks, plan_tables, prepare
+from kvbench.sweep.config import load_sweep
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SWEEPS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\ntasks:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_config_can_be_planned_offline(path, tmp_path):
+    """
+    Every sweep validates and is laid out without a network; what it lacks here it says with what to do.
+    """
+    planned = prepare(path, Options(output=tmp_path))
+
+    assert planned.sweep.name == path.stem
+    assert planned.cells[0].baseline
+    assert plan_tables(planned)
+    assert all(len(line) > 20 for line in plan_lacks(planned))
+
+
+def test_the_quickstart_needs_nothing_from_outside():
+    """
+    It runs on the embedded model and built-in texts, over six dtypes at least and both rotations of int4 and int2.
+    """
+    sweep = load_sweep(CONFIGS / "quickstart.yaml")
+    schemes = {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()}
+
+    assert all(not task.missing() for task in sweep.make_tasks())
+    assert len({dtype for dtype, _ in schemes}) >= 6
+    assert {("int4_per_token_head", "none"), ("int4_per_token_head", "randomized_hadamard")} <= schemes
+    assert {("int2_per_token_head", "none"), ("int2_per_token_head", "hadamard")} <= schemes
+
+
+def test_the_qwen_table_has_every_dtype_with_its_default_rotation():
+    """
+    It is the table that the 2- and 4-bit caches were proposed with.
+    """
+    sweep = load_sweep(CONFIGS / "qwen.yaml")
+
+    wanted = {(name, dtype.default_rotation) for name, dtype in all_dtypes().items() if name not in ("auto", "bf16")}
+    assert {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()} == wanted
