@@ -117,7 +117,8 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
         ValueError: the text has too few tokens.
     """
     bos = begins_with(tokenizer)
-    tokens = tokenizer.encode(source, add_special_tokens=False)
+    # not verbose: the whole text is longer than the model takes, its pieces are not
+    tokens = tokenizer.encode(source, add_special_tokens=False, verbose=False)
     length = context - len(bos)
     blocks = len(tokens) // length if length > 0 else 0
     if blocks < documents:
