@@ -39,5 +39,5 @@ int4_per_token_head = Int4PerTokenHead(
     Affine("in_scale"),
     "per_token_head",
     default_rotation="randomized_hadamard",
-    source="int4 per-token-head KV cache, https://github.com/vllm-project/vllm/pull/40835",
+    source="vLLM's int4 per-token-head KV cache, https://github.com/vllm-project/vllm/pull/39074 and 40835",
 )

@@ -29,5 +29,5 @@ int8_per_token_head = Int8PerTokenHead(
     8,
     Affine("none"),
     "per_token_head",
-    source="vLLM's int8 per-token-head KV cache, https://github.com/vllm-project/vllm/pull/39074",
+    source="vLLM's int8 per-token-head KV cache",
 )
