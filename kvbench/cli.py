@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kvbench.report.tables import Table
     from kvbench.sweep.command import Options, Planned
 
-# 0, 1 and 3 come from the sweep itself
-BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 2, 4, 5, 130
+# 3 comes from the sweep itself
+GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 1, 2, 4, 5, 130
 
 EPILOG = (
     "Exit codes: 0 all done and gates passed; 1 a gate failed; 2 bad usage or config; 3 finished, some cells failed; "
@@ -48,6 +48,15 @@ class ReportFormat(StrEnum):
     MD = "md"
     CSV = "csv"
     JSON = "json"
+
+
+class Operation(StrEnum):
+    """What a kernel does."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    WRITE = "write"
+    MIXED = "mixed"
 
 
 class ListFormat(StrEnum):
@@ -170,6 +179,97 @@ def report(
     else:
         names = " · ".join([str(first), *(path.name for path in others)])
         print(names, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+
+
+@app.command()
+def kernel(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="Grids from a YAML file, instead of options.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="A dtype, or KEY:VALUE; repeatable.  [default: all]")
+    ] = None,
+    rotation: Annotated[
+        list[str] | None, typer.Option("--rotation", help="A rotation; repeatable.  [default: each dtype's own]")
+    ] = None,
+    op: Annotated[
+        Operation, typer.Option("--op", help="One new token a sequence, many, a mixture; or writing to the cache.")
+    ] = Operation.DECODE,
+    batch: Annotated[str, typer.Option(metavar="GRID", help="Sequences (for write: tokens), 1,8 or 1..64.")] = "1,8,32",
+    context: Annotated[str, typer.Option(metavar="GRID", help="Tokens of a sequence, 8k,32k or 1k..32k.")] = "8k,32k",
+    prefix: Annotated[
+        str | None, typer.Option(metavar="N", help="Of these, tokens cached before a prefill: 28k.")
+    ] = None,
+    heads: Annotated[str, typer.Option(metavar="QUERY/KV", help="Heads.")] = "32/8",
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 64,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="CONFIG", help="Heads and head_dim of a model's config.json.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also time torch's 16-bit attention.")] = True,
+    timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
+    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Also write the rows, all samples kept, as JSON.")
+    ] = None,
+) -> None:
+    """Check the attention kernels, and time them on a GPU.
+
+    Each shape is first compared with plain torch in float64; no time is shown where that fails. Without a GPU only the
+    comparison runs, at a small size in Triton's interpreter.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        if timed:
+            fail("there is no GPU here to time on; without --timed the correctness gates run", UNUSABLE)
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
+    from kvbench.dtypes import all_dtypes
+    from kvbench.environment import describe
+    from kvbench.timing import KernelRequest, Shape, load_requests, parse_grid, render, run, shape_of_model
+
+    try:
+        if config:
+            requests = load_requests(config)
+        else:
+            query_heads, _, kv_heads = heads.partition("/")
+            if not (query_heads.isdigit() and kv_heads.isdigit()):
+                raise ValueError(f"heads are QUERY/KV, such as 32/8, not '{heads}'")
+            given = Shape(int(query_heads), int(kv_heads), head_dim, page_size)
+            requests = [
+                KernelRequest(
+                    dtypes=tuple(dtype or [name for name in all_dtypes() if name != "auto"]),
+                    rotations=tuple(rotation or ()),
+                    op=op.value,
+                    batches=parse_grid(batch),
+                    contexts=parse_grid(context),
+                    shape=shape_of_model(model, page_size) if model else given,
+                    prefix=parse_grid(prefix)[0] if prefix else 0,
+                    peers=peers,
+                )
+            ]
+        done = [run(request, lambda row: print(_progress(row), file=sys.stderr)) for request in requests]
+    except (OSError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    rows = [row for timings in done for row in timings.rows]
+    if as_format == ReportFormat.JSON:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("\n\n".join(render(timings, as_format.value) for timings in done))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"command": ["kvbench", *sys.argv[1:]], "environment": describe(), "rows": rows}
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(output, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+    if not all(timings.passed for timings in done):
+        raise typer.Exit(GATE_FAILED)
+
+
+def _progress(row: dict[str, Any]) -> str:
+    """One line of a kernel's row, as it is done."""
+    took = "" if row["us"] is None else f"   {row['us']:.1f} µs"
+    return f"{row['op']} · {row['dtype']} · {row['rotation']} · batch {row['batch']}   {row['gate']}{took}"
 
 
 @app.command()

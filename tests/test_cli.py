@@ -276,3 +276,34 @@ def test_a_closed_pipe_is_no_error():
 
     assert process.stderr.read() == b""
     process.wait(60)
+
+
+def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
+    """
+    Without a GPU `kvbench kernel` compares each dtype with its definition, shows no time, and says so; exit 0.
+    """
+    small = ("--heads", "4/2", "--head-dim", "64", "--page-size", "16", "--output", "out/kernel.json")
+    result = kvbench("kernel", "--dtype", "int2", *small)
+    rows = json.loads(Path("out/kernel.json").read_text())["rows"]
+
+    assert result.exit_code == 0, result.output
+    assert "nothing was timed" in result.stdout
+    assert [(row["dtype"], row["gate"], row["us"]) for row in rows] == [("int2_per_token_head", "ok", None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--timed"], 4, "error: there is no GPU here to time on"),
+        (["--dtype", "int3"], 2, "error: unknown dtype 'int3': did you mean int2?"),
+        (["--heads", "32"], 2, "error: heads are QUERY/KV, such as 32/8, not '32'"),
+        (["--heads", "9/4"], 2, "error: 9 query heads are no multiple of 4 KV heads"),
+        (["--batch", "many"], 2, "error: 'many' is no number: write 32768 or 32k"),
+        (["nowhere.yaml"], 2, "error: "),
+    ],
+)
+def test_bad_kernel_options_are_one_line(kvbench, arguments, code, message):
+    """
+    What is wrong, alone on stderr, with the exit code of its kind.
+    """
+    assert one_error(kvbench("kernel", *arguments), code).startswith(message)

@@ -10,7 +10,7 @@ from kvbench.attention import reference
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
 
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "triton"]
 
 __all__ = ["Batch", "Implementation", "attend"]
 
@@ -32,9 +32,16 @@ def attend(
     q: [T, HQ, D], not rotated, the new tokens of `batch`, whose keys and values are in the cache already.
     scaling: factor of the scores. sliding_window: a query sees itself and the window - 1 tokens before it.
     softcap: c in c·tanh(score / c). sinks: [HQ], one more logit a head that takes probability and gives nothing.
-    impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise.
+    impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
+    is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
     """
-    assert impl == "reference"
+    if impl == "triton":
+        # imported here, for Triton decides on import whether it interprets
+        from kvbench.attention import triton
+
+        return triton.attend(
+            q, cache, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )
     return reference.attend(
         q, cache, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
     )

@@ -1,0 +1,113 @@
+"""What a kernel must know of the bytes it reads: plain data, handed over by whoever owns the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench_kernels import unpack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one row of keys or values is stored.
+
+    kind: one of the constants of `unpack`.
+    bits: bits of one code: 16 (FLOAT), 8 (E4M3, SIGNED), 4 or 2. Codes under 8 bits are packed into 16-bit words: word
+        j of W holds the codes of channels j, j+W, j+2W, ... from its low bits up.
+    codebook: SYMMETRIC4 and TABLE: the value of each code, rising.
+    """
+
+    kind: int
+    bits: int
+    codebook: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        allowed = {
+            unpack.FLOAT.value: (16,),
+            unpack.E4M3.value: (8,),
+            unpack.SIGNED.value: (8,),
+            unpack.UNSIGNED.value: (2, 4),
+            unpack.SYMMETRIC4.value: (2,),
+            unpack.TABLE.value: (1, 2, 4),
+        }
+        if self.bits not in allowed.get(self.kind, ()):
+            raise ValueError(
+                f"no kernel decodes kind {self.kind} at {self.bits} bits; it needs {allowed.get(self.kind)}"
+            )
+        if self.kind >= unpack.SYMMETRIC4.value and len(self.codebook) != 1 << self.bits:
+            raise ValueError(f"a codebook of {self.bits} bits has {1 << self.bits} values, not {len(self.codebook)}")
+
+    @classmethod
+    def of_codebook(cls, values: tuple[float, ...]) -> Layout:
+        """The layout of a codebook dtype: SYMMETRIC4 where the values allow it."""
+        bits = (len(values) - 1).bit_length()
+        symmetric = len(values) == 4 and values[0] == -values[3] and values[1] == -values[2]
+        return cls((unpack.SYMMETRIC4 if symmetric else unpack.TABLE).value, bits, values)
+
+    def words(self, head_dim: int) -> int:
+        """16-bit words of a row's codes."""
+        if head_dim * self.bits % 16:
+            raise ValueError(f"head_dim {head_dim} does not fill 16-bit words at {self.bits} bits")
+        return head_dim * self.bits // 16
+
+    @property
+    def unit(self) -> float:
+        """SYMMETRIC4: the distance of the lower two values, which the streams count in. Otherwise 1."""
+        return self.codebook[1] - self.codebook[0] if self.kind == unpack.SYMMETRIC4.value else 1.0
+
+    @property
+    def step(self) -> float:
+        """SYMMETRIC4: how far the inner two values lie farther apart than half a unit each, in units. Otherwise 0."""
+        return 1.5 + self.codebook[0] / self.unit if self.kind == unpack.SYMMETRIC4.value else 0.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """The keys or the values of one layer.
+
+    codes: [P, HKV, S, code_bytes] uint8, contiguous; FLOAT: also [P, HKV, S, D] of the 16-bit type itself.
+    scale: [P, HKV, S] float32, one a row; or one float32 of no dimension for all; or None.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    layout: Layout
+    storage: torch.dtype = torch.float16  # FLOAT: which 16-bit type the bytes are
+
+    @property
+    def words(self) -> Tensor:
+        """The codes as int16 words, or as the 16-bit floats they are."""
+        return self.codes.view(self.storage if self.layout.kind == unpack.FLOAT.value else torch.int16)
+
+    @property
+    def scale_dims(self) -> int:
+        """1: a scale each row. 0: one for all. -1: none."""
+        return -1 if self.scale is None else min(self.scale.dim(), 1)
+
+    @property
+    def constants(self) -> tuple[object, ...]:
+        """The kernels' constants KIND, BITS, CODEBOOK, UNIT, STEP and SCALE of this side."""
+        layout = self.layout
+        return layout.kind, layout.bits, layout.codebook, layout.unit, layout.step, self.scale_dims
+
+
+def check(q: Tensor, k: Side, v: Side) -> None:
+    """Raises ValueError where these tensors do not fit together."""
+    query_heads, head_dim = q.shape[-2:]
+    for name, side in (("k", k), ("v", v)):
+        shape = side.codes.shape
+        if not side.codes.is_contiguous():
+            raise ValueError(f"{name}.codes is not contiguous; pass the whole cache, not a view of it")
+        if side.words.shape[-1] != side.layout.words(head_dim) or len(shape) != 4:
+            raise ValueError(f"{name}.codes is {list(shape)}, not [P, HKV, S, {2 * side.layout.words(head_dim)} bytes]")
+        if side.scale_dims == 1 and side.scale is not None and side.scale.shape != shape[:3]:
+            raise ValueError(f"{name}.scale is {list(side.scale.shape)}, not {list(shape[:3])}")
+        if side.layout.kind == unpack.UNSIGNED.value and side.scale_dims != 1:
+            raise ValueError(f"{name}: unsigned codes hide their zero-point in a scale a row, which is missing")
+    if k.codes.shape[:3] != v.codes.shape[:3]:
+        raise ValueError(f"k and v differ in pages, heads or page size: {list(k.codes.shape)}, {list(v.codes.shape)}")
+    if query_heads % k.codes.shape[1]:
+        raise ValueError(f"{query_heads} query heads are no multiple of {k.codes.shape[1]} KV heads")

@@ -1,0 +1,311 @@
+"""The write: new keys and values turned, quantized, packed and put into their slots by one launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvbench_kernels.hadamard import Turn, butterfly, span
+from kvbench_kernels.layout import Side
+from kvbench_kernels.tuning import INTERPRETED
+
+# how a row becomes codes
+ROUND_FLOAT = tl.constexpr(0)  # to the 16-bit type
+ROUND_E4M3 = tl.constexpr(1)  # x / scale, saturated
+ROUND_E4M3_ROW = tl.constexpr(2)  # x * (1 / s), s = absmax / 448
+ROUND_INT8_ROW = tl.constexpr(3)  # x * (1 / s), s = absmax / 127
+ROUND_UNSIGNED_ROW = tl.constexpr(4)  # x / s + zero, s = (max - min) / largest code
+ROUND_NORM4_ROW = tl.constexpr(5)  # cut at 0 and ±threshold norms, s = norm / sqrt(D)
+
+_SMALLEST = tl.constexpr(1e-6)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """kind: one of the constants above.  threshold: ROUND_NORM4_ROW's, for a row of unit variance."""
+
+    kind: int
+    threshold: float = 0.0
+
+
+@triton.jit
+def _half_away(x):
+    return tl.where(x < 0, -tl.floor(tl.abs(x) + 0.5), tl.floor(tl.abs(x) + 0.5))
+
+
+@triton.jit
+def _to_e4m3(x):
+    """The e4m3 codes (int32) of x within ±448, to the nearest even; NaN becomes 0x7F.
+
+    In integers, since the interpreter's own cast truncates.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # 2^14 has the smallest e4m3 step, 2^-9, as its last bit: the addition rounds
+    small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+    return tl.where(x == x, code, 0x7F)
+
+
+@triton.jit
+def _store_side(
+    x_ptr,
+    signs_ptr,
+    codes_ptr,
+    scale_ptr,
+    row,
+    to,
+    stride_t,
+    stride_h,
+    stride_d,
+    factor,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROUND: tl.constexpr,
+    BITS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROOT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    """Rows `row` of x into the cache's rows `to`, those at -1 skipped."""
+    COUNT: tl.constexpr = D // SPAN
+    inside = to >= 0
+    d = tl.arange(0, SPAN)[None, :]
+    at = x_ptr + (row // HKV * stride_t + row % HKV * stride_h)[:, None]
+    x = ()
+    for i in tl.static_range(COUNT):
+        tile = tl.load(at + (i * SPAN + d) * stride_d, mask=inside[:, None], other=0.0).to(tl.float32)
+        if signs_ptr is not None:
+            tile *= tl.load(signs_ptr + i * SPAN + d)
+        x = x + (tile,)  # [BLOCK_R, SPAN]
+    if BLOCK > 1:
+        turned = ()
+        x = butterfly(x, BLOCK)
+        for i in tl.static_range(COUNT):
+            turned = turned + (x[i] * factor,)
+        x = turned
+
+    # the scale
+    if ROUND == ROUND_E4M3_ROW or ROUND == ROUND_INT8_ROW or ROUND == ROUND_UNSIGNED_ROW:
+        low = x[0]
+        high = x[0]
+        is_nan = x[0] != x[0]
+        for i in tl.static_range(1, COUNT):
+            low = tl.minimum(low, x[i])
+            high = tl.maximum(high, x[i])
+            is_nan = is_nan | (x[i] != x[i])
+        low = tl.min(low, axis=1)
+        high = tl.max(high, axis=1)
+        if ROUND == ROUND_UNSIGNED_ROW:
+            scale = tl.div_rn(high - low, (1 << BITS) - 1.0)
+        elif ROUND == ROUND_INT8_ROW:
+            scale = tl.div_rn(tl.maximum(high, -low), 127.0)
+        else:
+            scale = tl.div_rn(tl.maximum(high, -low), 448.0)
+        scale = tl.maximum(scale, _SMALLEST)
+        scale = tl.where(tl.max(is_nan.to(tl.int32), axis=1) > 0, float("nan"), scale)  # [BLOCK_R]
+    if ROUND == ROUND_NORM4_ROW:
+        # squares are added by halving the row, which is the definition's order
+        squares = ()
+        for i in tl.static_range(COUNT):
+            squares = squares + (x[i] * x[i],)
+        for m in tl.static_range(9, -1, -1):
+            if 1 << m < len(squares):
+                halved = ()
+                for i in tl.static_range(1 << m):
+                    if i + (1 << m) < len(squares):
+                        halved = halved + (squares[i] + squares[i + (1 << m)],)
+                    else:
+                        halved = halved + (squares[i],)
+                squares = halved
+        total = squares[0]
+        for m in tl.static_range(3, -1, -1):
+            if 1 << m < SPAN:
+                total = tl.sum(tl.reshape(total, [total.shape[0], 2, 1 << m]), axis=1)
+        norm = tl.sqrt_rn(tl.reshape(total, [total.shape[0]]) + 1e-12)
+        scale = tl.div_rn(norm, ROOT)
+
+    # the codes
+    if ROUND == ROUND_E4M3:
+        scale = row.to(tl.float32) * 0 + 1.0
+        if HAS_SCALE:
+            scale = scale * tl.load(scale_ptr)
+    if ROUND == ROUND_E4M3_ROW or ROUND == ROUND_INT8_ROW:
+        inverse = tl.div_rn(scale * 0 + 1.0, scale)[:, None]
+    if ROUND == ROUND_NORM4_ROW:
+        # two roundings, as torch divides a number by a tensor
+        inverse = (tl.div_rn(norm * 0 + 1.0, norm) * ROOT)[:, None]
+    if ROUND == ROUND_UNSIGNED_ROW:
+        largest: tl.constexpr = (1 << BITS) - 1.0
+        zero = tl.minimum(tl.maximum(_half_away(tl.div_rn(-low, scale)), 0.0), largest)
+    if ROUND == ROUND_FLOAT:
+        for i in tl.static_range(COUNT):
+            to_at = codes_ptr + (to * D)[:, None] + i * SPAN + d
+            tl.store(to_at, x[i].to(codes_ptr.dtype.element_ty), mask=inside[:, None])
+    else:
+        if ROUND != ROUND_E4M3:
+            # a row without a finite scale reads back as NaN throughout
+            whole = tl.abs(scale) < float("inf")
+        codes = ()
+        for i in tl.static_range(COUNT):
+            if ROUND == ROUND_E4M3:
+                code = _to_e4m3(_clamp(tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape)), 448.0))
+            elif ROUND == ROUND_E4M3_ROW:
+                code = _to_e4m3(_clamp(x[i] * inverse, 448.0))
+            elif ROUND == ROUND_INT8_ROW:
+                code = tl.minimum(tl.maximum(_half_away(x[i] * inverse), -128.0), 127.0).to(tl.int32)
+            elif ROUND == ROUND_UNSIGNED_ROW:
+                value = tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape)) + zero[:, None]
+                code = tl.minimum(tl.maximum(_half_away(value), 0.0), largest).to(tl.int32)
+            else:
+                z = x[i] * inverse
+                code = (z > -THRESHOLD).to(tl.int32) + (z > 0).to(tl.int32) + (z > THRESHOLD).to(tl.int32)
+            if ROUND != ROUND_E4M3:
+                code = tl.where(whole[:, None], code, 0)
+            codes = codes + (code,)
+        if BITS == 8:
+            for i in tl.static_range(COUNT):
+                tl.store(codes_ptr + (to * D)[:, None] + i * SPAN + d, codes[i].to(tl.int8), mask=inside[:, None])
+        else:
+            # word j of W takes the codes of channels j, j+W, j+2W, ...
+            WORDS: tl.constexpr = D * BITS // 16
+            for i in tl.static_range(WORDS // SPAN):
+                word = codes[i]
+                for stream in tl.static_range(1, 16 // BITS):
+                    word = word | (codes[i + stream * (WORDS // SPAN)] << (stream * BITS))
+                tl.store(codes_ptr + (to * WORDS)[:, None] + i * SPAN + d, word.to(tl.int16), mask=inside[:, None])
+        if ROUND != ROUND_E4M3:
+            if ROUND == ROUND_UNSIGNED_ROW:
+                bits = (scale.to(tl.int32, bitcast=True) & ~((1 << BITS) - 1)) | zero.to(tl.int32)
+                scale = bits.to(tl.float32, bitcast=True)
+            tl.store(scale_ptr + to, tl.where(whole, scale, float("nan")), mask=inside)
+
+
+@triton.jit
+def _clamp(x, LIMIT: tl.constexpr):
+    """x within ±LIMIT; NaN stays NaN."""
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+
+
+@triton.jit
+def _store_kernel(
+    k_ptr,  # [T, HKV, D] any float, any strides
+    v_ptr,
+    k_signs_ptr,  # [D] float32, or None
+    v_signs_ptr,
+    k_codes_ptr,  # [P, HKV, S, ...]: the 16-bit type, int8, or int16 words
+    v_codes_ptr,
+    k_scale_ptr,  # [P, HKV, S] float32, one float32, or None
+    v_scale_ptr,
+    slots_ptr,  # [T] int64: page * S + offset, or -1
+    rows,  # T * HKV
+    k_factor,
+    v_factor,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_vd,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    ROOT: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    K_SPAN: tl.constexpr,
+    K_ROUND: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_THRESHOLD: tl.constexpr,
+    K_HAS_SCALE: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    V_SPAN: tl.constexpr,
+    V_ROUND: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_THRESHOLD: tl.constexpr,
+    V_HAS_SCALE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: BLOCK_R rows (token, head); the grid's second axis is keys, values."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    slot = tl.load(slots_ptr + row // HKV, mask=row < rows, other=-1)
+    to = tl.where(slot >= 0, (slot // S * HKV + row % HKV) * S + slot % S, -1)
+    if tl.program_id(1) == 0:
+        _store_side(
+            k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, row, to, stride_kt, stride_kh, stride_kd, k_factor,
+            HKV, D, K_BLOCK, K_SPAN, K_ROUND, K_BITS, K_THRESHOLD, ROOT, K_HAS_SCALE,
+        )  # fmt: skip
+    else:
+        _store_side(
+            v_ptr, v_signs_ptr, v_codes_ptr, v_scale_ptr, row, to, stride_vt, stride_vh, stride_vd, v_factor,
+            HKV, D, V_BLOCK, V_SPAN, V_ROUND, V_BITS, V_THRESHOLD, ROOT, V_HAS_SCALE,
+        )  # fmt: skip
+
+
+def store(
+    k: Tensor,
+    v: Tensor,
+    k_side: Side,
+    v_side: Side,
+    k_rounding: Rounding,
+    v_rounding: Rounding,
+    slot_mapping: Tensor,
+    *,
+    k_turn: Turn | None = None,
+    v_turn: Turn | None = None,
+) -> None:
+    """Turn, quantize and write new tokens.
+
+    k, v: [T, HKV, D], any strides.  slot_mapping: [T] int64, page * S + offset; -1 skips the token.
+
+    A row with NaN or ±inf gets codes 0 and the scale NaN, where rows have scales.
+    """
+    tokens, kv_heads, head_dim = k.shape
+    if tokens == 0:
+        return
+    k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
+    # few rows: more programs, so that all multiprocessors take part
+    block_r = 32 if INTERPRETED else 4 if tokens * kv_heads <= 1024 else 8
+    _store_kernel[(triton.cdiv(tokens * kv_heads, block_r), 2)](
+        k,
+        v,
+        k_turn.signs,
+        v_turn.signs,
+        _codes(k_side),
+        _codes(v_side),
+        k_side.scale,
+        v_side.scale,
+        slot_mapping,
+        tokens * kv_heads,
+        k_turn.write_factor,
+        v_turn.write_factor,
+        *k.stride(),
+        *v.stride(),
+        kv_heads,
+        head_dim,
+        k_side.codes.shape[2],
+        head_dim**0.5,
+        *_constants(k_side, k_rounding, k_turn, head_dim),
+        *_constants(v_side, v_rounding, v_turn, head_dim),
+        BLOCK_R=block_r,
+        num_warps=1,
+        # a fused multiply-add would round a sum of squares once where the definition rounds twice
+        enable_fp_fusion=False,
+    )
+
+
+def _codes(side: Side) -> Tensor:
+    return side.codes.view(torch.int8) if side.layout.bits == 8 else side.words
+
+
+def _constants(side: Side, rounding: Rounding, turn: Turn, head_dim: int) -> tuple[object, ...]:
+    """The kernel's constants BLOCK, SPAN, ROUND, BITS, THRESHOLD and HAS_SCALE."""
+    bits = side.layout.bits
+    tile = span(side.layout.words(head_dim) if bits < 8 else head_dim)
+    return turn.block, tile, rounding.kind, bits, rounding.threshold, side.scale is not None

@@ -1,0 +1,193 @@
+"""From 16-bit words of packed codes to fp16 values, in registers.
+
+A tile of words is decoded into **streams**: the codes at one bit position of all words, as tiles of the same shape. A
+value of the cache is `(stream - zero) * scale`; `zero` and `scale` stay outside the dot products. One stream is
+unpacked at a time, just before it is multiplied: all at once would take twice the registers.
+
+Each decoding is written twice. Plain Triton says what it means, and is what the interpreter runs. Inline assembly does
+two words at a time and gives the same bits. Its trick: masked into the mantissa of the fp16 number 2^n, a code c makes
+2^n + c; one addition takes 2^n away and leaves an exact number. That is about one instruction for each value.
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+
+# how the bits of a word become values
+FLOAT = tl.constexpr(0)  # the values themselves, 16 bits each: one stream, no words
+E4M3 = tl.constexpr(1)  # two fp8 values
+SIGNED = tl.constexpr(2)  # two signed bytes
+UNSIGNED = tl.constexpr(3)  # unsigned codes of 2 or 4 bits, each row with a zero-point
+SYMMETRIC4 = tl.constexpr(4)  # 2-bit indices of four values that lie symmetrically about 0
+TABLE = tl.constexpr(5)  # indices of any other codebook
+
+
+def _pair(value: float) -> str:
+    """Two fp16 numbers of this value as a 32-bit literal."""
+    half = int(struct.unpack("<H", struct.pack("<e", value))[0])
+    return f"0x{half:04x}{half:04x}"
+
+
+def _place(bits: int, stream: int) -> tuple[int, int, float]:
+    """By how much a word is shifted to the left, where the stream's codes then begin, and the 2^n around them."""
+    # codes come to lie within the mantissa; those of 2 bits at 4, 6 or 8, where 2^n is small
+    shift = {4: (0, 0, -8, -8), 2: (4, 4, 0, 0, 0, -6, -6, -6)}[bits][stream]
+    place = bits * stream + shift
+    return shift, place, 2.0 ** (10 - place)
+
+
+def _field(bits: int, stream: int, word: str, steps: list[str]) -> str:
+    """Assembly: t = 2^n + code of the two words in register `word`, and then `steps`."""
+    shift, place, base = _place(bits, stream)
+    mask = ((1 << bits) - 1) << place
+    first = f"{'shl' if shift > 0 else 'shr'}.b32 t, {word}, {abs(shift)};" if shift else f"mov.b32 t, {word};"
+    extract = f"lop3.b32 t, t, 0x{mask:04x}{mask:04x}, {_pair(base)}, 0xea;"  # (a & b) | c
+    return "\n".join(["{", ".reg .b32 t, k;", first, extract, *steps, "}"])
+
+
+def _centred(bits: int, stream: int, centre: float) -> str:
+    """code - centre."""
+    base = _place(bits, stream)[2]
+    return _field(bits, stream, "$1", [f"mov.b32 k, {_pair(-base - centre)};", "add.rn.f16x2 $0, t, k;"])
+
+
+def _symmetric(stream: int) -> str:
+    """code - 1.5, and the operand `step` added with the sign of 1.5 - code."""
+    base = _place(2, stream)[2]
+    steps = [
+        f"mov.b32 k, {_pair(-base - 1.5)};",
+        "add.rn.f16x2 t, t, k;",
+        "lop3.b32 k, t, 0x80008000, $2, 0xa6;",  # (~a & b) ^ c
+        "add.rn.f16x2 $0, t, k;",
+    ]
+    return _field(2, stream, "$1", steps)
+
+
+def _halves(stream: int) -> str:
+    """2^n + code, and 1 where code >= 2, else 0, by saturation."""
+    base = _place(2, stream)[2]
+    steps = ["mov.b32 $0, t;", f"mov.b32 k, {_pair(-base - 1)};", "add.sat.f16x2 $1, t, k;"]
+    return _field(2, stream, "$2", steps)
+
+
+def _e4m3(stream: int) -> str:
+    return (
+        "{\n.reg .b32 t;\n.reg .b16 pair, none;\n"
+        f"prmt.b32 t, $1, 0, {('0x4420', '0x4431')[stream]};\n"
+        "mov.b32 {pair, none}, t;\ncvt.rn.f16x2.e4m3x2 $0, pair;\n}"
+    )
+
+
+def _signed(stream: int) -> str:
+    # with its sign bit flipped a byte is 128 more; as the mantissa of 1024.0, 1152 more
+    return (
+        "{\n.reg .b32 t, k;\nxor.b32 t, $1, 0x80808080;\n"
+        f"prmt.b32 t, t, 0x64, {('0x4240', '0x4341')[stream]};\n"
+        f"mov.b32 k, {_pair(-1152)};\nadd.rn.f16x2 $0, t, k;\n}}"
+    )
+
+
+_E4M3 = tl.constexpr(tuple(map(_e4m3, range(2))))
+_SIGNED = tl.constexpr(tuple(map(_signed, range(2))))
+_UNSIGNED4 = tl.constexpr(tuple(_centred(4, stream, 8.0) for stream in range(4)))
+_UNSIGNED2 = tl.constexpr(tuple(_centred(2, stream, 2.0) for stream in range(8)))
+_SYMMETRIC4 = tl.constexpr(tuple(map(_symmetric, range(8))))
+_HALVES = tl.constexpr(tuple(map(_halves, range(8))))
+_BASES = tl.constexpr(tuple(_place(2, stream)[2] for stream in range(8)))
+
+
+@triton.jit
+def channels(words, STREAM: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """The channels whose codes are stream STREAM: bytes lie one after the other, smaller codes WORDS channels apart."""
+    if BITS == 8:
+        return words * 2 + STREAM
+    return words + STREAM * WORDS
+
+
+@triton.jit
+def unpack(
+    words,
+    step,
+    STREAM: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    CODEBOOK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Stream STREAM of a tile of int16 words, in fp16.
+
+    FLOAT: the tile itself. E4M3, SIGNED: the values. UNSIGNED: code - 2^(BITS-1). TABLE: CODEBOOK[code].
+    SYMMETRIC4: code - 1.5, and `step` (fp16) with the sign of 1.5 - code.
+    """
+    if KIND == FLOAT:
+        return words
+    elif KIND == TABLE or not ASSEMBLY:
+        return _unpack_plain(words, step, STREAM, KIND, BITS, CODEBOOK)
+    elif KIND == E4M3:
+        return tl.inline_asm_elementwise(_E4M3[STREAM], "=&r,r", [words], tl.float16, True, 2)
+    elif KIND == SIGNED:
+        return tl.inline_asm_elementwise(_SIGNED[STREAM], "=&r,r", [words], tl.float16, True, 2)
+    elif KIND == SYMMETRIC4:
+        return tl.inline_asm_elementwise(_SYMMETRIC4[STREAM], "=&r,r,r", [words, step], tl.float16, True, 2)
+    elif BITS == 4:
+        return tl.inline_asm_elementwise(_UNSIGNED4[STREAM], "=&r,r", [words], tl.float16, True, 2)
+    else:
+        return tl.inline_asm_elementwise(_UNSIGNED2[STREAM], "=&r,r", [words], tl.float16, True, 2)
+
+
+@triton.jit
+def _unpack_plain(words, step, STREAM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODEBOOK: tl.constexpr):
+    code = (words.to(tl.int32) >> (STREAM * BITS)) & ((1 << BITS) - 1)
+    if KIND == E4M3:
+        # sign and magnitude at fp16's places are 2^-8 times the value
+        bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    elif KIND == SIGNED:
+        value = ((code ^ 0x80) - 0x80).to(tl.float32)
+    elif KIND == UNSIGNED:
+        value = (code - (1 << (BITS - 1))).to(tl.float32)
+    elif KIND == SYMMETRIC4:
+        value = code.to(tl.float32) - 1.5
+        value += tl.where(code < 2, step.to(tl.float32), -step.to(tl.float32))
+    else:
+        value = tl.full(code.shape, CODEBOOK[0], tl.float32)
+        for index in tl.static_range(1, 1 << BITS):
+            value = tl.where(code == index, CODEBOOK[index], value)
+    return value.to(tl.float16)
+
+
+@triton.jit
+def unpack_halves(words, STREAM: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """SYMMETRIC4 in two instructions for two values: `halves_base(STREAM) + code`, and 1 where code >= 2, else 0.
+
+    What `unpack` gives is `first - base - 1.5 + step - 2 step * second`: keys leave that sum to the matrix product.
+    """
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(_HALVES[STREAM], "=&r,=&r,r", [words], (tl.float16, tl.float16), True, 2)
+    else:
+        code = (words.to(tl.int32) >> (STREAM * 2)) & 3
+        return (code.to(tl.float32) + _BASES[STREAM]).to(tl.float16), (code >> 1).to(tl.float16)
+
+
+@triton.jit
+def halves_base(STREAM: tl.constexpr):
+    """The 2^n around the codes of a stream."""
+    return _BASES[STREAM]
+
+
+@triton.jit
+def exp2(x, ASSEMBLY: tl.constexpr):
+    """2^x, results below 2^-126 flushed to 0: one instruction, where tl.exp2 takes four to keep them."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, ASSEMBLY: tl.constexpr):
+    """Base-2 logarithm, -inf below 2^-126: one instruction."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return tl.log2(x)

@@ -1,0 +1,129 @@
+"""Where dtypes meet kernels: a dtype's layout, rounding and rotation as the data that the kernels' launchers take."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from kvbench_kernels import attention, store, unpack
+from kvbench_kernels.hadamard import Turn
+from kvbench_kernels.layout import Layout, Side
+from torch import Tensor
+
+from kvbench.attention.batch import Batch
+from kvbench.cache import PagedCache
+from kvbench.cache.paged import Plane
+from kvbench.dtypes import Affine, Cast, Codebook, Dtype
+from kvbench.dtypes.int2 import THRESHOLD
+from kvbench.rotations import Rotation
+
+# a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
+_ROUNDINGS = {
+    "auto": store.Rounding(store.ROUND_FLOAT.value),
+    "fp16": store.Rounding(store.ROUND_FLOAT.value),
+    "bf16": store.Rounding(store.ROUND_FLOAT.value),
+    "fp8_per_tensor": store.Rounding(store.ROUND_E4M3.value),
+    "fp8_per_token_head": store.Rounding(store.ROUND_E4M3_ROW.value),
+    "int8_per_token_head": store.Rounding(store.ROUND_INT8_ROW.value),
+    "int4_per_token_head": store.Rounding(store.ROUND_UNSIGNED_ROW.value),
+    "int2_per_token_head": store.Rounding(store.ROUND_NORM4_ROW.value, THRESHOLD),
+}
+
+
+def attend(
+    q: Tensor,
+    cache: PagedCache,
+    layer: int,
+    batch: Batch,
+    *,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See kvbench.attention.attend."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    out: Tensor = attention.attend(
+        q,
+        side(keys),
+        side(values),
+        batch.page_table,
+        batch.seq_lens,
+        batch.query_starts,
+        scale=scaling,
+        window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        sinks=None if sinks is None else sinks.to(torch.float32),
+        k_turn=turn(keys.rotation, keys.head_dim, q.device),
+        v_turn=turn(values.rotation, values.head_dim, q.device),
+    )
+    return out
+
+
+def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """What `PagedCache.append` does, in one launch: the same bytes. (A destroyed cache is written by itself.)
+
+    Raises:
+        ValueError: a dtype whose rounding no kernel repeats.
+    """
+    if cache.destroyed:
+        cache.append(layer, k, v, slot_mapping)
+        return
+    keys, values = cache.keys[layer], cache.values[layer]
+    store.store(
+        k,
+        v,
+        side(keys),
+        side(values),
+        rounding(keys.dtype),
+        rounding(values.dtype),
+        slot_mapping,
+        k_turn=turn(keys.rotation, keys.head_dim, k.device),
+        v_turn=turn(values.rotation, values.head_dim, v.device),
+    )
+
+
+def side(plane: Plane) -> Side:
+    """The launchers' view of one plane of a cache."""
+    storage = plane.dtype.decode.storage if isinstance(plane.dtype.decode, Cast) else None
+    scale = plane.scale if plane.scale is not None else plane.tensor_scale
+    return Side(plane.codes, scale, layout(plane.dtype), storage or torch.float16)
+
+
+def layout(dtype: Dtype) -> Layout:
+    """How the kernels read rows of this dtype.
+
+    Raises:
+        ValueError: no kernel decodes it.
+    """
+    decode = dtype.decode
+    if isinstance(decode, Cast) and decode.storage in (torch.float16, torch.bfloat16):
+        return Layout(unpack.FLOAT.value, 16)
+    if isinstance(decode, Cast) and decode.storage == torch.float8_e4m3fn:
+        return Layout(unpack.E4M3.value, 8)
+    if decode == Affine("none") and dtype.code_bits == 8:
+        return Layout(unpack.SIGNED.value, 8)
+    if dtype.code_bits < 8 and dtype.word_bits == 16:
+        if decode == Affine("in_scale"):
+            return Layout(unpack.UNSIGNED.value, dtype.code_bits)
+        if isinstance(decode, Codebook):
+            return Layout.of_codebook(decode.centroids)
+    raise ValueError(f"no kernel decodes {dtype.name}: use impl='reference'")
+
+
+def rounding(dtype: Dtype) -> store.Rounding:
+    """How the write kernel rounds to this dtype.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if dtype.name not in _ROUNDINGS:
+        raise ValueError(f"no kernel rounds to {dtype.name}: append through PagedCache.append")
+    return _ROUNDINGS[dtype.name]
+
+
+@lru_cache(maxsize=64)
+def turn(rotation: Rotation, head_dim: int, device: torch.device) -> Turn:
+    """A rotation as the kernels take it."""
+    signs = rotation.signs(head_dim)
+    return Turn(rotation.block(head_dim), rotation.exponent(head_dim), None if signs is None else signs.to(device))

@@ -1,0 +1,17 @@
+"""How fast the kernels are, and whether they are right: the engine of `kvbench kernel`."""
+
+from kvbench.timing.grid import Timings, run
+from kvbench.timing.request import KernelRequest, Shape, load_requests, parse_grid, shape_of_model
+from kvbench.timing.table import FORMATS, render
+
+__all__ = [
+    "FORMATS",
+    "KernelRequest",
+    "Shape",
+    "Timings",
+    "load_requests",
+    "parse_grid",
+    "render",
+    "run",
+    "shape_of_model",
+]

@@ -1,0 +1,269 @@
+import math
+
+import pytest
+import torch
+from kvbench_kernels.attention import attend
+from kvbench_kernels.hadamard import Turn
+
+from kvbench.attention import Batch
+from kvbench.attention import attend as reference
+from kvbench.attention import triton as kernels
+from kvbench.cache import PagedCache
+from kvbench.dtypes import all_dtypes
+from kvbench.rotations import all_rotations
+from kvbench.schemes import Scheme
+
+GPU = torch.cuda.is_available()
+# `auto` is one of the 16-bit types; bf16 products and casts are wrong in the interpreter
+DTYPES = [name for name in all_dtypes() if name != "auto" and (GPU or name != "bf16")]
+
+
+class Case:
+    """A cache with NaN wherever nothing was written, and a batch over shuffled pages."""
+
+    def __init__(
+        self,
+        dtype,
+        device,
+        *,
+        rotation="none",
+        heads=(4, 2),
+        head_dim=64,
+        page_size=16,
+        seqs=((5, 5), (37, 1)),
+        heavy=False,
+        model=torch.float16,
+    ):
+        hq, hkv = heads
+        self.cache = PagedCache(
+            [(hkv, head_dim)],
+            Scheme.parse(dtype, rotation),
+            pages=2 + sum(-(-n // page_size) for n, _ in seqs),
+            page_size=page_size,
+            model_dtype=model,
+            device=device,
+        )
+        for plane in (*self.cache.keys, *self.cache.values):
+            plane.codes.fill_(0xFF)  # NaN in every floating-point code
+            if plane.scale is not None:
+                plane.scale.fill_(math.nan)
+            if plane.tensor_scale is not None:
+                plane.tensor_scale.fill_(0.02)
+        pages = torch.randperm(self.cache.keys[0].codes.shape[0]).tolist()
+        width = max(-(-n // page_size) for n, _ in seqs)
+        table, slots = [], []
+        for length, new in seqs:
+            own = [pages.pop() for _ in range(-(-length // page_size))]
+            table.append(own + [0] * (width - len(own)))
+            every = torch.tensor(
+                [own[t // page_size] * page_size + t % page_size for t in range(length)], device=device
+            )
+            x = (
+                torch.randn(2, length, hkv, head_dim)
+                if not heavy
+                else torch.distributions.StudentT(2.0).sample((2, length, hkv, head_dim))
+            )
+            self.cache.append(0, x[0].to(model).to(device), x[1].to(model).to(device), every)
+            slots.append(every[length - new :])
+        new = torch.tensor([0] + [n for _, n in seqs])
+        self.batch = Batch(
+            new.cumsum(0).to(torch.int32).to(device),
+            torch.tensor([n for n, _ in seqs], dtype=torch.int32, device=device),
+            torch.tensor(table, dtype=torch.int32, device=device),
+            torch.cat(slots),
+            page_size,
+        )
+        self.q = torch.randn(int(new.sum()), hq, head_dim).to(model).to(device)
+
+    def check(self, q=None, budget=None, **options):
+        """The kernel's relative L2 error and cosine against the float64 oracle."""
+        q = self.q if q is None else q
+        options = {"scaling": self.q.shape[-1] ** -0.5, **options}
+        want = reference(q.double(), self.cache, 0, self.batch, impl="reference", **options)
+        got = kernels.attend(
+            q, self.cache, 0, self.batch, **{"sliding_window": None, "softcap": None, "sinks": None, **options}
+        ).double()
+        assert got.isfinite().all()
+        error = float((got - want).norm() / want.norm())
+        # half a unit in the last place of the output and of the weights, and of the values where they are rounded
+        assert error < (
+            budget or (8e-4 if self.q.dtype == torch.float16 and "bf16" not in self.cache.scheme.dtype_name else 8e-3)
+        )
+        assert float(torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)) > 0.9999
+
+
+@pytest.mark.parametrize("heavy", [False, True], ids=["normal", "heavy-tailed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_is_as_exact_as_sixteen_bits_allow(dtype, heavy, device):
+    """
+    One query a sequence, ragged lengths, several splits, pages in any order, unwritten memory NaN.
+    """
+    Case(dtype, device, seqs=((150, 1), (1, 1), (64, 1)), page_size=64, heavy=heavy).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_chunks_and_single_tokens_mix(dtype, device):
+    """
+    A whole prompt, a chunk after a cached prefix and a decode step in one batch.
+    """
+    Case(dtype, device, seqs=((20, 20), (70, 9), (90, 1))).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_prompts_read_an_unpacked_copy(dtype, device, monkeypatch):
+    """
+    Whether the cache is unpacked in every program or once in memory, the result is as exact.
+    """
+    monkeypatch.setattr("kvbench_kernels.prefill.UNPACK_ROWS", 1)
+    Case(dtype, device, seqs=((40, 40), (23, 5)), heads=(4, 1)).check()
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 192, 256, 512])
+def test_every_head_dim(head_dim, device):
+    """
+    Where D is no power of two, tiles are padded and the result is not.
+    """
+    for dtype in ("int4", "fp8_per_token"):
+        Case(dtype, device, head_dim=head_dim, heads=(2, 1), seqs=((33, 1), (9, 9))).check()
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 2), (16, 1)], ids=str)
+def test_every_group_of_query_heads(heads, device):
+    """
+    Groups of 1, 3 and 16 query heads share a KV head.
+    """
+    Case("int8", device, heads=heads, seqs=((40, 1), (21, 1))).check()
+    Case("int2", device, heads=heads, seqs=((40, 1), (21, 6))).check()
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+def test_every_page_size(page_size, device):
+    """
+    Pages smaller than a tile, and larger.
+    """
+    Case("int4", device, page_size=page_size, seqs=((130, 1), (30, 1))).check()
+    Case("fp16", device, page_size=page_size, seqs=((130, 4), (30, 1))).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sliding_window": 20}, {"softcap": 3.0}, {"sinks": True}, {"sliding_window": 7, "softcap": 2.0, "sinks": True}],
+    ids=str,
+)
+def test_windows_softcaps_and_sinks(options, device):
+    """
+    Each alone and all together, in decode and in chunks.
+    """
+    for dtype, seqs in (("int4", ((100, 1), (30, 1))), ("int2", ((100, 8), (30, 1))), ("fp16", ((100, 1), (9, 9)))):
+        case = Case(dtype, device, seqs=seqs, page_size=64)
+        case.check(**{**options, **({"sinks": torch.randn(4, device=device)} if "sinks" in options else {})})
+
+
+def test_alibi_adds_its_slope_times_the_distance(device):
+    """
+    As a bias on every score, in decode and in chunks.
+    """
+    for seqs in (((50, 1), (20, 1)), ((50, 10), (20, 20))):
+        case = Case("int8", device, seqs=seqs)
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+        batch, plane = case.batch, (case.cache.keys[0], case.cache.values[0])
+        got = attend(
+            case.q,
+            kernels.side(plane[0]),
+            kernels.side(plane[1]),
+            batch.page_table,
+            batch.seq_lens,
+            batch.query_starts,
+            scale=0.125,
+            alibi_slopes=slopes,
+        ).double()
+        for b, (start, end, length) in enumerate(batch.spans):
+            pages = batch.page_table[b].to(torch.int64)
+            k, v = (
+                x.transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(2, 1)
+                for x in case.cache.read(0, pages, torch.float64)
+            )
+            position = torch.arange(length - (end - start), length, device=device)[:, None]
+            distance = (torch.arange(length, device=device)[None] - position).double()
+            score = (
+                torch.einsum("thd,nhd->htn", case.q[start:end].double(), k) * 0.125
+                + slopes.double()[:, None, None] * distance
+            )
+            want = torch.einsum("htn,nhd->thd", score.masked_fill(distance > 0, -math.inf).softmax(-1), v)
+            assert float((got[start:end] - want).norm() / want.norm()) < 8e-4
+
+
+def test_keys_and_values_may_differ(device):
+    """
+    Any pair of dtypes and rotations.
+    """
+    for pair in ("int4:int2", "fp8_per_tensor:int8", "fp16:int4"):
+        for seqs in (((60, 1), (31, 1)), ((60, 12), (31, 1))):
+            Case(pair, device, rotation="randomized_hadamard:hadamard", seqs=seqs).check()
+
+
+@pytest.mark.parametrize("rotation", all_rotations())
+def test_rotated_caches_give_unrotated_outputs(rotation, device):
+    """
+    Queries are turned like the keys and outputs turned back, for a D that is no power of two as well.
+    """
+    for head_dim in (64, 96):
+        Case("int4", device, rotation=rotation, head_dim=head_dim, seqs=((40, 1), (17, 1))).check()
+        Case("int2", device, rotation=rotation, head_dim=head_dim, seqs=((40, 3), (17, 1))).check()
+
+
+def test_queries_may_be_strided_and_of_any_magnitude(device):
+    """
+    A view into a fused projection; scores of 1e-6 and of 1e3 times the usual queries.
+    """
+    case = Case("int4", device, seqs=((40, 1), (17, 1)))
+    fused = torch.randn(2, 4, 3, 64, device=device, dtype=torch.float16)
+    case.check(fused[:, :, 1])
+    case.check(case.q.float() * 1e-6)
+    case.check((case.q.float() * 1e3).to(torch.float32), budget=1e-2)
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter's bf16 casts truncate")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bf16_models(dtype, device):
+    """
+    Queries and outputs in bf16.
+    """
+    Case(dtype, device, model=torch.bfloat16, seqs=((100, 1), (30, 1))).check()
+    Case(dtype, device, model=torch.bfloat16, seqs=((100, 20), (30, 1))).check()
+
+
+def test_a_broken_row_is_seen(device):
+    """
+    A key or value that is not finite makes the outputs that read it NaN, and no others.
+    """
+    case = Case("int4", device, seqs=((40, 1), (17, 1)))
+    page = int(case.batch.page_table[0, 1])
+    case.cache.values[0].scale[page, 1, 3] = math.nan
+    out = kernels.attend(
+        case.q, case.cache, 0, case.batch, scaling=0.125, sliding_window=None, softcap=None, sinks=None
+    )
+    assert out[0, 2:].isnan().all()
+    assert out[0, :2].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_wrong_tensors_are_refused(device):
+    """
+    The launcher says what does not fit.
+    """
+    case = Case("int4", device)
+    k, v = kernels.side(case.cache.keys[0]), kernels.side(case.cache.values[0])
+    with pytest.raises(ValueError, match="query heads"):
+        attend(
+            case.q[:, :3],
+            k,
+            v,
+            case.batch.page_table,
+            case.batch.seq_lens,
+            case.batch.query_starts,
+            scale=1.0,
+            v_turn=Turn(),
+        )
+    with pytest.raises(ValueError, match="bytes"):
+        attend(case.q[..., :32], k, v, case.batch.page_table, case.batch.seq_lens, case.batch.query_starts, scale=1.0)
