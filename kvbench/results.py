@@ -76,7 +76,7 @@ def shown_metric(metric: Metric) -> str:
         return f"{shown_number(value)}{unit}"
     exponent = math.floor(math.log10(stderr))
     digits = -exponent + (1 if f"{stderr:.1e}"[0] == "1" else 0)
-    if digits > 5 or exponent > 3:
+    if (digits > 5 and abs(value) < 0.1) or exponent > 3:
         return f"{value:.1e} ± {stderr:.0e}{unit}"
     places = max(0, digits)
     return f"{value:.{places}f} ± {stderr:.{places}f}{unit}"
