@@ -35,7 +35,7 @@ def test_a_unique_beginning_is_enough(text, name):
     [
         ("fp8", "dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"),
         ("int", "dtype 'int' is not unique: one of int2_per_token_head, int4_per_token_head"),
-        ("nvfp4", r"unknown dtype 'nvfp4': one of auto, bf16, "),
+        ("nvfp4", r"unknown dtype 'nvfp4': one of auto, "),
         ("int3", r"unknown dtype 'int3': did you mean int[24]\?"),
         ("INT2", r"unknown dtype 'INT2': did you mean int2\?"),
         ("int4_per_tokn_head", r"did you mean int4_per_token_head\?"),

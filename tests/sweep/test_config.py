@@ -113,7 +113,7 @@ def with_line(line):
         (
             GOOD.replace("int4]", "{key: int4, value: int5}]"),
             """\
-            bad.yaml:3:35: dtypes[1].value: unknown dtype 'int5': did you mean int8?
+            bad.yaml:3:35: dtypes[1].value: unknown dtype 'int5': did you mean int2?
                 3 | dtypes: [fp16, {key: int4, value: int5}]
                   |                                   ^^^^
             """,
