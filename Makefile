@@ -64,7 +64,7 @@ test-gpu:
 	TRITON_INTERPRET=0 $(GPU_PYTHON) -P -m pytest tests/kernels $(ARGS)
 
 bench: env
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@for script in benchmarks/*.py; do echo "== $$script"; TQDM_DISABLE=1 $(BIN)/python "$$script" $(ARGS); done
 
 docs: env
 	$(BIN)/python docs/generate_dtypes.py

@@ -151,12 +151,13 @@ def _compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> d
         last = min(first + rows, len(tokens) - 1)
         base = runner.log_probs(before[first:last])  # [n, V]
         other = runner.log_probs(after[first:last])  # [n, V]
-        index = torch.arange(last - first)
-        following = tokens[first + 1 : last + 1]
+        index = torch.arange(last - first, device=base.device)
+        following = tokens[first + 1 : last + 1].to(base.device)
         kld = kl_div(other, base, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
         base_next, other_next = base[index, following].double(), other[index, following].double()
         same_top = (base.argmax(-1) == other.argmax(-1)).double()
-        chunks.append(torch.stack([kld, other_next.exp() - base_next.exp(), same_top, -other_next, -base_next]))
+        columns = [kld, other_next.exp() - base_next.exp(), same_top, -other_next, -base_next]
+        chunks.append(torch.stack(columns).cpu())
     return dict(zip(("kld", "delta_p", "same_top", "nll", "nll_baseline"), torch.cat(chunks, 1), strict=True))
 
 
