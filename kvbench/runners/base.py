@@ -89,7 +89,10 @@ class Runner(Protocol):
         ...
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """[n, vocabulary] float32 log-probabilities of hidden states [n, H], on the model's device. Take a few hundred rows."""
+        """[n, vocabulary] float32 log-probabilities of hidden states [n, H], on the model's device.
+
+        Take a few hundred rows at a time.
+        """
         ...
 
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
