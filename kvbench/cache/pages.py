@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -85,8 +84,3 @@ class PagePool:
             if self._references[page] == 0:
                 self._free.append(page)
         table.pages, table.length = [], 0
-
-
-def pages_used(tables: Sequence[PageTable], page_size: int) -> int:
-    """Distinct pages that hold the tokens of these sequences."""
-    return len({page for table in tables for page in table.pages[: -(-table.length // page_size)]})

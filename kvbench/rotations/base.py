@@ -13,6 +13,7 @@ unnormalised matrix and the seed's scales are ours times a power of two (`Rotati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,17 +65,19 @@ class Rotation:
         head_dim = x.shape[-1]
         if self.block(head_dim) == 1:
             return x
-        matrix = self.reader_matrix(head_dim).to(dtype=x.dtype, device=x.device)
+        matrix = reader_matrix(self, head_dim).to(dtype=x.dtype, device=x.device)
         # rows are multiplied from the left: x @ Mᵀ is M applied to each
         return x @ (matrix if transpose else matrix.T)
 
-    def reader_matrix(self, head_dim: int) -> Tensor:
-        """[D, D] float64 M = 2^-(m-a) H diag(signs): queries become M q, outputs Mᵀ o."""
-        block = self.block(head_dim)
-        m = block.bit_length() - 1
-        matrix = butterfly(torch.eye(head_dim, dtype=torch.float64), block) * 2.0 ** -(m - self.exponent(head_dim))
-        signs = self.signs(head_dim)
-        return matrix if signs is None else matrix * signs.to(torch.float64)
+
+@lru_cache(maxsize=16)  # asked for in every layer of every pass
+def reader_matrix(rotation: Rotation, head_dim: int) -> Tensor:
+    """[D, D] float64 M = 2^-(m-a) H diag(signs): queries become M q, outputs Mᵀ o."""
+    block = rotation.block(head_dim)
+    m = block.bit_length() - 1
+    matrix = butterfly(torch.eye(head_dim, dtype=torch.float64), block) * 2.0 ** -(m - rotation.exponent(head_dim))
+    signs = rotation.signs(head_dim)
+    return matrix if signs is None else matrix * signs.to(torch.float64)
 
 
 def butterfly(x: Tensor, block: int) -> Tensor:

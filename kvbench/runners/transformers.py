@@ -22,7 +22,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kvbench.attention import Batch, attend
 from kvbench.cache import OutOfPages, PagedCache, PagePool, PageTable
-from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.runners import models
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
 from kvbench.runners.prefix import Segment, build_tree
@@ -197,11 +196,6 @@ class TransformersRunner:
         self._alone = self._has_state or rope.get("rope_type") in STATEFUL_ROPE
         ends = self.model.generation_config.eos_token_id
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes that one token's keys and values take in all layers."""
-        return kv_bytes_per_token(self.info.layers, self.scheme.resolve(self.model.dtype))
 
     # ---- what tasks call
 
