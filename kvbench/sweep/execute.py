@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -118,6 +119,7 @@ def execute(
             model = parts.open_model(of_model[0].spec, of_model[0].model.compute_dtype, device)
             check_revision(of_model[0].model, model.info)
         except Exception as error:
+            raise_if_stopped()
             for cell in of_model:
                 display.started(cell)
                 keep(store, display, cell, failed(cell, error, environment, 0.0), None)
@@ -126,6 +128,7 @@ def execute(
         session.load_seconds = time.perf_counter() - began
         for index, cell in enumerate(of_model):
             session.run(cell)
+            raise_if_stopped()
             following = of_model[index + 1] if index + 1 < len(of_model) else None
             if cell.canary and not (following and following.canary):
                 stop_unless_wrecked(store, cell)
@@ -160,6 +163,7 @@ class Session:
             context = RunContext(self._baseline(cell), self.display.advanced, cell.seed)
             outcome = cell.task.run(runner, context)
         except Exception as error:
+            raise_if_stopped()
             keep(
                 self.store, self.display, cell, failed(cell, error, self.environment, time.perf_counter() - began), None
             )
@@ -251,15 +255,27 @@ def not_in_effect(unmoved: Sequence[Judgement]) -> str:
     return f"quantization not in effect: with a destroyed cache the scores stay where they were ({shown})"
 
 
+_stopped = threading.Event()
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM stops the block as Ctrl-C does."""
+    """SIGTERM stops the block as Ctrl-C does, and `raise_if_stopped` knows of either."""
 
     def stop(*_: object) -> None:
+        _stopped.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    _stopped.clear()
+    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def raise_if_stopped() -> None:
+    """Raises KeyboardInterrupt once a stop was asked for: compiled code may have made another error of it, or none."""
+    if _stopped.is_set():
+        raise KeyboardInterrupt

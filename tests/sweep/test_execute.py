@@ -308,6 +308,19 @@ def test_a_stopped_sweep_says_that_it_can_go_on(config, tmp_path, toy, kind, cap
     assert len(Store(output).done()) == 5
 
 
+def test_a_stop_that_a_library_swallows_is_no_failure(config, tmp_path, toy):
+    """
+    Where compiled code makes another error of the interrupt, the sweep stops all the same; the cell is not done.
+    """
+    path = config(tasks=[{"task": "toy_a", "swallows": "int8"}])
+    output = tmp_path / "run"
+
+    assert run_sweep(path, Options(output=output), toy.PARTS) == 130
+    records = Store(output).load().records.values()
+    assert {record.status for record in records} == {"done"}
+    assert "int8_per_token_head" not in {record.dtype for record in records}
+
+
 def test_a_killed_sweep_loses_at_most_the_cell_in_flight(config, tmp_path, toy):
     """
     Killed with SIGKILL at random moments and continued, a sweep ends with the tables of one that was left alone.

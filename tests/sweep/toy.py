@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class ToyTask:
     fails: str = ""
     lacks: str = ""
     log: str = ""
+    swallows: str = ""
 
     def identity(self) -> dict[str, Any]:
         return {"task": self.name, "limit": self.limit, "n": self.n}
@@ -70,6 +72,12 @@ class ToyTask:
                 file.write(f"{self.name} {runner.scheme.dtype_name}\n")
         if self.fails and self.fails in runner.scheme.dtype_name:
             raise RuntimeError(f"no {self.fails} today")
+        if self.swallows and self.swallows in runner.scheme.dtype_name:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            except KeyboardInterrupt:
+                raise ValueError("what a library made of it") from None
         base = context.baseline("quality", lambda exact: {"quality": torch.tensor([exact.quality])})["quality"]
         for step in range(5):
             time.sleep(self.seconds / 5)
