@@ -47,7 +47,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class Generation:
-    """text is cut before the first stop string; tokens are all that were made, the end token left out."""
+    """text: before the first stop string, without special tokens. tokens: all that were made, but for the end token."""
 
     text: str
     tokens: tuple[int, ...]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from kvbench.runners.prefix import Segment, build_tree
 from kvbench.runners.schedule import Piece, Prefill
 from kvbench.schemes import Scheme
 
-T = TypeVar("T")
 Scoring = Literal["fused", "replay"]
 
 NAME = "kvbench"  # of our attention among transformers' implementations
@@ -221,7 +220,8 @@ class TransformersRunner:
         for piece, hidden in self._prefill(roots, sequences):
             of_segment = wanted[piece.segment]
             rows = [p for p in range(piece.start, piece.start + len(piece.tokens)) if p in of_segment]
-            for some in _chunks(rows, LOGIT_ROWS):
+            for first in range(0, len(rows), LOGIT_ROWS):
+                some = rows[first : first + LOGIT_ROWS]
                 at = torch.tensor(some, device=hidden.device) - piece.start
                 log_p = self.log_probs(hidden[at])
                 asked = [(row, i, o) for row, p in enumerate(some) for i, o in of_segment[p]]
@@ -242,8 +242,7 @@ class TransformersRunner:
         """For each document, the last hidden states [len(document), H], on the CPU, in the compute dtype."""
         found: list[list[Tensor]] = [[] for _ in documents]
         done = 0
-        roots = [Segment(None, 0, list(tokens), ending=[i]) for i, tokens in enumerate(documents)]
-        for piece, hidden in self._prefill(roots, documents):
+        for piece, hidden in self._prefill(_unshared(documents), documents):
             found[piece.segment.ending[0]].append(hidden.cpu())
             if piece.completes:
                 done += 1
@@ -269,9 +268,8 @@ class TransformersRunner:
         most = 1 if self._alone else max(1, min(BATCH_SEQUENCES, fitting))
         prefill = self._plan(self._tree(prompts), longest)
         answers: list[Generation | None] = [None] * len(requests)
-        waiting: list[
-            tuple[int, Segment, Tensor]
-        ] = []  # requests whose prompt is computed, with its last log-probabilities
+        # requests whose prompt is computed, with its last log-probabilities
+        waiting: list[tuple[int, Segment, Tensor]] = []
         running: list[_Running] = []
         state = None
 
@@ -325,9 +323,7 @@ class TransformersRunner:
     # ---- forward passes
 
     def _tree(self, sequences: Sequence[Sequence[int]]) -> list[Segment]:
-        if self._alone:
-            return [Segment(None, 0, list(tokens), ending=[i]) for i, tokens in enumerate(sequences)]
-        return build_tree(sequences)
+        return _unshared(sequences) if self._alone else build_tree(sequences)
 
     def _plan(self, roots: list[Segment], longest: int) -> Prefill:
         # a sequence that runs alone is not cut: its other layers' states are made for whole prompts
@@ -440,6 +436,11 @@ def _next_token(log_p: Tensor, request: GenerateRequest, generator: torch.Genera
     return int(order[torch.multinomial(p * keep, 1, generator=generator)])
 
 
+def _unshared(sequences: Sequence[Sequence[int]]) -> list[Segment]:
+    """A tree in which every sequence is a root of its own."""
+    return [Segment(None, 0, list(tokens), ending=[i]) for i, tokens in enumerate(sequences)]
+
+
 def _segments(roots: Sequence[Segment]) -> Iterator[Segment]:
     """Every segment of a tree."""
     stack = list(roots)
@@ -447,9 +448,3 @@ def _segments(roots: Sequence[Segment]) -> Iterator[Segment]:
         segment = stack.pop()
         yield segment
         stack += segment.children
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive runs of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest
@@ -101,12 +101,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         """Text after each prompt, cut before the first stop string."""
         eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         wanted = [self._generate_request(i, eos, *request.args) for i, request in enumerate(requests)]
-        return [
-            postprocess_generated_text(
-                self.runner.tokenizer.decode(list(made.tokens), skip_special_tokens=True), list(request.stop), None
-            )
-            for request, made in zip(wanted, self.runner.generate(wanted, self._progress), strict=True)
-        ]
+        return [made.text for made in self.runner.generate(wanted, self._progress)]
 
     def _generate_request(self, number: int, eos: str, prompt: str, given: dict[str, Any]) -> GenerateRequest:
         options = normalize_gen_kwargs(given, MAX_GEN_TOKENS)
