@@ -140,6 +140,7 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
             display,
             baseline=sweep.baseline_scheme,
             page_size=sweep.page_size,
+            attention=sweep.attention,
             device=device,
             environment=environment,
             parts=parts,

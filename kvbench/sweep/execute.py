@@ -99,6 +99,7 @@ def execute(
     *,
     baseline: Scheme,
     page_size: int,
+    attention: str,
     device: str,
     environment: dict[str, Any],
     parts: Parts = REAL,
@@ -124,7 +125,7 @@ def execute(
                 display.started(cell)
                 keep(store, display, cell, failed(cell, error, environment, 0.0), None)
             continue
-        session = Session(model, store, display, baseline, page_size, environment)
+        session = Session(model, store, display, baseline, page_size, attention, environment)
         session.load_seconds = time.perf_counter() - began
         for index, cell in enumerate(of_model):
             session.run(cell)
@@ -151,6 +152,7 @@ class Session:
     display: Display
     baseline: Scheme
     page_size: int
+    attention: str
     environment: dict[str, Any]
     load_seconds: float = 0.0
 
@@ -177,7 +179,7 @@ class Session:
             status="done",
             model=asdict(self.model.info),
             metrics=outcome.metrics,
-            facts=outcome.facts,
+            facts={**outcome.facts, "attention": getattr(runner, "attention", None)},
             environment=self.environment,
             timings=timings,
             **described(cell),
@@ -185,7 +187,9 @@ class Session:
         keep(self.store, self.display, cell, record, outcome)
 
     def _runner(self, cell: Cell, scheme: Scheme, destroyed: bool) -> Runner:
-        return self.model.runner(scheme, page_size=self.page_size, scoring=cell.scoring, destroyed=destroyed)
+        return self.model.runner(
+            scheme, page_size=self.page_size, scoring=cell.scoring, attention=self.attention, destroyed=destroyed
+        )
 
     def _baseline(self, cell: Cell) -> Callable[[str, Callable[[Runner], Tensors]], Tensors]:
         def baseline(key: str, compute: Callable[[Runner], Tensors]) -> Tensors:

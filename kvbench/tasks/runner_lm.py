@@ -31,6 +31,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         self.max_length = runner.info.max_length
         self._progress = progress
         self._seed = seed
+        self._encoded: dict[str, list[int]] = {}
         self.truncated = 0
 
     @property
@@ -51,14 +52,35 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, with the tokenizer's own special tokens unless told otherwise or the text has its bos already."""
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and has_bos_prefix(string, self.runner.tokenizer.decode(self.prefix_token_id)):
-            options = {"add_special_tokens": False}
-        return list(self.runner.tokenizer.encode(string, **options))
+        if add_special_tokens is not None:
+            return list(self.runner.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        known = self._encoded.get(string)
+        return self._encode_all([string])[0] if known is None else known
+
+    def _encode_all(self, strings: list[str]) -> list[list[int]]:
+        """What `tok_encode` gives for each, by one call: the tokenizer encodes several texts in parallel."""
+        prefix = self.runner.tokenizer.decode(self.prefix_token_id)
+        found: list[list[int]] = [[] for _ in strings]
+        for has_prefix in (False, True):
+            chosen = [i for i, string in enumerate(strings) if bool(has_bos_prefix(string, prefix)) == has_prefix]
+            if chosen:
+                texts = [strings[i] for i in chosen]
+                ids = self.runner.tokenizer(texts, add_special_tokens=not has_prefix)["input_ids"]
+                for i, tokens in zip(chosen, ids, strict=True):
+                    found[i] = list(tokens)
+        return found
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding gives it) of each continuation."""
-        return list(super().loglikelihood(requests, disable_tqdm=True))
+        # lm-eval encodes, a text at a time, a context without its last spaces and the whole
+        pairs = [request.args for request in requests if request.args[0]]
+        texts = [text for context, continuation in pairs for text in (context.rstrip(), context + continuation)]
+        distinct = list(dict.fromkeys(texts))
+        self._encoded = dict(zip(distinct, self._encode_all(distinct), strict=True))
+        try:
+            return list(super().loglikelihood(requests, disable_tqdm=True))
+        finally:
+            self._encoded = {}
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any

@@ -95,15 +95,16 @@ def test_copying_a_page_copies_all_layers():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
-def test_a_destroyed_cache_holds_no_codes(scheme):
+def test_a_destroyed_cache_gives_back_zeros(scheme):
     """
-    The canary stores zero codes whatever is written.
+    The canary stores zeros whatever is written.
     """
     cache, _, slots = filled(scheme, destroyed=True)
-    codes = cache.keys[0].codes.transpose(1, 2).flatten(0, 1)[slots]
-
-    assert codes.numel() > 0
-    assert not codes.any()
+    pages = torch.arange(cache.pages)
+    for read in cache.read(0, pages, torch.float64):
+        stored = read.transpose(1, 2).flatten(0, 1)[slots]
+        assert stored.numel() > 0
+        assert stored.abs().max() < 1e-5  # int2 has no zero: its scale is at its floor
 
 
 def test_per_tensor_scale_reaches_both_writing_and_reading():

@@ -7,7 +7,7 @@ import transformers
 from kvbench.dtypes import all_dtypes
 from kvbench.rotations import all_rotations
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
-from kvbench.runners.transformers import TransformersModel
+from kvbench.runners.transformers import Limits, TransformersModel
 from kvbench.schemes import Scheme
 
 SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
@@ -234,8 +234,7 @@ def test_documents_longer_than_a_pass_are_cut(monkeypatch):
     runner = loaded.runner(Scheme.parse("auto"), page_size=4)
     scores, answers = runner.score(requests), runner.generate(prompts)
 
-    monkeypatch.setattr("kvbench.runners.transformers.BATCH_TOKENS", 8)
-    monkeypatch.setattr("kvbench.runners.transformers.BATCH_SEQUENCES", 3)
+    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(8, 3, 2**24, 0.0))
     runner = loaded.runner(Scheme.parse("auto"), page_size=4)
     for a, b in zip(scores, runner.score(requests), strict=True):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)

@@ -243,7 +243,7 @@ def test_a_record_says_what_it_is_of(config, run, store):
     assert record.model["layers"] == [[2, 64]] * 3
     assert record.timings["seconds"] >= 0
     assert record.environment["versions"]["torch"]
-    assert record.facts == {"documents_sha256": "abc"}
+    assert record.facts == {"documents_sha256": "abc", "attention": None}
     assert store.samples(record.cell)["doc_hash"].tolist() == [f"d{i}" for i in range(50)]
     assert store.run()["note"] == "hello"
 

@@ -43,7 +43,7 @@ class ToyModel:
     reads_cache: bool = True
     runners: list[ToyRunner] = field(default_factory=list)
 
-    def runner(self, scheme: Scheme, *, page_size: int, scoring: str, destroyed: bool) -> ToyRunner:
+    def runner(self, scheme: Scheme, *, page_size: int, scoring: str, attention: str, destroyed: bool) -> ToyRunner:
         runner = ToyRunner(scheme, destroyed and self.reads_cache, self.info)
         self.runners.append(runner)
         return runner
