@@ -17,7 +17,7 @@ from kvbench.cache import PageTable, to_device
 from kvbench.runners.base import GenerateRequest
 
 BLOCK_STEPS = 16  # between two looks of the host, on a GPU
-GRAPH_SIZES = (1, 4, 16, 64, 256)  # lanes of a graph; a step runs the smallest that holds all
+GRAPH_SIZES = (4, 32, 256)  # lanes of a graph; a step runs the smallest that holds all
 
 # next-token logits [T, V] of new tokens [T] at positions [T], the batch that they are
 Compute = Callable[[Tensor, Tensor, Batch], Tensor]

@@ -59,7 +59,7 @@ class Limits:
 
 
 CPU_LIMITS = Limits(tokens=2048, sequences=64, logits=2**24, memory=0.0)
-GPU_LIMITS = Limits(tokens=16384, sequences=GRAPH_SIZES[-1], logits=2**27, memory=0.6)
+GPU_LIMITS = Limits(tokens=65536, sequences=GRAPH_SIZES[-1], logits=2**27, memory=0.6)
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,11 @@ class TransformersRunner:
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return found
+
+    @property
+    def stored(self) -> PagedCache:
+        """What the last call wrote. Only a sequence that was run alone lies there in the order of its tokens."""
+        return self._caches[0]
 
     # ---- scoring
 

@@ -55,17 +55,28 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is not None:
             return list(self.runner.tokenizer.encode(string, add_special_tokens=add_special_tokens))
         known = self._encoded.get(string)
-        return self._encode_all([string])[0] if known is None else known
+        return self._encode_all([string], self._prefix)[0] if known is None else known
 
-    def _encode_all(self, strings: list[str]) -> list[list[int]]:
-        """What `tok_encode` gives for each, by one call: the tokenizer encodes several texts in parallel."""
-        prefix = self.runner.tokenizer.decode(self.prefix_token_id)
+    @property
+    def _prefix(self) -> str:
+        return str(self.runner.tokenizer.decode(self.prefix_token_id))
+
+    def _encode_all(self, strings: list[str], prefix: str | None) -> list[list[int]]:
+        """Each string's token ids, without special tokens where it begins with `prefix`.
+
+        By one call, since the tokenizer encodes several texts in parallel.
+        """
         found: list[list[int]] = [[] for _ in strings]
         for has_prefix in (False, True):
             chosen = [i for i, string in enumerate(strings) if bool(has_bos_prefix(string, prefix)) == has_prefix]
             if chosen:
                 texts = [strings[i] for i in chosen]
-                ids = self.runner.tokenizer(texts, add_special_tokens=not has_prefix)["input_ids"]
+                ids = self.runner.tokenizer(
+                    texts,
+                    add_special_tokens=not has_prefix,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                )["input_ids"]
                 for i, tokens in zip(chosen, ids, strict=True):
                     found[i] = list(tokens)
         return found
@@ -76,7 +87,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         pairs = [request.args for request in requests if request.args[0]]
         texts = [text for context, continuation in pairs for text in (context.rstrip(), context + continuation)]
         distinct = list(dict.fromkeys(texts))
-        self._encoded = dict(zip(distinct, self._encode_all(distinct), strict=True))
+        self._encoded = dict(zip(distinct, self._encode_all(distinct, self._prefix), strict=True))
         try:
             return list(super().loglikelihood(requests, disable_tqdm=True))
         finally:
@@ -122,10 +133,16 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Text after each prompt, cut before the first stop string."""
         eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        wanted = [self._generate_request(i, eos, *request.args) for i, request in enumerate(requests)]
+        # HFLM looks for bos itself here, where tok_encode looks for the prefix token
+        bos = getattr(self.runner.tokenizer, "bos_token", None)
+        prompts = self._encode_all([request.args[0] for request in requests], bos)
+        wanted = [
+            self._generate_request(i, eos, tokens, request.args[1])
+            for i, (request, tokens) in enumerate(zip(requests, prompts, strict=True))
+        ]
         return [made.text for made in self.runner.generate(wanted, self._progress)]
 
-    def _generate_request(self, number: int, eos: str, prompt: str, given: dict[str, Any]) -> GenerateRequest:
+    def _generate_request(self, number: int, eos: str, tokens: list[int], given: dict[str, Any]) -> GenerateRequest:
         options = normalize_gen_kwargs(given, MAX_GEN_TOKENS)
         stop = handle_stop_sequences(options.pop("until"), eos=eos)
         max_new_tokens = options.pop("max_gen_toks")
@@ -137,7 +154,6 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         room = self.max_length - max_new_tokens
         if room <= 0:
             raise ValueError(f"{max_new_tokens} tokens to generate leave no room in the model's {self.max_length}")
-        tokens = self._encode_prompt(prompt)
         self.truncated += len(tokens) > room
         sampled = bool(options.get("do_sample"))
         return GenerateRequest(
@@ -149,11 +165,6 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
             top_p=float(options.get("top_p", 1.0)),
             seed=self._seed + number,
         )
-
-    def _encode_prompt(self, prompt: str) -> list[int]:
-        # HFLM looks for bos itself here, where tok_encode looks for the prefix token
-        starts = has_bos_prefix(prompt, getattr(self.runner.tokenizer, "bos_token", None))
-        return list(self.runner.tokenizer.encode(prompt, **({"add_special_tokens": False} if starts else {})))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation in the model's template; without its system turn where the template refuses one."""
