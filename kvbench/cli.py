@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from kvbench.report.tables import Table
+    from kvbench.report.table import Table
     from kvbench.sweep.command import Options, Planned
 
 # 3 comes from the sweep itself
@@ -149,6 +150,10 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
+    kernels: Annotated[
+        Path | None,
+        typer.Option("--kernels", metavar="DIR", help="Another one, whose kernels' speed stands beside accuracy."),
+    ] = None,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
 ) -> None:
     """Print and write the tables of a run folder.
@@ -159,7 +164,7 @@ def report(
     from kvbench.results import NotARunError
 
     try:
-        found = Report.read(folder)
+        found = Report.read(folder, kernels)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except FileNotFoundError as error:
@@ -211,7 +216,7 @@ def kernel(
     timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Also write the rows, all samples kept, as JSON.")
+        Path | None, typer.Option("--output", metavar="DIR", help="Also keep the rows there, as cells of a run folder.")
     ] = None,
 ) -> None:
     """Check the attention kernels, and time them on a GPU.
@@ -227,7 +232,8 @@ def kernel(
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
     from kvbench.dtypes import all_dtypes
     from kvbench.environment import describe
-    from kvbench.timing import KernelRequest, Shape, load_requests, parse_grid, render, run, shape_of_model
+    from kvbench.results import Store
+    from kvbench.timing import KernelRequest, Shape, as_record, load_requests, parse_grid, render, run, shape_of_model
 
     try:
         if config:
@@ -249,8 +255,21 @@ def kernel(
                     peers=peers,
                 )
             ]
-        done = [run(request, lambda row: print(_progress(row), file=sys.stderr)) for request in requests]
     except (OSError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    environment = {**describe(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+    def keep(row: dict[str, Any]) -> None:
+        print(_progress(row), file=sys.stderr)
+        if output:
+            Store(output).save(*as_record(row, environment))
+
+    try:
+        with Store(output).writing() if output else nullcontext():
+            done = [run(request, keep) for request in requests]
+    except BlockingIOError:
+        fail(f"another process is writing to {output}", UNUSABLE)
+    except ValueError as error:
         fail(error, BAD_INPUT)
     rows = [row for timings in done for row in timings.rows]
     if as_format == ReportFormat.JSON:
@@ -258,9 +277,6 @@ def kernel(
     else:
         print("\n\n".join(render(timings, as_format.value) for timings in done))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": ["kvbench", *sys.argv[1:]], "environment": describe(), "rows": rows}
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(output, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
     if not all(timings.passed for timings in done):
         raise typer.Exit(GATE_FAILED)

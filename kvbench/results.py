@@ -141,6 +141,11 @@ class Record:
         """Whether this is the destroyed cache, which no table ranks."""
         return self.dtype == "canary"
 
+    @property
+    def kernel(self) -> bool:
+        """Whether a kernel was timed here, and no model measured; the facts are its row."""
+        return "kernel" in self.identity
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; numbers that JSON lacks are the strings "inf", "-inf" and "nan"."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}
