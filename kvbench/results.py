@@ -113,7 +113,7 @@ class Record:
     model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the destroyed cache.
     bits_per_value: true bits over all layers, every scale counted; kv_bytes_per_token: of all layers together.
     limit: documents a task was cut to by `--limit`, a quick look; None for a real run.
-    timings: seconds, and what else was timed. error: one line; traceback: all of it.
+    timings: seconds, and what else was counted while they passed: tokens, bytes. error: one line; traceback: all of it.
     """
 
     cell: str

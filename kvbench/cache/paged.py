@@ -80,6 +80,16 @@ class PagedCache:
         """Bytes allocated for all layers."""
         return sum(plane.nbytes for plane in (*self.keys, *self.values))
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one token's keys and values over all layers, from the pages as allocated.
+
+        A scale that a whole layer shares belongs to no token and is left out.
+        """
+        planes = [*self.keys, *self.values]
+        pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.scale) if t is not None)
+        return pages / (planes[0].codes.shape[0] * self.page_size)
+
     def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Rotate and quantize new tokens, and write them to their slots.
 

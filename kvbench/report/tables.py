@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvbench.report.cost import cost_table
 from kvbench.report.speed import kernel_tables, speed_column
 from kvbench.report.table import Header, Table
 from kvbench.results import Metric, NotARunError, Record, Store, headline, name_of, shown_metric
@@ -135,13 +136,18 @@ class Report:
     # ---- tables
 
     def tables(self) -> list[Table]:
-        """A table a model, compute dtype, scoring mode and limit; below them one an operation and shape of kernels."""
+        """A table a model, compute dtype, scoring mode and limit, and below each what it took; then the kernels'."""
         groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
         for record in self._ordered():
             if not record.kernel:
                 groups[_group(record)].append(record)
         own = [record for record in self.records if record.kernel]
-        return [self._table(records) for records in groups.values()] + kernel_tables(own)
+        tables = []
+        for records in groups.values():
+            tables.append(self._table(records))
+            if cost := cost_table(tables[-1].title, records):
+                tables.append(cost)
+        return tables + kernel_tables(own)
 
     def _table(self, records: list[Record]) -> Table:
         labels = task_labels(records)

@@ -13,8 +13,19 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
+import torch
+
 from kvbench.results import Outcome, Record, Store, Tensors, describe
-from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Runner, Score, ScoreRequest
+from kvbench.runners.base import (
+    GenerateRequest,
+    Generation,
+    Measuring,
+    ModelInfo,
+    Progress,
+    Runner,
+    Score,
+    ScoreRequest,
+)
 from kvbench.schemes import Scheme
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
@@ -79,7 +90,10 @@ class Timed:
         return generations
 
     def timings(self) -> dict[str, float]:
-        """Seconds in the model, tokens asked for (a shared prefix as often as it is asked for), and tokens made."""
+        """Seconds in the model, tokens asked for (a shared prefix as often as it is asked for), and tokens made.
+
+        Then what the runner itself measured.
+        """
         row: dict[str, float] = {"model_seconds": round(self.seconds, 3)}
         if self.prompt_tokens:
             row["prompt_tokens"] = self.prompt_tokens
@@ -89,7 +103,7 @@ class Timed:
             row["prompt_tokens_per_s"] = round(self.prompt_tokens / self.seconds, 1)
         if self.seconds > 0 and self.generated_tokens:
             row["generated_tokens_per_s"] = round(self.generated_tokens / self.seconds, 2)
-        return row
+        return {**row, **(self.runner.stats() if isinstance(self.runner, Measuring) else {})}
 
 
 def execute(
@@ -158,6 +172,9 @@ class Session:
         """Measures a cell and keeps it."""
         self.display.started(cell)
         began = time.perf_counter()
+        on_gpu = self.environment["device"] != "cpu"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary))
             context = RunContext(self._baseline(cell), self.display.advanced, cell.seed)
@@ -173,11 +190,13 @@ class Session:
             "model_load_seconds": round(self.load_seconds, 3),
             **runner.timings(),
         }
+        if on_gpu:
+            timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         record = Record(
             status="done",
             model=asdict(self.model.info),
             metrics=outcome.metrics,
-            facts=outcome.facts,
+            facts={**outcome.facts, **odd_size(cell, timings)},
             environment=self.environment,
             timings=timings,
             **described(cell),
@@ -202,6 +221,14 @@ class Session:
             )
 
         return baseline
+
+
+def odd_size(cell: Cell, timings: dict[str, float]) -> dict[str, str]:
+    """A fact for the record where the cache takes other bytes a token than the dtype says; else none."""
+    computed, measured = cell.kv_bytes_per_token, timings.get("kv_bytes_per_token")
+    if computed is None or measured is None or measured == computed:
+        return {}
+    return {"kv_bytes": f"{measured:g} bytes a token measured, {computed} computed"}
 
 
 def described(cell: Cell) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def test_memory_is_the_packed_size(scheme):
 
     assert 8 * (cache.nbytes - scales) == bits
     assert cache.nbytes - scales == slots * kv_bytes_per_token(LAYERS, scheme)
+    assert cache.bytes_per_token == kv_bytes_per_token(LAYERS, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)

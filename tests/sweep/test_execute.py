@@ -248,6 +248,33 @@ def test_a_record_says_what_it_is_of(config, run, store):
     assert store.run()["note"] == "hello"
 
 
+def test_what_a_cell_took_is_measured_and_shown(config, run, store):
+    """
+    What the runner measured is in each record, and below the scores a row a scheme sums it; the rest is a dash.
+    """
+    run(config())
+    record = next(one for one in store.load().records.values() if one.dtype == "int8_per_token_head")
+    _, cost = Report.read(store.folder).tables()
+    row = next(row for row in cost.rows if row[0] == "int8_per_token_head")
+
+    assert record.timings["kv_bytes_per_token"] == record.kv_bytes_per_token
+    assert row[2:7] == ["-", f"{record.kv_bytes_per_token}", f"{record.kv_bytes_per_token}", "200", "-"]
+    assert not cost.warnings
+
+
+def test_a_cache_of_another_size_than_its_dtype_s_is_said(config, run, store, toy, monkeypatch):
+    """
+    The record has both numbers, and the report warns of them.
+    """
+    monkeypatch.setattr(toy.ToyRunner, "stats", lambda self: {"kv_bytes_per_token": 1000.5})
+    run(config())
+    _, cost = Report.read(store.folder).tables()
+
+    records = [one for one in store.load().records.values() if not one.canary]
+    assert all(one.facts["kv_bytes"].startswith("1000.5 bytes a token measured, ") for one in records)
+    assert len(cost.warnings) == len(records)
+
+
 def test_no_terminal_gets_a_line_a_cell(config, run, capsys):
     """
     Where stderr is no terminal nothing is redrawn: a header, a line for each finished cell, a last line.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import Metric, Outcome
 from kvbench.runners.base import ModelInfo
 from kvbench.schemes import Scheme
@@ -35,6 +36,10 @@ class ToyRunner:
     @property
     def quality(self) -> float:
         return 0.0 if self.destroyed else self.scheme.bits_per_value(64) / 16
+
+    def stats(self) -> dict[str, float]:
+        bytes_per_token = kv_bytes_per_token(LAYERS, self.scheme.resolve(torch.float32))
+        return {"kv_bytes_per_token": bytes_per_token, "prefill_tokens": 100, "prefill_seconds": 0.5}
 
 
 @dataclass
