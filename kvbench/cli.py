@@ -101,6 +101,9 @@ def sweep(
     output: Output = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    devices: Annotated[
+        str | None, typer.Option("--devices", metavar="0,1", help="Run on these GPUs at once, a process each.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
     """Run the cells of CONFIG that are not done yet.
@@ -109,7 +112,7 @@ def sweep(
     """
     from kvbench.sweep.command import UnusableError, run_sweep
 
-    options = _options(only, skip, settings, limit, output, fresh, retry_failed)
+    options = _options(only, skip, settings, limit, output, fresh, retry_failed, devices)
     if dry_run:
         _print_plan(_prepared(config, options))
         return
@@ -361,10 +364,14 @@ def _options(
     output: Path | None,
     fresh: bool = False,
     retry_failed: bool = False,
+    devices: str | None = None,
 ) -> Options:
     from kvbench.sweep.command import Options
 
-    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed)
+    names = [name.strip() for name in devices.split(",")] if devices is not None else []
+    if wrong := [name for name in names if not (name.isdecimal() or name == "cpu")]:
+        fail(f"--devices {devices}: '{wrong[0]}' is neither a GPU's number nor cpu; write 0,1", BAD_INPUT)
+    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names)
 
 
 def _prepared(config: Path, options: Options) -> Planned:

@@ -318,17 +318,23 @@ class Store:
 
     def baseline(self, identity: Mapping[str, Any], slug: str, compute: Callable[[], Tensors]) -> Tensors:
         """The tensors kept under `identity`, computed and kept where they are missing or broken."""
+        import fcntl
+
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
+        self.baselines.mkdir(parents=True, exist_ok=True)
         place = self.baselines / f"{name_of(slug, identity)}.safetensors"
-        with contextlib.suppress(FileNotFoundError, SafetensorError):
-            return load_file(place)
-        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-        draft = self._draft(self.baselines)
-        save_file(tensors, draft)
-        flush(draft)
-        draft.rename(place)
+        # of several processes one computes and the others wait; what a killed one held is free
+        with place.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError, SafetensorError):
+                return load_file(place)
+            tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+            draft = self._draft(self.baselines)
+            save_file(tensors, draft)
+            flush(draft)
+            draft.rename(place)
         return tensors
 
 

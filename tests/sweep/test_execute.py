@@ -136,7 +136,7 @@ def test_the_baseline_is_computed_once_for_all_cells(config, run, store):
     """
     assert run(config(model=None, models=["toy", "other"], tasks=["toy_a", "toy_b"])) == 0
 
-    assert sorted(path.name.rsplit("-", 1)[0] for path in store.baselines.iterdir()) == [
+    assert sorted(path.name.rsplit("-", 1)[0] for path in store.baselines.glob("*.safetensors")) == [
         "other-quality",
         "toy-quality",
     ]
