@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from kvbench.schemes import Scheme
 
 Progress = Callable[[int, int], None]  # called with (requests done, requests in all)
 
@@ -111,3 +114,11 @@ class Measuring(Protocol):
         prefill_tokens, prefill_seconds: of prompts, a shared prefix once. decode_tokens, decode_seconds: of answers.
         """
         ...
+
+
+class Paged(Protocol):
+    """A runner whose keys and values lie in pages on a device."""
+
+    scheme: Scheme
+    page_size: int
+    device: torch.device | str
