@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from kvbench.report.tables import Table
+    from kvbench.report.table import Table
     from kvbench.sweep.command import Options, Planned
 
 # 3 comes from the sweep itself
@@ -100,6 +101,9 @@ def sweep(
     output: Output = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    devices: Annotated[
+        str | None, typer.Option("--devices", metavar="0,1", help="Run on these GPUs at once, a process each.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
     """Run the cells of CONFIG that are not done yet.
@@ -108,7 +112,7 @@ def sweep(
     """
     from kvbench.sweep.command import UnusableError, run_sweep
 
-    options = _options(only, skip, settings, limit, output, fresh, retry_failed)
+    options = _options(only, skip, settings, limit, output, fresh, retry_failed, devices)
     if dry_run:
         _print_plan(_prepared(config, options))
         return
@@ -149,6 +153,10 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
+    kernels: Annotated[
+        Path | None,
+        typer.Option("--kernels", metavar="DIR", help="Another one, whose kernels' speed stands beside accuracy."),
+    ] = None,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
 ) -> None:
     """Print and write the tables of a run folder.
@@ -159,7 +167,7 @@ def report(
     from kvbench.results import NotARunError
 
     try:
-        found = Report.read(folder)
+        found = Report.read(folder, kernels)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except FileNotFoundError as error:
@@ -211,7 +219,7 @@ def kernel(
     timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Also write the rows, all samples kept, as JSON.")
+        Path | None, typer.Option("--output", metavar="DIR", help="Also keep the rows there, as cells of a run folder.")
     ] = None,
 ) -> None:
     """Check the attention kernels, and time them on a GPU.
@@ -227,7 +235,8 @@ def kernel(
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
     from kvbench.dtypes import all_dtypes
     from kvbench.environment import describe
-    from kvbench.timing import KernelRequest, Shape, load_requests, parse_grid, render, run, shape_of_model
+    from kvbench.results import Store
+    from kvbench.timing import KernelRequest, Shape, as_record, load_requests, parse_grid, render, run, shape_of_model
 
     try:
         if config:
@@ -249,8 +258,21 @@ def kernel(
                     peers=peers,
                 )
             ]
-        done = [run(request, lambda row: print(_progress(row), file=sys.stderr)) for request in requests]
     except (OSError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    environment = {**describe(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+    def keep(row: dict[str, Any]) -> None:
+        print(_progress(row), file=sys.stderr)
+        if output:
+            Store(output).save(*as_record(row, environment))
+
+    try:
+        with Store(output).writing() if output else nullcontext():
+            done = [run(request, keep) for request in requests]
+    except BlockingIOError:
+        fail(f"another process is writing to {output}", UNUSABLE)
+    except ValueError as error:
         fail(error, BAD_INPUT)
     rows = [row for timings in done for row in timings.rows]
     if as_format == ReportFormat.JSON:
@@ -258,9 +280,6 @@ def kernel(
     else:
         print("\n\n".join(render(timings, as_format.value) for timings in done))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": ["kvbench", *sys.argv[1:]], "environment": describe(), "rows": rows}
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(output, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
     if not all(timings.passed for timings in done):
         raise typer.Exit(GATE_FAILED)
@@ -390,10 +409,14 @@ def _options(
     output: Path | None,
     fresh: bool = False,
     retry_failed: bool = False,
+    devices: str | None = None,
 ) -> Options:
     from kvbench.sweep.command import Options
 
-    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed)
+    names = [name.strip() for name in devices.split(",")] if devices is not None else []
+    if wrong := [name for name in names if not (name.isdecimal() or name == "cpu")]:
+        fail(f"--devices {devices}: '{wrong[0]}' is neither a GPU's number nor cpu; write 0,1", BAD_INPUT)
+    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names)
 
 
 def _prepared(config: Path, options: Options) -> Planned:

@@ -94,6 +94,16 @@ class PagedCache:
         """Bytes allocated for all layers."""
         return sum(plane.nbytes for plane in (*self.keys, *self.values))
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one token's keys and values over all layers, from the pages as allocated.
+
+        A scale that a whole layer shares belongs to no token and is left out.
+        """
+        planes = [*self.keys, *self.values]
+        pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.scale) if t is not None)
+        return pages / (planes[0].codes.shape[0] * self.page_size)
+
     def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Rotate and quantize new tokens, and write them to their slots.
 
@@ -139,3 +149,26 @@ class PagedCache:
 def kv_bytes_per_token(layers: Sequence[tuple[int, int]], scheme: Scheme) -> int:
     """Bytes of one token's keys and values over all layers. The scheme is resolved."""
     return sum(heads * scheme.row_bytes(head_dim) for heads, head_dim in layers)
+
+
+def fitting_tokens(
+    layers: Sequence[tuple[int, int]],
+    scheme: Scheme,
+    free_bytes: int,
+    *,
+    page_size: int,
+    device: torch.device | str = "cpu",
+) -> tuple[int, float]:
+    """Tokens of the largest cache that fits so many bytes, which was allocated to prove it; and its bytes a token.
+
+    The scheme is resolved. Every page counts whole.
+
+    Raises:
+        torch.OutOfMemoryError: the device has less.
+    """
+    page_bytes = kv_bytes_per_token(layers, scheme) * page_size
+    # a scale that a whole layer shares is four bytes more a layer and side
+    pages = max(0, free_bytes - 8 * len(layers)) // page_bytes
+    cache = PagedCache(layers, scheme, pages=pages, page_size=page_size, device=device)
+    assert cache.nbytes <= free_bytes
+    return pages * page_size, cache.bytes_per_token

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvbench.cache import PagedCache
-from kvbench.cache.paged import kv_bytes_per_token
+from kvbench.cache.paged import fitting_tokens, kv_bytes_per_token
 from kvbench.dtypes import all_dtypes
 from kvbench.rotations import all_rotations
 from kvbench.schemes import Scheme
@@ -32,6 +32,20 @@ def filled(scheme, page_size=4, pages=5, tokens=11, **options):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_the_largest_cache_fits_and_a_page_more_does_not(scheme):
+    """
+    Its bytes are within those given, by less than a page.
+    """
+    scheme, free, page_size = scheme.resolve(torch.float32), 100_000, 16
+    tokens, token_bytes = fitting_tokens(LAYERS, scheme, free, page_size=page_size)
+    cache = PagedCache(LAYERS, scheme, pages=tokens // page_size, page_size=page_size)
+
+    assert tokens % page_size == 0
+    assert token_bytes == kv_bytes_per_token(LAYERS, scheme)
+    assert cache.nbytes <= free < cache.nbytes + token_bytes * page_size + 8 * len(LAYERS)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 def test_memory_is_the_packed_size(scheme):
     """
     8 * nbytes == values * bits_per_value, exactly; a per-tensor scale is four bytes more a layer and side.
@@ -48,6 +62,7 @@ def test_memory_is_the_packed_size(scheme):
 
     assert 8 * (cache.nbytes - scales) == bits
     assert cache.nbytes - scales == slots * kv_bytes_per_token(LAYERS, scheme)
+    assert cache.bytes_per_token == kv_bytes_per_token(LAYERS, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
