@@ -239,8 +239,6 @@ class TransformersRunner:
         ends = self.model.generation_config.eos_token_id
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._clock = _Clock(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     # ---- what tasks call
 
@@ -266,17 +264,12 @@ class TransformersRunner:
         return self._logits(hidden).to(torch.float32).log_softmax(-1)
 
     def stats(self) -> dict[str, float]:
-        """What the calls so far took: tokens and seconds of prefill and of decoding, and memory in bytes.
+        """Tokens and seconds of prefill and of decoding so far, and the bytes that a token takes in the cache.
 
-        kv_bytes_per_token: of the cache as it is allocated. A mixed pass counts as prefill, its decoded tokens too.
+        A pass of prompts with steps of running sequences counts as prefill, their tokens too.
         """
-        found: dict[str, float] = dict(self._clock.totals())
-        if self._caches:
-            cache = self._caches[0]
-            found["kv_bytes_per_token"] = cache.nbytes / (cache.pages * cache.page_size)
-        if self.device.type == "cuda":
-            found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return found
+        sizes = {"kv_bytes_per_token": self._caches[0].bytes_per_token} if self._caches else {}
+        return {**self._clock.totals(), **sizes}
 
     @property
     def stored(self) -> PagedCache:
