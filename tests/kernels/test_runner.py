@@ -5,7 +5,9 @@ import torch
 import transformers
 
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
+from kvbench.runners import parity as parity_module
 from kvbench.runners.lanes import uniform
+from kvbench.runners.parity import parity
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 
@@ -145,3 +147,25 @@ def test_an_explicit_choice_never_falls_back(model):
     assert single.runner(Scheme.parse("int4")).attention == "reference"
     with pytest.raises(ValueError, match=r"attention: triton can't serve this cell: .*float32"):
         single.runner(Scheme.parse("int4"), attention="triton")
+
+
+def test_kernels_store_a_models_rows_as_the_definitions_do(model, monkeypatch):
+    """
+    For every dtype and rotation the bytes are equal in every layer; a row that differs is counted, with its layer.
+    """
+    found = list(parity(model, list(tokens(5, 1))))
+    assert len(found) >= 18
+    assert {one.rows for one in found} == {LAYERS * 2 * 5}
+    assert not [one for one in found if one.wrong_rows]
+
+    append, seen = parity_module.append, []
+
+    def tamper(cache, layer, k, v, slots, *, impl):
+        append(cache, layer, k, v, slots, impl=impl)
+        seen.append(impl)
+        if impl == "triton" and len(seen) > 2:  # of the first scheme, the second layer
+            cache.keys[0].codes[0, 0, 3] ^= 1
+
+    monkeypatch.setattr(parity_module, "append", tamper)
+    first = next(parity(model, list(tokens(5, 1))))
+    assert (first.wrong_rows, first.first_wrong_layer) == (1, 1)
