@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
 from kvbench.runners import parity as parity_module
+from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
 from kvbench.runners.lanes import uniform
 from kvbench.runners.parity import parity
 from kvbench.runners.transformers import TransformersModel
