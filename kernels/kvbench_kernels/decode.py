@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
-from kvbench_kernels.merge import counters, merge, merge_kernel
+from kvbench_kernels.merge import merge_kernel
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning
 from kvbench_kernels.unpack import (
     E4M3,
@@ -26,7 +26,6 @@ from kvbench_kernels.unpack import (
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEADS = 16  # query heads a program
-MERGE_ROUNDS = 4  # up to which one program merges a pair's splits faster than another launch does
 
 
 @triton.jit
@@ -51,10 +50,6 @@ def _decode_kernel(
     query_starts_ptr,  # [B + 1] int32: sequence b's query is row [b] of q, if it has one alone; or None: row b
     slopes_ptr,  # [HQ] float32, or None
     k_signs_ptr,  # [D] float32, or None: the queries' signs, where they are turned here
-    sinks_ptr,  # [HQ] float32, or None
-    out_signs_ptr,  # [D] float32, or None
-    counter_ptr,  # [pairs] int32 zeros: how many splits are done; or None: the merge is another launch
-    out_ptr,  # [T, HQ, D], contiguous
     part_o_ptr,  # [pairs, SPLITS, HEADS, D] float32: sums of weight * value
     part_m_ptr,  # [pairs, SPLITS, HEADS] float32: what the weights' exponents are relative to, base 2
     part_l_ptr,  # [pairs, SPLITS, HEADS] float32: sums of weights
@@ -62,7 +57,6 @@ def _decode_kernel(
     softcap,
     window,  # tokens that a query sees, itself included
     k_factor,  # of the queries' turn
-    out_factor,
     stride_qt,
     stride_qh,
     stride_qd,
@@ -88,15 +82,11 @@ def _decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     TURN_QUERIES: tl.constexpr,
-    OUT_BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_KW: tl.constexpr,
     BLOCK_VW: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MERGE_G: tl.constexpr,
-    MERGE_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
@@ -107,7 +97,7 @@ def _decode_kernel(
     scale, and the running maximum is that of their product: a weight is at most 1 and keeps its digits in 16 bits.
 
     Each warp takes BLOCK_N tokens of every tile for itself, with a maximum and sums of its own. These parts are added
-    up after the loop, and the splits by the program that is the last of them to finish, or by another launch.
+    up after the loop, and the splits by the launch that follows.
     """
     GROUPS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     pair = tl.program_id(0).to(tl.int64)
@@ -115,7 +105,6 @@ def _decode_kernel(
     b = pair // (HKV * GROUPS)
     kv_head = (pair // GROUPS % HKV).to(tl.int32)
     first_head = (pair % GROUPS * HEADS).to(tl.int32)  # of the group
-    HQ: tl.constexpr = HKV * GROUP
     TILE: tl.constexpr = PARTS * BLOCK_N
     K_WORDS: tl.constexpr = D * K_BITS // 16
     V_WORDS: tl.constexpr = D * V_BITS // 16
@@ -137,8 +126,7 @@ def _decode_kernel(
 
     if ASSEMBLY:
         tl.extra.cuda.gdc_wait()
-        if counter_ptr is None:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     query = b
     has_query = True
     if query_starts_ptr is not None:
@@ -167,10 +155,8 @@ def _decode_kernel(
     start = (first_tile + split * tiles_each) * TILE
     end = tl.minimum(start + tiles_each * TILE, length)
     part = (pair * SPLITS + split) * HEADS + g
-    # the first split always runs, for a sequence of no tokens
-    if (start >= end and split > 0) or not has_query:
-        if counter_ptr is None:
-            tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
+    if start >= end or not has_query:
+        tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
         return
     table = page_table_ptr + b * stride_table
     last = tl.maximum(end - 1, 0)
@@ -337,19 +323,6 @@ def _decode_kernel(
         o_at = part_o_ptr + part[None, :] * D + channel[:, None]
         tl.store(o_at, o, mask=(vw < V_WORDS)[:, None] & is_head[None, :])
 
-    if counter_ptr is not None:
-        used = tl.maximum(tl.cdiv(tiles, tl.maximum(tiles_each, 1)), 1)
-        tl.debug_barrier()
-        if tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel") == used - 1:
-            # zero again for the next launch
-            tl.store(counter_ptr + pair, 0)
-            merge(
-                part_o_ptr, part_m_ptr, part_l_ptr, sinks_ptr, v_scale_ptr if V_SCALE == 0 else None, out_signs_ptr,
-                out_ptr + query * HQ * D, pair, tl.arange(0, MERGE_G), kv_head * GROUP + first_head,
-                tl.minimum(GROUP - first_head, HEADS), used, SPLITS, out_factor,
-                HEADS, D, OUT_BLOCK, BLOCK_D, MERGE_CHUNK,
-            )  # fmt: skip
-
 
 def decode(
     q: Tensor,
@@ -401,15 +374,10 @@ def decode(
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
     words = k.layout.words(head_dim)
     # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words
-    fits = k_turn.block == head_dim and q.element_size() == 2 and words in (16, 32, 64)
-    turn_here = tuning.turn_here and fits
+    turn_here = k_turn.block == head_dim and q.element_size() == 2 and words in (16, 32, 64)
     if k_turn.block > 1 and not turn_here:
         q = rotate(q, k_turn, dtype=torch.float32)
     assembly = q.is_cuda and not INTERPRETED
-    block_d = triton.next_power_of_2(head_dim)
-    merge_g = triton.next_power_of_2(heads)
-    merge_chunk = max(1, 2048 * tuning.parts // (merge_g * block_d))  # 64 registers a thread
-    merge_here = splits <= MERGE_ROUNDS * merge_chunk if tuning.merge_here is None else tuning.merge_here
     _decode_kernel[(pairs, splits)](
         q,
         k.words,
@@ -421,10 +389,6 @@ def decode(
         query_starts,
         alibi_slopes,
         k_turn.signs if turn_here else None,
-        sinks,
-        v_turn.signs,
-        counters(q.device, pairs) if merge_here else None,
-        out,
         part_o,
         part_m,
         part_l,
@@ -432,7 +396,6 @@ def decode(
         softcap,
         window,
         k_turn.read_factor,
-        v_turn.read_factor,
         *q.stride(),
         page_table.stride(0),
         splits,
@@ -446,22 +409,16 @@ def decode(
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
         TURN_QUERIES=turn_here,
-        OUT_BLOCK=v_turn.block,
         PARTS=tuning.parts,
-        BLOCK_G=max(8, merge_g),
+        BLOCK_G=max(8, triton.next_power_of_2(heads)),
         BLOCK_N=tuning.block_n,
         BLOCK_KW=max(16, triton.next_power_of_2(words)),
         BLOCK_VW=max(16, triton.next_power_of_2(v.layout.words(head_dim))),
-        BLOCK_D=block_d,
-        MERGE_G=merge_g,
-        MERGE_CHUNK=merge_chunk,
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
         num_warps=tuning.parts,
         launch_pdl=assembly,
     )
-    if merge_here:
-        return out
     merge_kernel[(batch * query_heads,)](
         part_o,
         part_m,
@@ -478,7 +435,7 @@ def decode(
         heads,
         head_dim,
         v_turn.block,
-        BLOCK_D=block_d,
+        BLOCK_D=triton.next_power_of_2(head_dim),
         CHUNK=min(64, triton.next_power_of_2(splits)),
         ASSEMBLY=assembly,
         num_warps=4 if splits <= 16 else 8,

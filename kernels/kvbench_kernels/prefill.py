@@ -111,7 +111,10 @@ def _spread_side(
         scale *= tl.load(scale_ptr)
     # codes are small integers, and so are zero-points: exact in fp16, and so are their sums in float32
     codes = _whole_rows(words, zero, tl.full([1, 1], STEP, tl.float16), KIND, BITS, CODEBOOK, ASSEMBLY)
-    if KIND == FLOAT:
+    if BITS >= 8:
+        if BITS == 8:
+            # bytes of a word are neighbours
+            codes = tl.reshape(tl.permute(tl.reshape(codes, [BLOCK_N, 2, BLOCK_W]), (0, 2, 1)), [BLOCK_N, BLOCK_C])
         channel = c
         is_channel = c < D
     else:

@@ -15,8 +15,6 @@ from kvbench_kernels.layout import Layout
 # Triton decides this when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-SHARED_BYTES = 200 * 1024  # of a multiprocessor, for the pipeline
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -25,16 +23,14 @@ class Tuning:
     block_n: tokens of a part.  parts: parts of a tile, each with a warp of its own.
     stages: depth of the software pipeline.
     programs: how many programs a multiprocessor holds at once; splits fill these places once.
-    merge_here: the last split to finish merges them all; False: a second launch does; None: whichever is faster.
-    turn_here: each program turns its queries; otherwise a launch before does.
+    least: tokens of a split, at least.
     """
 
     block_n: int
     parts: int
     stages: int
     programs: int
-    merge_here: bool | None = None
-    turn_here: bool = True
+    least: int = 256
 
     @property
     def tile(self) -> int:
@@ -43,23 +39,23 @@ class Tuning:
 
     def splits(self, pairs: int, tokens: int) -> int:
         """Splits of each (sequence, KV head): all programs run at once, and none is too short for the merge to pay."""
-        tiles = -(-tokens // self.tile)
         fill = multiprocessors() * self.programs // pairs
-        return max(1, min(tiles, fill, 3 * math.isqrt(tiles * self.parts)))
+        # the merge reads every split, so there are no more warps than 64, or than long contexts pay for
+        worth = max(64 // self.parts, 3 * math.isqrt(tokens // self.block_n) // 2)
+        return max(1, min(tokens // self.least, fill, worth))
 
 
 def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
     """Measured on an H100 with 32/8 heads and head_dim 128; wider rows get shorter tiles."""
     if INTERPRETED:
-        return Tuning(16, 2, 3, 4)
+        return Tuning(16, 2, 3, 4, least=32)
+    block_n = max(16, 64 * 128 // max(128, triton.next_power_of_2(head_dim)))
     bits = max(k.bits, v.bits)
-    width = max(128, triton.next_power_of_2(head_dim))
-    block_n = max(16, (32 if bits == 16 else 64) * 128 // width)
-    stage = block_n * head_dim * (k.bits + v.bits) // 8  # bytes of a part's tile
-    stages, parts = 3, 4
-    while (stages - 1) * parts * stage > SHARED_BYTES:
-        parts //= 2
-    return Tuning(block_n, parts, stages, 1 if bits >= 8 else 2)
+    if bits == 16:
+        return Tuning(max(16, block_n // 2), 1, 3, 2)
+    if bits == 8:
+        return Tuning(block_n, 1, 3, 3)
+    return Tuning(block_n, 2, 3, 2 if bits == 4 else 4)
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,9 @@ def choose_prefill_tuning(head_dim: int) -> PrefillTuning:
     """Measured on an H100 with 32/8 heads and head_dim 128."""
     if INTERPRETED:
         return PrefillTuning(32, 64, 8, 2)
-    return PrefillTuning(128 if head_dim <= 128 else 64, 64 if head_dim <= 256 else 32, 8, 3 if head_dim <= 128 else 2)
+    if head_dim <= 128:
+        return PrefillTuning(64, 64, 4, 3)
+    return PrefillTuning(64, 64 if head_dim <= 256 else 32, 8, 2)
 
 
 @cache

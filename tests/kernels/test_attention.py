@@ -245,7 +245,7 @@ def test_a_bias_among_new_tokens_makes_a_tree(spread_rows, device, monkeypatch):
 
 def test_a_sequence_without_tokens_gives_zeros(device):
     """
-    And leaves its neighbours' outputs and the next call's counters alone.
+    And leaves its neighbours' outputs alone.
     """
     case = Case("int8", device, seqs=((40, 1), (17, 1)))
     sides = kernels.side(case.cache.keys[0]), kernels.side(case.cache.values[0])
@@ -262,7 +262,7 @@ def test_a_sequence_without_tokens_gives_zeros(device):
 
 def test_a_graph_can_be_replayed(device):
     """
-    The last split to finish leaves its counter at zero.
+    Every replay gives what the call itself gave.
     """
     if not GPU:
         pytest.skip("graphs are the GPU's")
