@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench_kernels.decode import decode
-from kvbench_kernels.hadamard import Turn, rotate
+from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Side
 from kvbench_kernels.prefill import prefill
 
@@ -25,6 +25,7 @@ def attend(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    qq_bias: Tensor | None = None,
     k_turn: Turn | None = None,
     v_turn: Turn | None = None,
 ) -> Tensor:
@@ -33,6 +34,8 @@ def attend(
     q: [T, HQ, D] as the model made them: not turned; any strides.
     page_table: [B, max_pages] int32.  seq_lens: [B] int32, new tokens included.
     query_starts: [B + 1] int32; every sequence has at least one query.
+    qq_bias: [N, N] float32, N at least the most new tokens of a sequence: added to the scaled score of a sequence's new
+        token i (row) and its new token j <= i, the same for all sequences; for tree attention.
     max_seq_len: at least the longest of seq_lens; the page table's width when not given. It chooses the splits.
     k_turn, v_turn: how keys and values were turned when they were written.
     The other arguments are as in `decode`.
@@ -41,17 +44,16 @@ def attend(
         ValueError: tensors that do not fit together.
     """
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
-    if k_turn.block > 1:
-        q, dtype = rotate(q, k_turn, dtype=torch.float32), q.dtype
-    else:
-        dtype = q.dtype
     if max_seq_len is None:
         max_seq_len = page_table.shape[1] * k.codes.shape[2]
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     options = {"scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    options |= {"k_turn": k_turn, "v_turn": v_turn, "out": out}
+    if qq_bias is not None:
+        prefill(q, k, v, page_table, seq_lens, query_starts, qq_bias=qq_bias, **options)
+        return out
     if q.shape[0] == seq_lens.shape[0]:
-        return decode(q, k, v, page_table, seq_lens, max_seq_len=max_seq_len, turn=v_turn, out=out, **options)
+        return decode(q, k, v, page_table, seq_lens, max_seq_len=max_seq_len, **options)
     # sequences of one new token are split over their context, the others are not
-    prefill(q, k, v, page_table, seq_lens, query_starts, out=out, skip_single=True, **options)
-    decode(q, k, v, page_table, seq_lens, max_seq_len=max_seq_len, query_starts=query_starts, out=out, **options)
-    return rotate(out, v_turn, back=True) if v_turn.block > 1 else out
+    prefill(q, k, v, page_table, seq_lens, query_starts, **options)
+    return decode(q, k, v, page_table, seq_lens, max_seq_len=max_seq_len, query_starts=query_starts, **options)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench_kernels.hadamard import Turn
+from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge_kernel
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning
@@ -25,6 +25,7 @@ from kvbench_kernels.unpack import (
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+MAX_HEADS = 16  # query heads a program
 
 
 @triton.jit
@@ -48,12 +49,14 @@ def _decode_kernel(
     seq_lens_ptr,  # [B] int32
     query_starts_ptr,  # [B + 1] int32: sequence b's query is row [b] of q, if it has one alone; or None: row b
     slopes_ptr,  # [HQ] float32, or None
-    part_o_ptr,  # [B, HQ, SPLITS, D] float32: sums of weight * value
-    part_m_ptr,  # [B, HQ, SPLITS] float32: what the weights' exponents are relative to, base 2
-    part_l_ptr,  # [B, HQ, SPLITS] float32: sums of weights
+    k_signs_ptr,  # [D] float32, or None: the queries' signs, where they are turned here
+    part_o_ptr,  # [pairs, SPLITS, HEADS, D] float32: sums of weight * value
+    part_m_ptr,  # [pairs, SPLITS, HEADS] float32: what the weights' exponents are relative to, base 2
+    part_l_ptr,  # [pairs, SPLITS, HEADS] float32: sums of weights
     scale,  # of the softmax
     softcap,
     window,  # tokens that a query sees, itself included
+    k_factor,  # of the queries' turn
     stride_qt,
     stride_qh,
     stride_qd,
@@ -61,6 +64,7 @@ def _decode_kernel(
     SPLITS,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
     K_KIND: tl.constexpr,
@@ -77,6 +81,8 @@ def _decode_kernel(
     V_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    TURN_QUERIES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_KW: tl.constexpr,
@@ -84,17 +90,22 @@ def _decode_kernel(
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """One program: one sequence, one KV head with its group of query heads, one split of the context.
+    """One program: one sequence, one KV head with HEADS of its query heads, one split of the context.
 
     Tokens are the rows of every product (scores [tokens, heads] = K Qᵀ, outputs [channels, heads] = Vᵀ Wᵀ), so that
     the cache's tiles are left operands and are decoded in registers. The weight of a token includes its value's
     scale, and the running maximum is that of their product: a weight is at most 1 and keeps its digits in 16 bits.
+
+    Each warp takes BLOCK_N tokens of every tile for itself, with a maximum and sums of its own. These parts are added
+    up after the loop, and the splits by the launch that follows.
     """
-    pair = tl.program_id(0)
+    GROUPS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    b = (pair // HKV).to(tl.int64)
-    kv_head = pair % HKV
-    HQ: tl.constexpr = HKV * GROUP
+    b = pair // (HKV * GROUPS)
+    kv_head = (pair // GROUPS % HKV).to(tl.int32)
+    first_head = (pair % GROUPS * HEADS).to(tl.int32)  # of the group
+    TILE: tl.constexpr = PARTS * BLOCK_N
     K_WORDS: tl.constexpr = D * K_BITS // 16
     V_WORDS: tl.constexpr = D * V_BITS // 16
     K_STREAMS: tl.constexpr = 16 // K_BITS
@@ -107,60 +118,90 @@ def _decode_kernel(
     V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
 
     g = tl.arange(0, BLOCK_G)
-    n = tl.arange(0, BLOCK_N)
+    n = tl.arange(0, PARTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
     kw = tl.arange(0, BLOCK_KW)
     vw = tl.arange(0, BLOCK_VW)
-    head = kv_head * GROUP + g
-    is_head = g < GROUP
+    head = kv_head * GROUP + first_head + g
+    is_head = (g < HEADS) & (first_head + g < GROUP)
 
     if ASSEMBLY:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     query = b
     has_query = True
     if query_starts_ptr is not None:
         query = tl.load(query_starts_ptr + b).to(tl.int64)
         has_query = tl.load(query_starts_ptr + b + 1) - query == 1
 
+    # queries and length are asked for together, then the page
+    q_at = q_ptr + query * stride_qt + (head * stride_qh)[None, :]
+    q_mask = (kw < K_WORDS)[:, None] & is_head[None, :]
+    loaded = ()
+    for stream in tl.static_range(K_STREAMS):
+        channel = channels(kw, stream, K_BITS, K_WORDS)
+        q = tl.load(q_at + (channel * stride_qd)[:, None], mask=q_mask, other=0.0)
+        if TURN_QUERIES and k_signs_ptr is not None:
+            q = (q.to(tl.float32) * tl.load(k_signs_ptr + channel)[:, None]).to(q.dtype)
+        loaded = loaded + (q,)
+
     # the split's tokens: whole tiles
     length = tl.load(seq_lens_ptr + b)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
-    first_tile = first // BLOCK_N
-    tiles_each = tl.cdiv(tl.cdiv(length, BLOCK_N) - first_tile, SPLITS)
-    start = (first_tile + split * tiles_each) * BLOCK_N
-    end = tl.minimum(start + tiles_each * BLOCK_N, length)
-
-    part = (b * HQ + head) * SPLITS + split
+    first_tile = first // TILE
+    tiles = tl.cdiv(length, TILE) - first_tile
+    tiles_each = tl.cdiv(tiles, SPLITS)
+    start = (first_tile + split * tiles_each) * TILE
+    end = tl.minimum(start + tiles_each * TILE, length)
+    part = (pair * SPLITS + split) * HEADS + g
     if start >= end or not has_query:
         tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
         return
+    table = page_table_ptr + b * stride_table
+    last = tl.maximum(end - 1, 0)
+    # the BLOCK_N tokens of a part lie in one page, or each of them looks its page up
+    if S % BLOCK_N == 0:
+        at = tl.arange(0, PARTS) * BLOCK_N  # [PARTS]
+    else:
+        at = n
+    page = tl.load(table + tl.minimum(start + at, last) // S)
 
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
-    q_at = q_ptr + query * stride_qt + (head * stride_qh)[None, :]
-    q_mask = (kw < K_WORDS)[:, None] & is_head[None, :]
-    largest = 0.0
-    loaded = ()
-    for stream in tl.static_range(K_STREAMS):
-        channel = channels(kw, stream, K_BITS, K_WORDS)
-        q = tl.load(q_at + (channel * stride_qd)[:, None], mask=q_mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(q)))
-        loaded = loaded + (q,)
-    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
+    turned = ()
+    if TURN_QUERIES:
+        sign = kw[:, None] & kw[None, :]
+        sign ^= sign >> 4
+        sign ^= sign >> 2
+        sign ^= sign >> 1
+        hadamard = (1 - 2 * (sign & 1)).to(loaded[0].dtype)
+        for stream in tl.static_range(K_STREAMS):
+            turned = turned + (tl.dot(hadamard, loaded[stream]) * k_factor,)
+        turned = butterfly_across(turned)
+    else:
+        for stream in tl.static_range(K_STREAMS):
+            turned = turned + (loaded[stream].to(tl.float32),)
+    # over streams first: what goes across warps is one tile
+    peak = tl.abs(turned[0])
+    for stream in tl.static_range(1, K_STREAMS):
+        peak = tl.maximum(peak, tl.abs(turned[stream]))
+    exponent = tl.minimum(tl.maximum((tl.max(peak).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    q_sum = tl.zeros([BLOCK_G], tl.float32)
-    q_offset = tl.zeros([BLOCK_G], tl.float32)  # SYMMETRIC4: what comes off every score
+    q_sum = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
+    q_offset = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
     queries = ()
     upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
     for stream in tl.static_range(K_STREAMS):
-        q = (loaded[stream] * q_inverse).to(k_type)  # [BLOCK_KW, BLOCK_G]
-        stream_sum = tl.sum(q.to(tl.float32), axis=0)
-        q_sum += stream_sum
-        queries = queries + (q,)
+        q = (turned[stream] * q_inverse).to(k_type)  # [BLOCK_KW, BLOCK_G]
+        q_sum += q.to(tl.float32)
+        queries = queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
         if K_KIND == SYMMETRIC4:
-            q_offset += stream_sum * (K_STEP - 1.5 - halves_base(stream))
-            upper_queries = upper_queries + ((q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16),)
+            q_offset += q.to(tl.float32) * (K_STEP - 1.5 - halves_base(stream))
+            q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
+            upper_queries = upper_queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
+    q_sum = tl.sum(q_sum, axis=0)  # [BLOCK_G]
+    q_offset = tl.sum(q_offset, axis=0)  # SYMMETRIC4: what comes off every score
 
     # scores are in base 2, except where the softcap needs them as they are
     score_scale = scale * q_unit
@@ -170,46 +211,41 @@ def _decode_kernel(
         score_scale *= tl.load(k_scale_ptr)
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head, mask=is_head, other=0.0) * _LOG2E
-    k_step = tl.full([1, 1], K_STEP, tl.float16)
-    v_step = tl.full([1, 1], V_STEP, tl.float16)
+    k_step = tl.full([1, 1, 1], K_STEP, tl.float16)
+    v_step = tl.full([1, 1, 1], V_STEP, tl.float16)
 
-    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens at the end
-    shift = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # likewise: the zero-points' share of the output
+    m = tl.full([PARTS, BLOCK_G], float("-inf"), tl.float32)
+    l = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens at the end
+    shift = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)  # likewise: the zero-points' share of the output
     acc = ()
     for _ in tl.static_range(V_STREAMS):
-        acc = acc + (tl.zeros([BLOCK_VW, BLOCK_G], tl.float32),)
+        acc = acc + (tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32),)
 
-    table = page_table_ptr + b * stride_table
-    # a tile lies in one page, or each of its tokens looks its page up
-    if S % BLOCK_N == 0:
-        page = tl.load(table + start // S)
-    else:
-        page = tl.load(table + tl.minimum(start + n, end - 1) // S)  # [BLOCK_N]
-    for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+    for tile in tl.range(start, end, TILE, num_stages=STAGES):
         token = tile + n
         visible = token < end
         if HAS_WINDOW:
             visible = visible & (token >= first)
         # the next page is asked for one tile ahead
+        base = (page.to(tl.int64) * HKV + kv_head) * S + (tile + at) % S
+        page = tl.load(table + tl.minimum(tile + TILE + at, last) // S)
         if S % BLOCK_N == 0:
-            base = (page.to(tl.int64) * HKV + kv_head) * S + tile % S
-            row = n  # [BLOCK_N], from base on
-            page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // S)
+            row = base[:, None] + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
+            k_at = (base * K_WORDS)[:, None, None] + (tl.arange(0, BLOCK_N)[:, None] * K_WORDS + kw[None, :])[None]
+            v_at = (base * V_WORDS)[:, None, None] + (tl.arange(0, BLOCK_N)[None, :] * V_WORDS + vw[:, None])[None]
         else:
-            base = 0
-            row = (page.to(tl.int64) * HKV + kv_head) * S + token % S
-            page = tl.load(table + tl.minimum(token + BLOCK_N, end - 1) // S)
+            row = base
+            k_at = (row * K_WORDS)[:, :, None] + kw[None, None, :]
+            v_at = (row * V_WORDS)[:, None, :] + vw[None, :, None]
 
         # scores
-        k_at = k_ptr + base * K_WORDS + (row[:, None] * K_WORDS + kw[None, :])
         if BLOCK_KW == K_WORDS:
-            k_words = tl.load(k_at)  # [BLOCK_N, BLOCK_KW]
+            k_words = tl.load(k_ptr + k_at)  # [PARTS, BLOCK_N, BLOCK_KW]
         else:
-            k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
-        score = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
+            k_words = tl.load(k_ptr + k_at, mask=(kw < K_WORDS)[None, None, :], other=0.0)
+        score = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)
         if K_KIND == SYMMETRIC4:
-            score += q_offset[None, :]
+            score += q_offset[None, None, :]
         for stream in tl.static_range(K_STREAMS):
             if K_KIND == SYMMETRIC4:
                 lower, upper = unpack_halves(k_words, stream, ASSEMBLY)
@@ -220,70 +256,72 @@ def _decode_kernel(
                 score = tl.dot(k, queries[stream], score)
 
         if V_SCALE == 1:
-            v_stored = tl.load(v_scale_ptr + base + row, mask=visible, other=1.0)
+            v_stored = tl.load(v_scale_ptr + row, mask=visible, other=1.0)
             v_scale, v_zero = row_scale(v_stored, V_KIND, V_BITS, V_UNIT)
             v_log = log2(v_scale, ASSEMBLY)
-            bias = tl.where(visible, v_log, float("-inf"))  # [BLOCK_N]
+            bias = tl.where(visible, v_log, float("-inf"))[:, :, None]
         else:
-            bias = tl.where(visible, 0.0, float("-inf"))
+            bias = tl.where(visible, 0.0, float("-inf"))[:, :, None]
         if K_SCALE == 1:
-            k_stored = tl.load(k_scale_ptr + base + row, mask=visible, other=0.0)
+            k_stored = tl.load(k_scale_ptr + row, mask=visible, other=0.0)
             k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-            k_scale = (k_scale * score_scale)[:, None]
+            k_scale = (k_scale * score_scale)[:, :, None]
         else:
             k_scale = score_scale
         if HAS_SOFTCAP or slopes_ptr is not None:
             if K_KIND == UNSIGNED:
-                score -= k_zero[:, None] * q_sum[None, :]
+                score -= k_zero[:, :, None] * q_sum[None, None, :]
             score *= k_scale
             if HAS_SOFTCAP:
                 score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
             if slopes_ptr is not None:
-                score += slope[None, :] * (token - length + 1).to(tl.float32)[:, None]
-            score += bias[:, None]
+                score += slope[None, None, :] * (token - length + 1).to(tl.float32)[:, :, None]
+            score += bias
         elif K_KIND == UNSIGNED:
-            score = score * k_scale + (bias[:, None] - (k_scale * k_zero[:, None]) * q_sum[None, :])
+            score = score * k_scale + (bias - (k_scale * k_zero[:, :, None]) * q_sum[None, None, :])
         else:
-            score = score * k_scale + bias[:, None]
+            score = score * k_scale + bias
         if K_NAN:
-            score = tl.where(visible[:, None], score, float("-inf"))
+            score = tl.where(visible[:, :, None], score, float("-inf"))
 
         # weights
-        new_m = tl.maximum(m, tl.max(score, axis=0))
+        new_m = tl.maximum(m, tl.max(score, axis=1))  # [PARTS, BLOCK_G]
         new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-        decay = exp2(m - new_m, ASSEMBLY)
+        decay = exp2(m - new_m, ASSEMBLY)[:, None, :]
         m = new_m
-        weight = exp2(score - m[None, :], ASSEMBLY)
+        weight = exp2(score - m[:, None, :], ASSEMBLY)
         if V_SCALE == 1:
-            l = l * decay[None, :] + weight * exp2(-v_log, ASSEMBLY)[:, None]
+            l = l * decay + weight * exp2(-v_log, ASSEMBLY)[:, :, None]
         else:
-            l = l * decay[None, :] + weight
+            l = l * decay + weight
         if V_KIND == UNSIGNED:
-            shift = shift * decay[None, :] + weight * v_zero[:, None]
+            shift = shift * decay + weight * v_zero[:, :, None]
 
         # outputs
-        v_at = v_ptr + base * V_WORDS + (row[None, :] * V_WORDS + vw[:, None])
         if V_NAN:
-            v_words = tl.load(v_at, mask=(vw < V_WORDS)[:, None] & visible[None, :], other=0.0)
+            v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None] & visible[:, None, :], other=0.0)
         elif BLOCK_VW == V_WORDS:
-            v_words = tl.load(v_at)  # [BLOCK_VW, BLOCK_N]
+            v_words = tl.load(v_ptr + v_at)  # [PARTS, BLOCK_VW, BLOCK_N]
         else:
-            v_words = tl.load(v_at, mask=(vw < V_WORDS)[:, None], other=0)
+            v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None], other=0)
         weight = weight.to(v_type)
         new_acc = ()
         for stream in tl.static_range(V_STREAMS):
             v = unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
-            o = tl.dot(v, weight, acc[stream] * decay[None, :])
-            new_acc = new_acc + (o,)
+            new_acc = new_acc + (tl.dot(v, weight, acc[stream] * decay),)
         acc = new_acc
 
-    tl.store(part_m_ptr + part, m, mask=is_head)
-    tl.store(part_l_ptr + part, tl.sum(l, axis=0), mask=is_head)
-    shift_sum = tl.sum(shift, axis=0)  # [BLOCK_G]
+    # the parts relative to one maximum
+    top = tl.max(m, axis=0)  # [BLOCK_G]
+    share = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    tl.store(part_m_ptr + part, top, mask=is_head)
+    tl.store(part_l_ptr + part, tl.sum(tl.sum(l, axis=1) * share, axis=0), mask=is_head)
+    shift_sum = tl.sum(shift, axis=1)[:, None, :]
     for stream in tl.static_range(V_STREAMS):
         channel = channels(vw, stream, V_BITS, V_WORDS)
+        o = tl.sum((acc[stream] - shift_sum) * share[:, None, :], axis=0)  # [BLOCK_VW, BLOCK_G]
         o_at = part_o_ptr + part[None, :] * D + channel[:, None]
-        tl.store(o_at, acc[stream] - shift_sum[None, :], mask=(vw < V_WORDS)[:, None] & is_head[None, :])
+        tl.store(o_at, o, mask=(vw < V_WORDS)[:, None] & is_head[None, :])
 
 
 def decode(
@@ -299,14 +337,15 @@ def decode(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    turn: Turn | None = None,
+    k_turn: Turn | None = None,
+    v_turn: Turn | None = None,
     query_starts: Tensor | None = None,
     out: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Attention outputs [T, HQ, D] of one query a sequence, each at its sequence's last position.
 
-    q: [T, HQ, D], any strides; fp16, bf16 or float32; sequence b's query is row b.
+    q: [T, HQ, D] not turned, any strides; fp16, bf16 or float32; sequence b's query is row b.
     query_starts: [B + 1] int32: sequence b's query is row query_starts[b] if it has one alone; other rows of `out` are
         left as they are.
     page_table: [B, max_pages] int32.  seq_lens: [B] int32, the query's own token included.
@@ -314,7 +353,7 @@ def decode(
     window: tokens that a query sees, itself included; 0 for all.
     softcap: scores become softcap * tanh(score / softcap); 0 for none.
     alibi_slopes, sinks: [HQ] float32.
-    turn: how the values were turned; the outputs are turned back.
+    k_turn, v_turn: how keys and values were turned; queries are turned alike, outputs back.
 
     A scale that is NaN makes the outputs of the heads that read it NaN.
     """
@@ -322,16 +361,24 @@ def decode(
     batch = seq_lens.shape[0]
     kv_heads, page_size = k.codes.shape[1:3]
     check(q, k, v)
-    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim, query_heads // kv_heads)
-    tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
-    splits = tuning.splits(batch * kv_heads, tokens)
-    part_o = torch.empty(batch, query_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-    part_m, part_l = torch.empty(2, batch, query_heads, splits, dtype=torch.float32, device=q.device)
+    group = query_heads // kv_heads
+    heads = min(group, MAX_HEADS)
+    pairs = batch * kv_heads * -(-group // heads)
+    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
+    tokens = min(max_seq_len, window + tuning.tile) if window else max_seq_len
+    splits = tuning.splits(pairs, tokens)
+    part_o = torch.empty(pairs, splits, heads, head_dim, dtype=torch.float32, device=q.device)
+    part_m, part_l = torch.empty(2, pairs, splits, heads, dtype=torch.float32, device=q.device)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    turn = turn or Turn()
+    k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
+    words = k.layout.words(head_dim)
+    # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words
+    turn_here = k_turn.block == head_dim and q.element_size() == 2 and words in (16, 32, 64)
+    if k_turn.block > 1 and not turn_here:
+        q = rotate(q, k_turn, dtype=torch.float32)
     assembly = q.is_cuda and not INTERPRETED
-    _decode_kernel[(batch * kv_heads, splits)](
+    _decode_kernel[(pairs, splits)](
         q,
         k.words,
         k.scale,
@@ -341,30 +388,35 @@ def decode(
         seq_lens,
         query_starts,
         alibi_slopes,
+        k_turn.signs if turn_here else None,
         part_o,
         part_m,
         part_l,
         scale,
         softcap,
         window,
+        k_turn.read_factor,
         *q.stride(),
         page_table.stride(0),
         splits,
         kv_heads,
-        query_heads // kv_heads,
+        group,
+        heads,
         head_dim,
         page_size,
         *k.constants,
         *v.constants,
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
-        BLOCK_G=max(8, triton.next_power_of_2(query_heads // kv_heads)),
+        TURN_QUERIES=turn_here,
+        PARTS=tuning.parts,
+        BLOCK_G=max(8, triton.next_power_of_2(heads)),
         BLOCK_N=tuning.block_n,
-        BLOCK_KW=max(16, triton.next_power_of_2(k.layout.words(head_dim))),
+        BLOCK_KW=max(16, triton.next_power_of_2(words)),
         BLOCK_VW=max(16, triton.next_power_of_2(v.layout.words(head_dim))),
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
-        num_warps=tuning.warps,
+        num_warps=tuning.parts,
         launch_pdl=assembly,
     )
     merge_kernel[(batch * query_heads,)](
@@ -374,15 +426,16 @@ def decode(
         sinks,
         v.scale if v.scale_dims == 0 else None,
         query_starts,
-        turn.signs,
+        v_turn.signs,
         out,
         splits,
-        turn.read_factor,
-        query_heads,
+        v_turn.read_factor,
+        kv_heads,
+        group,
+        heads,
         head_dim,
-        turn.block,
+        v_turn.block,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
         CHUNK=min(64, triton.next_power_of_2(splits)),
         ASSEMBLY=assembly,
         num_warps=4 if splits <= 16 else 8,

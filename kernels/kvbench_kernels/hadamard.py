@@ -42,6 +42,21 @@ def stage(x, HALF: tl.constexpr):
 
 
 @triton.jit
+def butterfly_across(x):
+    """A tuple of 2^m tiles: each position transformed over the tiles, unnormalised."""
+    for m in tl.static_range(4):
+        if 1 << m < len(x):
+            turned = ()
+            for i in tl.static_range(len(x)):
+                if (i >> m) % 2 == 0:
+                    turned = turned + (x[i] + x[i + (1 << m)],)
+                else:
+                    turned = turned + (x[i - (1 << m)] - x[i],)
+            x = turned
+    return x
+
+
+@triton.jit
 def butterfly(x, BLOCK: tl.constexpr):
     """A tuple of [R, SPAN] tiles that follow each other along a row: every BLOCK channels transformed, unnormalised."""
     SPAN: tl.constexpr = x[0].shape[1]

@@ -6,15 +6,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvbench_kernels.decode import row_scale
-from kvbench_kernels.layout import Layout, Side, check
-from kvbench_kernels.tuning import INTERPRETED
+from kvbench_kernels.hadamard import Turn, rotate
+from kvbench_kernels.layout import Side, check
+from kvbench_kernels.tuning import INTERPRETED, PrefillTuning, choose_prefill_tuning
 from kvbench_kernels.unpack import E4M3, FLOAT, UNSIGNED, channels, exp2, unpack
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-# query rows of a KV head, per sequence on average, from which on a cache is first unpacked in memory, once for all
-UNPACK_ROWS = 512
+# query rows of a KV head, per sequence on average, from which on a cache is first spread in memory, once for all
+SPREAD_ROWS = 512
 
 
 @triton.jit
@@ -58,15 +60,20 @@ def _stack(tiles, N: tl.constexpr, W: tl.constexpr):
         return tl.reshape(tl.permute(pair, (0, 1, 3, 2)), [N, COUNT, W])
 
 
-@triton.jit(do_not_specialize=["max_pages", "stride_table"])
-def _unpack_kernel(
-    words_ptr,  # [P, HKV, S, words] int16
-    scale_ptr,  # [P, HKV, S] float32, or None
-    page_table_ptr,  # [B, stride_table] int32
-    seq_lens_ptr,  # [B] int32
-    values_ptr,  # [B * max_pages, HKV, S, D] fp16
-    row_scale_ptr,  # [B * max_pages, HKV, S] float32, or None
-    max_pages,
+@triton.jit
+def _spread_side(
+    words_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16
+    scale_ptr,  # [P, HKV, S] float32, one float32, or None
+    signs_ptr,  # [D] float32, or None
+    page_table_ptr,
+    values_ptr,  # [B, HKV, length, D] fp16
+    unit_ptr,  # [B, HKV, length / BLOCK_N] float32
+    b,
+    head,
+    block,
+    length,
+    seq_len,
+    factor,
     stride_table,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -77,53 +84,148 @@ def _unpack_kernel(
     UNIT: tl.constexpr,
     STEP: tl.constexpr,
     SCALE: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """One program: one page and head of one sequence, as values without their scale, zeros after its last token."""
-    page = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    b = page // max_pages
-    slot = tl.arange(0, S)
-    left = tl.load(seq_lens_ptr + b) - page % max_pages * S
-    if left <= 0:
-        return
-    inside = slot < left
-    row = (tl.load(page_table_ptr + b * stride_table + page % max_pages).to(tl.int64) * HKV + head) * S + slot
-    to = (page * HKV + head) * S + slot
-    w = tl.arange(0, BLOCK_W)
     WORDS: tl.constexpr = D * BITS // 16
-    words = tl.load(words_ptr + row[:, None] * WORDS + w[None, :], mask=inside[:, None] & (w < WORDS)[None, :], other=0)
-    zero = tl.zeros([S], tl.float32)
+    BLOCK_C: tl.constexpr = BLOCK_W * (16 // BITS)
+    token = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = token < seq_len
+    page = tl.load(page_table_ptr + b * stride_table + token // S, mask=inside, other=0)
+    row = (page.to(tl.int64) * HKV + head) * S + token % S
+    w = tl.arange(0, BLOCK_W)
+    c = tl.arange(0, BLOCK_C)
+    mask = inside[:, None] & (w < WORDS)[None, :]
+    words = tl.load(words_ptr + row[:, None] * WORDS + w[None, :], mask=mask, other=0)
+    zero = tl.zeros([BLOCK_N], tl.float32)
+    scale = tl.full([BLOCK_N], factor, tl.float32)
     if SCALE == 1:
-        scale, stored_zero = row_scale(tl.load(scale_ptr + row, mask=inside, other=0.0), KIND, BITS, UNIT)
-        tl.store(row_scale_ptr + to, scale)
-        if KIND == UNSIGNED:
-            zero = stored_zero
-    # codes are small integers, and so are zero-points: exact in fp16
-    values = _whole_rows(words, zero, tl.full([1, 1], STEP, tl.float16), KIND, BITS, CODEBOOK, ASSEMBLY)
-    d = tl.arange(0, BLOCK_W * (16 // BITS))
-    channel = channels(d % BLOCK_W, d // BLOCK_W, BITS, WORDS)
-    if BITS == 8:
-        # bytes of a word are neighbours
-        values = tl.reshape(tl.permute(tl.reshape(values, [S, 2, BLOCK_W]), (0, 2, 1)), [S, 2 * BLOCK_W])
+        row_unit, zero = row_scale(tl.load(scale_ptr + row, mask=inside, other=0.0), KIND, BITS, UNIT)
+        if KIND != UNSIGNED:
+            zero = tl.zeros([BLOCK_N], tl.float32)
+        scale *= row_unit
+    elif SCALE == 0:
+        scale *= tl.load(scale_ptr)
+    # codes are small integers, and so are zero-points: exact in fp16, and so are their sums in float32
+    codes = _whole_rows(words, zero, tl.full([1, 1], STEP, tl.float16), KIND, BITS, CODEBOOK, ASSEMBLY)
+    if BITS >= 8:
+        if BITS == 8:
+            # bytes of a word are neighbours
+            codes = tl.reshape(tl.permute(tl.reshape(codes, [BLOCK_N, 2, BLOCK_W]), (0, 2, 1)), [BLOCK_N, BLOCK_C])
+        channel = c
+        is_channel = c < D
+    else:
+        channel = channels(c % BLOCK_W, c // BLOCK_W, BITS, WORDS)
+        is_channel = c % BLOCK_W < WORDS
+    if TURN > 1:
+        d = tl.arange(0, BLOCK_D)
+        sign = channel[:, None] & d[None, :] & (TURN - 1)
+        sign ^= sign >> 8
+        sign ^= sign >> 4
+        sign ^= sign >> 2
+        sign ^= sign >> 1
+        same = (channel // TURN)[:, None] == (d // TURN)[None, :]
+        turn = tl.where(same & is_channel[:, None], 1 - 2 * (sign & 1), 0).to(codes.dtype)
+        values = tl.dot(codes, turn)
+        if signs_ptr is not None:
+            values *= tl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
         channel = d
-    at = values_ptr + to[:, None] * D + channel[None, :]
-    is_channel = (d < D) if BITS == 8 else (d % BLOCK_W < WORDS)
-    tl.store(at, tl.where(inside[:, None], values, 0.0), mask=is_channel[None, :])
+        is_channel = d < D
+    else:
+        values = codes.to(tl.float32)
+    values = tl.where(inside[:, None] & is_channel[None, :], values * scale[:, None], 0.0)
+    # the largest value becomes just less than 2^15: fp16 keeps 11 bits of all down to 2^-29 times that
+    magnitude = tl.abs(values)
+    largest = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0))
+    exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 27), 254)
+    values = (values * ((268 - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.float16)
+    pair = b * HKV + head
+    tl.store(unit_ptr + pair * (length // BLOCK_N) + block, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+    at = values_ptr + ((pair * length + token) * D)[:, None] + channel[None, :]
+    tl.store(at, values, mask=is_channel[None, :])
 
 
-@triton.jit(do_not_specialize=["sequences", "window", "stride_table"])
+@triton.jit(do_not_specialize=["length", "stride_table"])
+def _spread_kernel(
+    k_ptr,
+    k_scale_ptr,
+    k_signs_ptr,
+    v_ptr,
+    v_scale_ptr,
+    v_signs_ptr,
+    page_table_ptr,  # [B, stride_table] int32
+    seq_lens_ptr,  # [B] int32
+    k_values_ptr,
+    k_unit_ptr,
+    v_values_ptr,
+    v_unit_ptr,
+    length,
+    k_factor,
+    v_factor,
+    stride_table,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    K_KIND: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_CODEBOOK: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    K_STEP: tl.constexpr,
+    K_SCALE: tl.constexpr,
+    V_KIND: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_CODEBOOK: tl.constexpr,
+    V_UNIT: tl.constexpr,
+    V_STEP: tl.constexpr,
+    V_SCALE: tl.constexpr,
+    K_TURN: tl.constexpr,
+    V_TURN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_KW: tl.constexpr,
+    BLOCK_VW: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """One program: BLOCK_N tokens of one sequence and KV head, the keys or the values (the grid's third axis).
+
+    Values in units of a power of two, one for the program's tokens; zeros after the last token.
+    """
+    blocks = length // BLOCK_N
+    b = tl.program_id(0).to(tl.int64) // blocks
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(1)
+    seq_len = tl.load(seq_lens_ptr + b)
+    if block * BLOCK_N >= seq_len:
+        return
+    if tl.program_id(2) == 0:
+        _spread_side(
+            k_ptr, k_scale_ptr, k_signs_ptr, page_table_ptr, k_values_ptr, k_unit_ptr, b, head, block, length, seq_len,
+            k_factor, stride_table, HKV, D, S, K_KIND, K_BITS, K_CODEBOOK, K_UNIT, K_STEP, K_SCALE, K_TURN,
+            BLOCK_N, BLOCK_KW, BLOCK_D, ASSEMBLY,
+        )  # fmt: skip
+    else:
+        _spread_side(
+            v_ptr, v_scale_ptr, v_signs_ptr, page_table_ptr, v_values_ptr, v_unit_ptr, b, head, block, length, seq_len,
+            v_factor, stride_table, HKV, D, S, V_KIND, V_BITS, V_CODEBOOK, V_UNIT, V_STEP, V_SCALE, V_TURN,
+            BLOCK_N, BLOCK_VW, BLOCK_D, ASSEMBLY,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["sequences", "window", "stride_table", "stride_bias", "length_all"])
 def _prefill_kernel(
     q_ptr,  # [T, HQ, D] any float
-    k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16
-    k_scale_ptr,  # [P, HKV, S] float32, or one float32
+    k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; LINEAR: a descriptor of fp16 [rows, D]
+    k_scale_ptr,  # [P, HKV, S] float32, or one float32; LINEAR: [B, HKV, length_all / BLOCK_N] float32
     v_ptr,
     v_scale_ptr,
     page_table_ptr,  # [B, stride_table] int32
     seq_lens_ptr,  # [B] int32
     query_starts_ptr,  # [B + 1] int32
     slopes_ptr,  # [HQ] float32, or None
+    bias_ptr,  # [new tokens, new tokens] float32, rows stride_bias apart, or None
     sinks_ptr,  # [HQ] float32, or None
     out_ptr,  # [T, HQ, D], contiguous
     sequences,
@@ -134,6 +236,8 @@ def _prefill_kernel(
     stride_qh,
     stride_qd,
     stride_table,
+    stride_bias,
+    length_all,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -153,6 +257,7 @@ def _prefill_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
+    LINEAR: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -163,7 +268,8 @@ def _prefill_kernel(
 ):
     """One program: BLOCK_M / BLOCK_G query tokens of one sequence with all query heads of one KV head.
 
-    A tile of keys or values is unpacked once for all BLOCK_M rows. A weight includes its value's scale.
+    A tile of keys or values is unpacked once for all BLOCK_M rows. A weight includes its value's scale. LINEAR: keys
+    and values lie in fp16 in the order of their tokens, each tile in a power-of-two unit of its own.
     """
     kv_head = tl.program_id(1)
     # long rows of causal tiles first: the last programs to start are the shortest
@@ -174,9 +280,9 @@ def _prefill_kernel(
     BLOCK_T: tl.constexpr = BLOCK_M // BLOCK_G
     BLOCK_KD: tl.constexpr = BLOCK_KW * (16 // K_BITS)
     BLOCK_VD: tl.constexpr = BLOCK_VW * (16 // V_BITS)
-    k_type: tl.constexpr = k_ptr.dtype.element_ty if K_KIND == FLOAT else tl.float16
-    v_type: tl.constexpr = v_ptr.dtype.element_ty if V_KIND == FLOAT else tl.float16
-    V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
+    k_type: tl.constexpr = k_ptr.dtype.element_ty if K_KIND == FLOAT and not LINEAR else tl.float16
+    v_type: tl.constexpr = v_ptr.dtype.element_ty if V_KIND == FLOAT and not LINEAR else tl.float16
+    V_NAN: tl.constexpr = (V_KIND == FLOAT or V_KIND == E4M3) and not LINEAR
 
     # blocks are numbered as if each sequence began with a block of its own: sequence b's first is starts[b]/BLOCK_T + b
     low = 0
@@ -245,6 +351,10 @@ def _prefill_kernel(
     inner = start
     if not HAS_WINDOW:
         inner = (first_position + 1) // BLOCK_N * BLOCK_N
+    # bias is on scores among new tokens alone
+    if bias_ptr is not None:
+        inner = tl.minimum(inner, (length - queries) // BLOCK_N * BLOCK_N)
+    linear = (b * HKV + kv_head) * length_all  # the pair's first row
     for MASKED in tl.static_range(2):
         if MASKED == 0:
             tile_start = start
@@ -252,15 +362,28 @@ def _prefill_kernel(
         else:
             tile_start = inner
             tile_end = end
-        if S % BLOCK_N == 0:
+        page = 0
+        if LINEAR:
+            unit_at = linear // BLOCK_N + tl.minimum(tile_start, end - 1) // BLOCK_N
+            next_k_unit = tl.load(k_scale_ptr + unit_at)
+            next_v_unit = tl.load(v_scale_ptr + unit_at)
+        elif S % BLOCK_N == 0:
             page = tl.load(table + tl.minimum(tile_start, end - 1) // S)
         else:
             page = tl.load(table + tl.minimum(tile_start + n, end - 1) // S)  # [BLOCK_N]
         for tile in tl.range(tile_start, tile_end, BLOCK_N, num_stages=STAGES):
             token = tile + n
             inside = token < end
-            # the next page is asked for one tile ahead
-            if S % BLOCK_N == 0:
+            # the next page or units are asked for one tile ahead
+            if LINEAR:
+                base = 0
+                line = linear + tile
+                k_unit = next_k_unit
+                v_unit = next_v_unit
+                unit_at = linear // BLOCK_N + tl.minimum(tile + BLOCK_N, end - 1) // BLOCK_N
+                next_k_unit = tl.load(k_scale_ptr + unit_at)
+                next_v_unit = tl.load(v_scale_ptr + unit_at)
+            elif S % BLOCK_N == 0:
                 base = (page.to(tl.int64) * HKV + kv_head) * S + tile % S
                 line = n
                 page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // S)
@@ -270,45 +393,64 @@ def _prefill_kernel(
                 page = tl.load(table + tl.minimum(token + BLOCK_N, end - 1) // S)
 
             # scores
-            k_at = k_ptr + base * K_WORDS + (line[:, None] * K_WORDS + kw[None, :])
-            if BLOCK_KW == K_WORDS:
-                k_words = tl.load(k_at)  # [BLOCK_N, BLOCK_KW]
+            if LINEAR:
+                k = k_ptr.load([line, 0])
             else:
-                k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
-            if K_SCALE == 1:
-                if MASKED == 1:
-                    k_stored = tl.load(k_scale_ptr + base + line, mask=inside, other=1.0)
+                k_at = k_ptr + base * K_WORDS + (line[:, None] * K_WORDS + kw[None, :])
+                if BLOCK_KW == K_WORDS:
+                    k_words = tl.load(k_at)  # [BLOCK_N, BLOCK_KW]
                 else:
-                    k_stored = tl.load(k_scale_ptr + base + line)
-                k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-                k_scale = (k_scale * score_scale)[None, :]
-            else:
+                    k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
                 k_zero = 0.0
-                k_scale = score_scale
-            k = _whole_rows(k_words, k_zero, k_step, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
+                if K_SCALE == 1:
+                    if MASKED == 1:
+                        k_stored = tl.load(k_scale_ptr + base + line, mask=inside, other=1.0)
+                    else:
+                        k_stored = tl.load(k_scale_ptr + base + line)
+                    k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
+                k = _whole_rows(k_words, k_zero, k_step, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
             score = tl.dot(q, tl.trans(k))
-            if HAS_SOFTCAP or slopes_ptr is not None:
-                score *= k_scale
+            # `factor` waits for the subtraction of the maximum: one instruction for both
+            factor = score_scale
+            if K_SCALE == 1:
+                score *= k_scale[None, :]
+            if LINEAR:
+                factor *= k_unit
+            if HAS_SOFTCAP or slopes_ptr is not None or bias_ptr is not None:
+                score *= factor
+                factor = 1.0
                 if HAS_SOFTCAP:
                     score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
                 if slopes_ptr is not None:
                     score += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
-            else:
-                score *= k_scale
             if MASKED == 1:
+                if bias_ptr is not None:
+                    new = token - (length - queries)
+                    bias_at = bias_ptr + query[:, None] * stride_bias + new[None, :]
+                    is_new = (is_row & (query < queries))[:, None] & (inside & (new >= 0))[None, :]
+                    score += tl.load(bias_at, mask=is_new, other=0.0) * _LOG2E
                 visible = inside[None, :] & (token[None, :] <= position[:, None])
                 if HAS_WINDOW:
                     visible = visible & (token[None, :] > position[:, None] - window)
                 score = tl.where(visible, score, float("-inf"))
 
             # weights
-            new_m = tl.maximum(m, tl.max(score, axis=1))
+            v_log = 0.0
+            if LINEAR:
+                # the unit of a tile's values is in its weights, and in their maximum
+                v_exponent = v_unit.to(tl.int32, bitcast=True)
+                v_log = ((v_exponent >> 23) - 127).to(tl.float32)
+            new_m = tl.maximum(m, tl.max(score, axis=1) * factor + v_log)
             safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
             decay = exp2(m - safe_m, ASSEMBLY)
             m = new_m
-            weight = exp2(score - safe_m[:, None], ASSEMBLY)
-            l = l * decay + tl.sum(weight, axis=1)
-            if V_SCALE == 1:
+            weight = exp2(score * factor - (safe_m - v_log)[:, None], ASSEMBLY)
+            if LINEAR:
+                l = l * decay + tl.sum(weight, axis=1) * ((254 << 23) - v_exponent).to(tl.float32, bitcast=True)
+            else:
+                l = l * decay + tl.sum(weight, axis=1)
+            v_zero = 0.0
+            if V_SCALE == 1 and not LINEAR:
                 if MASKED == 1:
                     v_stored = tl.load(v_scale_ptr + base + line, mask=inside, other=0.0)
                 else:
@@ -318,18 +460,19 @@ def _prefill_kernel(
                 decay *= v_top / new_top
                 weight *= (v_scale * (1.0 / new_top))[None, :]
                 v_top = new_top
-            else:
-                v_zero = 0.0
 
             # outputs
-            v_at = v_ptr + base * V_WORDS + (line[:, None] * V_WORDS + vw[None, :])
-            if V_NAN and MASKED == 1:
-                v_words = tl.load(v_at, mask=inside[:, None] & (vw < V_WORDS)[None, :], other=0.0)
-            elif BLOCK_VW == V_WORDS:
-                v_words = tl.load(v_at)  # [BLOCK_N, BLOCK_VW]
+            if LINEAR:
+                v = v_ptr.load([line, 0])
             else:
-                v_words = tl.load(v_at, mask=(vw < V_WORDS)[None, :], other=0.0)
-            v = _whole_rows(v_words, v_zero, v_step, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
+                v_at = v_ptr + base * V_WORDS + (line[:, None] * V_WORDS + vw[None, :])
+                if V_NAN and MASKED == 1:
+                    v_words = tl.load(v_at, mask=inside[:, None] & (vw < V_WORDS)[None, :], other=0.0)
+                elif BLOCK_VW == V_WORDS:
+                    v_words = tl.load(v_at)  # [BLOCK_N, BLOCK_VW]
+                else:
+                    v_words = tl.load(v_at, mask=(vw < V_WORDS)[None, :], other=0.0)
+                v = _whole_rows(v_words, v_zero, v_step, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
             acc = tl.dot(weight.to(v_type), v, acc * decay[:, None])
 
     if sinks_ptr is not None:
@@ -350,29 +493,50 @@ def _prefill_kernel(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=o_mask)
 
 
-def _unpack_pages(side: Side, page_table: Tensor, seq_lens: Tensor, head_dim: int) -> Side:
-    """A batch's pages in fp16, in the order of the page table, with their scales."""
-    kv_heads, page_size = side.codes.shape[1:3]
-    pages = page_table.numel()
-    values = torch.empty(pages, kv_heads, page_size, head_dim, dtype=torch.float16, device=side.codes.device)
-    scale = torch.empty_like(values[..., 0], dtype=torch.float32) if side.scale_dims == 1 else side.scale
-    _unpack_kernel[(pages, kv_heads)](
-        side.words,
-        side.scale,
+def _spread(
+    k: Side, v: Side, page_table: Tensor, seq_lens: Tensor, k_turn: Turn, v_turn: Turn, head_dim: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch's keys and values in fp16, turned back, in the order of their tokens: values, units, values, units.
+
+    values: [B, HKV, length, D] fp16.  units: [B, HKV, length / block_n] float32.
+    """
+    kv_heads, page_size = k.codes.shape[1:3]
+    batch = seq_lens.shape[0]
+    blocks = -(-page_table.shape[1] * page_size // block_n)
+    values = torch.empty(2, batch, kv_heads, blocks * block_n, head_dim, dtype=torch.float16, device=seq_lens.device)
+    units = torch.empty(2, batch, kv_heads, blocks, dtype=torch.float32, device=seq_lens.device)
+    _spread_kernel[(batch * blocks, kv_heads, 2)](
+        k.words,
+        k.scale,
+        k_turn.signs,
+        v.words,
+        v.scale,
+        v_turn.signs,
         page_table,
         seq_lens,
-        values,
-        scale,
-        page_table.shape[1],
+        values[0],
+        units[0],
+        values[1],
+        units[1],
+        blocks * block_n,
+        k_turn.read_factor,
+        v_turn.read_factor,
         page_table.stride(0),
         kv_heads,
         head_dim,
         page_size,
-        *side.constants,
-        BLOCK_W=triton.next_power_of_2(side.layout.words(head_dim)),
+        *k.constants,
+        *v.constants,
+        K_TURN=k_turn.block,
+        V_TURN=v_turn.block,
+        BLOCK_N=block_n,
+        BLOCK_KW=max(k.layout.bits, triton.next_power_of_2(k.layout.words(head_dim))),
+        BLOCK_VW=max(v.layout.bits, triton.next_power_of_2(v.layout.words(head_dim))),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         ASSEMBLY=values.is_cuda and not INTERPRETED,
+        num_warps=4,
     )
-    return Side(values, scale, Layout(FLOAT.value, 16))
+    return values[0], units[0], values[1], units[1]
 
 
 def prefill(
@@ -389,60 +553,94 @@ def prefill(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    skip_single: bool = False,
+    qq_bias: Tensor | None = None,
+    k_turn: Turn | None = None,
+    v_turn: Turn | None = None,
+    tuning: PrefillTuning | None = None,
 ) -> None:
     """Causal attention outputs of every sequence's queries, its last tokens, into out [T, HQ, D].
 
-    q: [T, HQ, D], any strides.  query_starts: [B + 1] int32: sequence b's queries are rows [b] to [b + 1].
-    skip_single: leaves sequences of one query alone, for `decode`.
+    Sequences of one query are left for `decode`, unless there is a qq_bias; their rows of `out` hold anything.
+
+    q: [T, HQ, D] not turned, any strides.  query_starts: [B + 1] int32: sequence b's queries are rows [b] to [b + 1].
+    qq_bias: as in `attend`.
     The other arguments are as in `decode`.
     """
     tokens, query_heads, head_dim = q.shape
     kv_heads, page_size = k.codes.shape[1:3]
     check(q, k, v)
+    k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
     group = query_heads // kv_heads
-    packed = k.layout.kind != FLOAT.value and v.layout.kind != FLOAT.value
-    if packed and tokens * group >= UNPACK_ROWS * seq_lens.shape[0]:
-        k = _unpack_pages(k, page_table, seq_lens, head_dim)
-        v = _unpack_pages(v, page_table, seq_lens, head_dim)
-        page_table = torch.arange(page_table.numel(), dtype=torch.int32, device=q.device).view(page_table.shape)
+    packed = k.layout.kind != FLOAT.value or v.layout.kind != FLOAT.value
+    # longer rows would need too large a matrix to be turned back
+    spread = (
+        packed
+        and tokens * group >= SPREAD_ROWS * seq_lens.shape[0]
+        and (head_dim <= 256 or k_turn.block == v_turn.block == 1)
+    )
+    tuning = tuning or choose_prefill_tuning(head_dim)
     block_g = triton.next_power_of_2(group)
-    block_m = max(block_g, 32 if INTERPRETED else 128 if head_dim <= 128 else 64)
+    block_m = max(block_g, tuning.block_m)
     block_t = block_m // block_g
-    k_words, v_words = k.layout.words(head_dim), v.layout.words(head_dim)
+    if spread:
+        k_values, k_scale, v_values, v_scale = _spread(
+            k, v, page_table, seq_lens, k_turn, v_turn, head_dim, tuning.block_n
+        )
+        length = k_values.shape[2]
+        float_constants = (FLOAT.value, 16, (), 1.0, 0.0, -1)
+        constants = (*float_constants, *float_constants)
+        k_words = v_words = head_dim
+        bits = (16, 16)
+        block = [tuning.block_n, max(16, triton.next_power_of_2(head_dim))]
+        k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in (k_values, v_values))
+        target = out
+    else:
+        length = 0
+        k_tensor, k_scale, v_tensor, v_scale = k.words, k.scale, v.words, v.scale
+        constants = (*k.constants, *v.constants)
+        k_words, v_words = k.layout.words(head_dim), v.layout.words(head_dim)
+        bits = (k.layout.bits, v.layout.bits)
+        if k_turn.block > 1:
+            q = rotate(q, k_turn, dtype=torch.float32)
+        target = torch.empty_like(out) if v_turn.block > 1 else out
     _prefill_kernel[(tokens // block_t + seq_lens.shape[0], kv_heads)](
         q,
-        k.words,
-        k.scale,
-        v.words,
-        v.scale,
+        k_tensor,
+        k_scale,
+        v_tensor,
+        v_scale,
         page_table,
         seq_lens,
         query_starts,
         alibi_slopes,
+        qq_bias,
         sinks,
-        out,
+        target,
         seq_lens.shape[0],
         scale,
         softcap,
         window,
         *q.stride(),
         page_table.stride(0),
+        0 if qq_bias is None else qq_bias.stride(0),
+        length,
         kv_heads,
         group,
         head_dim,
         page_size,
-        *k.constants,
-        *v.constants,
+        *constants,
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
-        SKIP_SINGLE=skip_single,
+        SKIP_SINGLE=qq_bias is None,
+        LINEAR=spread,
         BLOCK_G=block_g,
         BLOCK_M=block_m,
-        BLOCK_N=64 if head_dim <= 256 else 32,
-        BLOCK_KW=max(16 * k.layout.bits // 16, triton.next_power_of_2(k_words)),
-        BLOCK_VW=max(16 * v.layout.bits // 16, triton.next_power_of_2(v_words)),
-        STAGES=3 if head_dim <= 128 else 2,
+        BLOCK_N=tuning.block_n,
+        BLOCK_KW=max(bits[0], triton.next_power_of_2(k_words)),
+        BLOCK_VW=max(bits[1], triton.next_power_of_2(v_words)),
+        STAGES=tuning.stages,
         ASSEMBLY=q.is_cuda and not INTERPRETED,
-        num_warps=8,
+        num_warps=tuning.warps,
     )
+    if target is not out:
+        out.copy_(rotate(target, v_turn, back=True))

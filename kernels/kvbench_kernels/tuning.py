@@ -20,35 +20,64 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 class Tuning:
     """How decode attention is cut up.
 
-    block_n: tokens a tile.  stages: depth of the software pipeline.
+    block_n: tokens of a part.  parts: parts of a tile, each with a warp of its own.
+    stages: depth of the software pipeline.
     programs: how many programs a multiprocessor holds at once; splits fill these places once.
+    least: tokens of a split, at least.
     """
 
     block_n: int
-    warps: int
+    parts: int
     stages: int
     programs: int
+    least: int = 256
+
+    @property
+    def tile(self) -> int:
+        """Tokens a tile."""
+        return self.block_n * self.parts
 
     def splits(self, pairs: int, tokens: int) -> int:
         """Splits of each (sequence, KV head): all programs run at once, and none is too short for the merge to pay."""
-        tiles = -(-tokens // self.block_n)
         fill = multiprocessors() * self.programs // pairs
-        return max(1, min(tiles, fill, 3 * math.isqrt(tiles)))
+        # the merge reads every split, so there are no more warps than 64, or than long contexts pay for
+        worth = max(64 // self.parts, 3 * math.isqrt(tokens // self.block_n) // 2)
+        return max(1, min(tokens // self.least, fill, worth))
 
 
-def choose_tuning(k: Layout, v: Layout, head_dim: int, group: int) -> Tuning:
-    """Measured on an H100 with 32/8 heads and head_dim 128; wider rows and larger groups get more warps.
+def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
+    """Measured on an H100 with 32/8 heads and head_dim 128; wider rows get shorter tiles."""
+    if INTERPRETED:
+        return Tuning(16, 2, 3, 4, least=32)
+    block_n = max(16, 64 * 128 // max(128, triton.next_power_of_2(head_dim)))
+    bits = max(k.bits, v.bits)
+    if bits == 16:
+        return Tuning(max(16, block_n // 2), 1, 3, 2)
+    if bits == 8:
+        return Tuning(block_n, 1, 3, 3)
+    return Tuning(block_n, 2, 3, 2 if bits == 4 else 4)
 
-    One warp works on a tile alone: no barrier, and no channel is split among warps. The registers of eight such
-    programs fill a multiprocessor.
+
+@dataclass(frozen=True)
+class PrefillTuning:
+    """How prefill attention is cut up.
+
+    block_m: rows, query heads times query tokens, of a program.  block_n: tokens a tile.
     """
-    bits = min(k.bits, v.bits)
-    columns = max(1, triton.next_power_of_2(group) // 8)  # of 8 query heads
-    wide = max(1, triton.next_power_of_2(head_dim + 1) // 256)  # 128 channels each, rounded down to a power of two
-    # at 2 bits a stream has too few channels for a second warp
-    warps = min(8, wide * (columns if bits > 2 else max(1, columns // 2)))
-    programs = max(1, min(8, {16: 2, 8: 3, 4: 4}.get(bits, 8) * columns) // warps)
-    return Tuning(32 if bits == 16 else 64, warps, 3, programs)
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def choose_prefill_tuning(head_dim: int) -> PrefillTuning:
+    """Measured on an H100 with 32/8 heads and head_dim 128."""
+    if INTERPRETED:
+        return PrefillTuning(32, 64, 8, 2)
+    if head_dim <= 128:
+        return PrefillTuning(64, 64, 4, 3)
+    return PrefillTuning(64, 64 if head_dim <= 256 else 32, 8, 2)
 
 
 @cache

@@ -110,12 +110,28 @@ def test_prompts_chunks_and_single_tokens_mix(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_prompts_read_an_unpacked_copy(dtype, device, monkeypatch):
+def test_long_prompts_read_a_spread_copy(dtype, device, monkeypatch):
     """
-    Whether the cache is unpacked in every program or once in memory, the result is as exact.
+    Whether every program unpacks the cache or it is spread in memory once, scales and rotation included.
     """
-    monkeypatch.setattr("kvbench_kernels.prefill.UNPACK_ROWS", 1)
-    Case(dtype, device, seqs=((40, 40), (23, 5)), heads=(4, 1)).check()
+    monkeypatch.setattr("kvbench_kernels.prefill.SPREAD_ROWS", 1)
+    Case(dtype, device, seqs=((70, 40), (23, 5), (66, 1)), heads=(4, 1)).check()
+    for rotation, head_dim in (("randomized_hadamard", 64), ("hadamard", 96)):
+        Case(dtype, device, rotation=rotation, head_dim=head_dim, seqs=((70, 40), (23, 5)), heads=(2, 1)).check()
+
+
+@pytest.mark.parametrize("magnitudes", [(1e4, 1e-4), (1e-6, 1e-6)], ids=str)
+def test_spread_rows_keep_their_digits(magnitudes, device, monkeypatch):
+    """
+    Rows of magnitudes far apart share a tile: neither overflows in fp16, and the small ones count.
+    """
+    monkeypatch.setattr("kvbench_kernels.prefill.SPREAD_ROWS", 1)
+    case = Case("int8", device, seqs=((40, 40), (40, 20)))
+    for plane in (*case.cache.keys, *case.cache.values):
+        plane.scale[:, :, 0::2] *= magnitudes[0]
+        plane.scale[:, :, 1::2] *= magnitudes[1]
+    # outputs in float32, which has room for all of them
+    case.check(case.q.float(), budget=8e-4, scaling=case.q.shape[-1] ** -0.5 / max(magnitudes))
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 192, 256, 512])
@@ -127,10 +143,10 @@ def test_every_head_dim(head_dim, device):
         Case(dtype, device, head_dim=head_dim, heads=(2, 1), seqs=((33, 1), (9, 9))).check()
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 2), (16, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 2), (16, 1), (24, 1)], ids=str)
 def test_every_group_of_query_heads(heads, device):
     """
-    Groups of 1, 3 and 16 query heads share a KV head.
+    Groups of 1, 3, 16 and 24 query heads share a KV head.
     """
     Case("int8", device, heads=heads, seqs=((40, 1), (21, 1))).check()
     Case("int2", device, heads=heads, seqs=((40, 1), (21, 6))).check()
@@ -191,6 +207,76 @@ def test_alibi_adds_its_slope_times_the_distance(device):
             )
             want = torch.einsum("htn,nhd->thd", score.masked_fill(distance > 0, -math.inf).softmax(-1), v)
             assert float((got[start:end] - want).norm() / want.norm()) < 8e-4
+
+
+@pytest.mark.parametrize("spread_rows", [1, 512], ids=["spread", "paged"])
+def test_a_bias_among_new_tokens_makes_a_tree(spread_rows, device, monkeypatch):
+    """
+    -inf between branches: each new token sees the context, its ancestors and itself; the bias also weighs them.
+    """
+    monkeypatch.setattr("kvbench_kernels.prefill.SPREAD_ROWS", spread_rows)
+    parents = (-1, 0, 0, 1, 2, 2)
+    bias = torch.full((6, 6), -math.inf)
+    for i, parent in enumerate(parents):
+        bias[i] = bias[parent] if parent >= 0 else bias[i]
+        bias[i, i] = 0.1 * i
+    bias = bias.to(device)
+    case = Case("int4", device, seqs=((70, 6), (6, 6), (40, 3), (30, 1)))
+    batch = case.batch
+    sides = kernels.side(case.cache.keys[0]), kernels.side(case.cache.values[0])
+    got = attend(
+        case.q, *sides, batch.page_table, batch.seq_lens, batch.query_starts, scale=0.125, qq_bias=bias
+    ).double()
+    for b, (start, end, length) in enumerate(batch.spans):
+        pages = batch.page_table[b].to(torch.int64)
+        k, v = (
+            x.transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(2, 1)
+            for x in case.cache.read(0, pages, torch.float64)
+        )
+        score = torch.einsum("thd,nhd->htn", case.q[start:end].double(), k) * 0.125
+        score[:, :, length - (end - start) :] += bias[: end - start, : end - start].double()
+        future = (
+            torch.arange(length, device=device)[None]
+            > torch.arange(length - (end - start), length, device=device)[:, None]
+        )
+        want = torch.einsum("htn,nhd->thd", score.masked_fill(future, -math.inf).softmax(-1), v)
+        assert float((got[start:end] - want).norm() / want.norm()) < 8e-4
+
+
+def test_a_sequence_without_tokens_gives_zeros(device):
+    """
+    And leaves its neighbours' outputs alone.
+    """
+    case = Case("int8", device, seqs=((40, 1), (17, 1)))
+    sides = kernels.side(case.cache.keys[0]), kernels.side(case.cache.values[0])
+    empty = case.batch.seq_lens.clone()
+    empty[0] = 0
+    full, half, again = (
+        attend(case.q, *sides, case.batch.page_table, lens, case.batch.query_starts, scale=0.125)
+        for lens in (case.batch.seq_lens, empty, case.batch.seq_lens)
+    )
+    assert torch.equal(half[0], torch.zeros_like(half[0]))
+    assert torch.equal(half[1], full[1])
+    assert torch.equal(again, full)
+
+
+def test_a_graph_can_be_replayed(device):
+    """
+    Every replay gives what the call itself gave.
+    """
+    if not GPU:
+        pytest.skip("graphs are the GPU's")
+    case = Case("int4", device, rotation="randomized_hadamard", seqs=((900, 1), (17, 1)))
+    call = {"scaling": 0.125, "sliding_window": None, "softcap": None, "sinks": None}
+    want = kernels.attend(case.q, case.cache, 0, case.batch, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [kernels.attend(case.q, case.cache, 0, case.batch, **call) for _ in range(2)]
+    for _ in range(3):
+        for out in got:
+            out.zero_()
+        graph.replay()
+        assert all(torch.equal(out, want) for out in got)
 
 
 def test_keys_and_values_may_differ(device):
