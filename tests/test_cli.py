@@ -101,15 +101,15 @@ def test_a_session(kvbench, toy, tmp_path):
 
     before = kvbench("plan", config)
     assert before.exit_code == 0
-    assert "10 cells: 0 done, 0 failed, 10 to run" in before.stdout
+    assert "12 cells: 0 done, 0 failed, 12 to run" in before.stdout
     assert not (tmp_path / "results").exists()
 
     swept = kvbench("sweep", config)
     assert swept.exit_code == 0
     assert swept.stdout == ""
-    assert "10 of 10 cells done" in swept.stderr
+    assert "12 of 12 cells done" in swept.stderr
 
-    assert "10 cells: 10 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
+    assert "12 cells: 12 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
 
     report = kvbench("report", "results/toys")
     assert report.exit_code == 0
@@ -164,7 +164,7 @@ def test_plan_as_json(kvbench, toy, tmp_path):
     """
     rows = json.loads(kvbench("plan", toy.write_config(tmp_path / "toys.yaml"), "--format", "json").stdout)
 
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert {row["status"] for row in rows} == {"to run"}
     assert {row["dtype"]: row["kv_bytes_per_token"] for row in rows}["int2_per_token_head"] == 3 * 2 * 2 * (16 + 4)
 
@@ -181,7 +181,7 @@ def test_a_plan_says_what_is_missing(kvbench, toy, tmp_path):
 
     assert result.exit_code == 0
     assert "  model absent: fetch it from somewhere\n  toy_b wants a file\n" in result.stdout
-    assert "10 to run" in result.stdout
+    assert "12 to run" in result.stdout
 
 
 def test_a_quick_look_is_marked(kvbench, toy, tmp_path):

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvbench.report import compare, measured
 from kvbench.results import Metric, NotARunError, Record, Store, headline, name_of, shown_metric
 
 COLUMNS = (
@@ -24,6 +26,7 @@ COLUMNS = (
     "stderr",
     "n",
     "unit",
+    "verdict",
     "bits_per_value",
     "kv_bytes_per_token",
     "scoring",
@@ -33,7 +36,10 @@ COLUMNS = (
     "status",
     "cell",
 )
-LEGEND = "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point."
+LEGEND = (
+    "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point. "
+    "Verdicts come from paired tests against the baseline, one by one in `kvbench compare`."
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Report:
                 "cell": record.cell,
             }
             for metric in record.metrics or (None,):
-                number: dict[str, Any] = dict.fromkeys(("metric", "value", "stderr", "n", "unit"))
+                number: dict[str, Any] = dict.fromkeys(("metric", "value", "stderr", "n", "unit", "verdict"))
                 if metric is not None:
                     number = {
                         "metric": metric.name,
@@ -117,10 +123,34 @@ class Report:
                         "stderr": _finite(metric.stderr),
                         "n": metric.n,
                         "unit": metric.unit,
+                        "verdict": self._verdicts.get((record.cell, metric.name)),
                     }
                 row = {**common, **number}
                 rows.append({column: row[column] for column in COLUMNS})
         return rows
+
+    @cached_property
+    def _compared(self) -> tuple[measured.Measured, compare.Comparisons] | None:
+        """Every cell against the baseline; None for a run that names none."""
+        if not self.run.get("baseline"):
+            return None
+        cells = measured.of_records(self.folder, self.records, self.run)
+        return cells, compare.compare(cells)
+
+    @cached_property
+    def _verdicts(self) -> dict[tuple[str, str], str | None]:
+        """The verdict of each cell and metric that was compared."""
+        return {(row.cell, row.metric): row.verdict for row in self._compared[1].rows} if self._compared else {}
+
+    def _verdict(self, cells: Iterable[Record]) -> str:
+        """How many of a row's metrics got each verdict, the worst first."""
+        found = Counter(
+            verdict
+            for record in cells
+            for metric in record.metrics
+            if (verdict := self._verdicts.get((record.cell, metric.name)))
+        )
+        return ", ".join(f"{found[verdict]} {verdict}" for verdict in compare.VERDICTS if found[verdict]) or "-"
 
     def _ordered(self) -> list[Record]:
         """The records without the canary's: models as they come, schemes as the sweep lists them, others by size."""
@@ -131,7 +161,9 @@ class Report:
 
         def key(record: Record) -> tuple[Any, ...]:
             scheme = (record.dtype, record.rotation)
-            place = order.index(scheme) if scheme in order else len(order)
+            place: float = order.index(scheme) if scheme in order else len(order)
+            if record.again:  # below the baseline, which the sweep lists first
+                place = 0.5
             task = tasks.index(record.task) if record.task in tasks else len(tasks)
             return _group(record), place, -(record.bits_per_value or 0), scheme, task, record.task, record.cell
 
@@ -173,6 +205,8 @@ class Report:
             unit = f" ({found[0].unit})" if found[0].unit and found[0].unit != "%" else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
             headers.append(Header((label, f"{name}{unit}", size)))
+        if self._compared:
+            headers.append(Header(("verdict",), numeric=False))
 
         rows = []
         for (dtype, rotation), cells in by_place.items():
@@ -188,6 +222,8 @@ class Report:
             for label, name in columns:
                 metric = _metric(cells.get(label), name)
                 row.append(shown_metric(metric) if metric else "-")
+            if self._compared:
+                row.append(self._verdict(cells.values()))
             rows.append(row)
         return Table(_title(records[0]), headers, rows, _warnings(records), _notes(records))
 
@@ -197,6 +233,9 @@ class Report:
         left = set(self._planned()) - {record.cell for record in self.records}
         lines = [f"{counts['done']} cells done, {counts['failed']} failed, {len(left)} of the sweep not run"]
         lines += list(self._canary())
+        if self._compared:
+            cells, found = self._compared
+            lines += compare.summary(cells, found)
         for record in self.records:
             if record.status == "failed":
                 label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"

@@ -16,6 +16,7 @@ from typing import Any
 from kvbench.results import Outcome, Record, Store, Tensors, describe
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Runner, Score, ScoreRequest
 from kvbench.schemes import Scheme
+from kvbench.sweep.again import Shuffled
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
 from kvbench.sweep.plan import Cell
@@ -159,8 +160,10 @@ class Session:
         self.display.started(cell)
         began = time.perf_counter()
         try:
-            runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary))
-            context = RunContext(self._baseline(cell), self.display.advanced, cell.seed)
+            seed = cell.seed + 1 if cell.again else cell.seed
+            plain = self._runner(cell, cell.scheme, destroyed=cell.canary)
+            runner = Timed(Shuffled(plain, seed) if cell.again else plain)
+            context = RunContext(self._baseline(cell), self.display.advanced, seed)
             outcome = cell.task.run(runner, context)
         except Exception as error:
             raise_if_stopped()
