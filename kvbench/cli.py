@@ -209,8 +209,9 @@ def compare(
     Differences with 95 % intervals, paired tests, p after Holm over the whole report, and a verdict. With DIR2 and
     --baseline, the cells of DIR2 are compared with that baseline of DIR. Exits 5 where a pair had to be refused.
     """
+    from kvbench import measured
     from kvbench.report import compare as comparing
-    from kvbench.report import measured, speed
+    from kvbench.report import speed
     from kvbench.results import NotARunError
 
     try:
@@ -281,7 +282,8 @@ def check(
 
     Prints a line for each regression. Exits 1 on one, 5 where nothing could be compared.
     """
-    from kvbench.report import gate, measured
+    from kvbench import measured
+    from kvbench.report import gate
     from kvbench.results import NotARunError
 
     unknown = set(fail_on or ()) - set(gate.FAILURES)

@@ -136,16 +136,23 @@ def ratio_of_medians(after: Array, before: Array, seed: int = 0) -> tuple[float,
 # ---- what could be seen
 
 
+def _power(effect: float, n: int, alpha: float) -> float:
+    """Of a two-sided paired t-test; the far tail, where scipy's noncentral t is not a number, adds nothing."""
+    from statsmodels.stats.power import TTestPower
+
+    return float(TTestPower().power(effect, n, alpha / 2, alternative="larger"))
+
+
 def documents_to_see(spread: float, difference: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
     """Documents at which a paired t-test sees a true difference; None where one document's spread is unknown."""
-    from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
+    from statsmodels.stats.power import normal_sample_size_one_tail
 
     if not (0 < spread < math.inf and difference):
         return None
     fewest: int = max(2, math.ceil(normal_sample_size_one_tail(abs(difference), power, alpha / 2, std_null=spread)))
     effect = abs(difference) / spread
     # above a thousand t is normal; at ten spreads the fewest that have one do
-    while fewest < 1000 and effect < 10 and TTestPower().power(effect, fewest, alpha) < power:
+    while fewest < 1000 and effect < 10 and _power(effect, fewest, alpha) < power:
         fewest += 1
     return fewest
 
@@ -199,15 +206,15 @@ def smallest_drop(n: int, discordance: float, alpha: float = ALPHA) -> float | N
 
 def smallest_mean(n: int, spread: float, alpha: float = ALPHA) -> float | None:
     """The smallest difference of a mean that a paired t-test of n documents sees with 80 % power."""
-    from statsmodels.stats.power import TTestPower
-
     if n < 2 or not math.isfinite(spread):
         return None
-    power = TTestPower()
-    effect = float(power.solve_power(nobs=n, alpha=alpha, power=POWER))
-    # of two or three documents the solver gives up without a word
-    found = math.isclose(float(power.power(effect, n, alpha)), POWER, abs_tol=0.01)
-    return effect * spread if found else None
+
+    def lacking(effect: float) -> float:
+        return _power(effect, n, alpha) - POWER
+
+    # solve_power gives up, and says nothing, where n is small and alpha too
+    largest = next((2.0**i for i in range(10) if lacking(2.0**i) > 0), None)
+    return None if largest is None else float(optimize.bisect(lacking, 1e-9, largest)) * spread
 
 
 # ---- margins

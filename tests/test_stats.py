@@ -6,6 +6,7 @@ import gc
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from scipy import stats as scipy_stats
 
 from kvbench.report.compare import Comparison as Row
@@ -29,9 +30,10 @@ from kvbench.stats import (
 REPETITIONS = 2000
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_collection():
     """statsmodels' multipletests collects garbage in each call: a hundred times slower with all modules in sight."""
+    gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
@@ -207,8 +209,6 @@ def test_tokens_are_clustered_by_document():
     """
     Weighed by tokens, the mean is that over tokens, and its error is that of tokens clustered by document.
     """
-    import statsmodels.api as sm
-
     draw = np.random.default_rng(9)
     lengths = draw.integers(50, 500, size=30)
     documents = np.repeat(np.arange(30), lengths)

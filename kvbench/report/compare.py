@@ -10,14 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvbench.report.measured import Cell, Measured, Series, comparable
+from kvbench.measured import Cell, Measured, Series, comparable, paired
 from kvbench.results import shown_number
 from kvbench.stats import (
     ALPHA,
-    Array,
     Difference,
-    compare_answers,
-    compare_means,
     documents_to_decide,
     holm,
     parse_margin,
@@ -244,16 +241,6 @@ def _compared(
     )
     edge = at_edge(there, canary.series.get(metric) if canary else None)
     return _Paired(row, difference, limit, edge)
-
-
-def paired(series: Series, base: Series) -> Difference:
-    """How one metric changed over the same documents; a perplexity's is that of its logarithm."""
-    difference: Array = series.values - base.values
-    # a document that is asked twice is one document
-    hashes = [document[3] for document in series.documents or base.documents] or None
-    if series.kind == "share":
-        return compare_answers(difference, hashes)
-    return compare_means(difference, hashes, series.weights)
 
 
 def at_edge(base: Series, canary: Series | None) -> str:

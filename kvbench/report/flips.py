@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.measured import Cell, Measured, Series, read
 from kvbench.report.compare import reasons
-from kvbench.report.measured import Cell, Measured, Series, read
 from kvbench.results import NotARunError, Store, shown_number
 
 if TYPE_CHECKING:

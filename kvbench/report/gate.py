@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from kvbench.measured import Measured
 from kvbench.report.compare import Comparison, compare, shown_difference, shown_verdict
-from kvbench.report.measured import Measured
 from kvbench.results import shown_number
 
 # what may fail a check: a verdict, a drop, or a comparison that could not be made

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.report import compare, measured
+from kvbench import measured
+from kvbench.report import compare
 from kvbench.results import Metric, NotARunError, Record, Store, headline, name_of, shown_metric
 
 COLUMNS = (
@@ -160,12 +161,23 @@ class Report:
         )
 
         def key(record: Record) -> tuple[Any, ...]:
-            scheme = (record.dtype, record.rotation)
+            # the A/A cell stands below what it repeats
+            baseline = self.run.get("baseline") or {}
+            scheme = (baseline.get("dtype", "") if record.again else record.dtype, record.rotation)
             place: float = order.index(scheme) if scheme in order else len(order)
             if record.again:  # below the baseline, which the sweep lists first
                 place = 0.5
             task = tasks.index(record.task) if record.task in tasks else len(tasks)
-            return _group(record), place, -(record.bits_per_value or 0), scheme, task, record.task, record.cell
+            return (
+                _group(record),
+                place,
+                -(record.bits_per_value or 0),
+                scheme,
+                record.again,
+                task,
+                record.task,
+                record.cell,
+            )
 
         return sorted((record for record in self.records if not record.canary), key=key)
 

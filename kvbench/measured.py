@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kvbench.results import Metric, NotARunError, Record, Store, describe, headline
-from kvbench.stats import Array
+from kvbench.results import Metric, NotARunError, Record, Store, describe, headline, plain_json
+from kvbench.stats import Array, Difference, compare_answers, compare_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,12 +78,17 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """What it has in common with the cells that it may be compared with."""
-        return json.dumps(comparable(self.identity), sort_keys=True)
+        return key_of(self.identity)
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity without what a comparison is about: the scheme, and that this is the A/A cell."""
     return {name: value for name, value in identity.items() if name not in ("scheme", "again")}
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """The same text for identities that may be compared."""
+    return json.dumps(plain_json(comparable(identity)), sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,16 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
     digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
     picked = None if weights is None else weights[order]
     return Series(metric, kind, values[order], picked, digest, tuple(documents))
+
+
+def paired(series: Series, base: Series) -> Difference:
+    """How one metric changed over the same documents; a perplexity's is that of its logarithm."""
+    difference: Array = series.values - base.values
+    # a document that is asked twice is one document
+    hashes = [document[3] for document in series.documents or base.documents] or None
+    if series.kind == "share":
+        return compare_answers(difference, hashes)
+    return compare_means(difference, hashes, series.weights)
 
 
 def platform(environment: dict[str, Any]) -> str:
