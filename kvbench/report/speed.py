@@ -197,7 +197,7 @@ def table(rows: Sequence[SpeedComparison]) -> list[list[str]]:
             row.dtype,
             row.rotation,
             str(row.batch),
-            str(row.context),
+            str(row.context or "-"),
             f"{row.query_heads or '-'}/{row.kv_heads or '-'}",
             str(row.head_dim or "-"),
             str(row.page_size or "-"),
