@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from kvbench.report.speed import SpeedComparison
+    from kvbench.report.timings import SpeedComparison
     from kvbench.report.tables import Table
     from kvbench.sweep.command import Options, Planned
 
@@ -211,13 +211,13 @@ def compare(
     """
     from kvbench import measured
     from kvbench.report import compare as comparing
-    from kvbench.report import speed
+    from kvbench.report import timings
     from kvbench.results import NotARunError
 
     try:
-        if speed.is_timings(folder):
-            timings = [speed.read(path) for path in (folder, other) if path]
-            rows = speed.compare_speed(timings[0], timings[1] if other else None, baseline, margin)
+        if timings.is_timings(folder):
+            before, after = timings.read(folder), timings.read(other) if other else None
+            rows = timings.compare_speed(before, after, baseline, margin)
             _print_speed(rows, as_format)
             if not rows or any(row.verdict == "INVALID" for row in rows):
                 raise typer.Exit(NOTHING_TO_COMPARE)
@@ -248,12 +248,12 @@ def compare(
 
 def _print_speed(rows: Sequence[SpeedComparison], as_format: ReportFormat) -> None:
     from kvbench.report import compare as comparing
-    from kvbench.report import speed
+    from kvbench.report import timings
 
     if as_format == ReportFormat.TABLE:
-        _print_rows(speed.HEADERS, speed.table(rows), speed.NUMERIC)
+        _print_rows(timings.HEADERS, timings.table(rows), timings.NUMERIC)
     elif as_format == ReportFormat.MD:
-        print("\n".join(comparing.markdown_table(speed.HEADERS, speed.table(rows), speed.NUMERIC)))
+        print("\n".join(comparing.markdown_table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
     else:
         print(comparing.rows_json(rows) if as_format == ReportFormat.JSON else comparing.rows_csv(rows), end="")
 

@@ -153,7 +153,9 @@ def of_records(folder: Path, records: Sequence[Record], run: dict[str, Any], pro
     """The cells of records in the sweep's order, with their samples read from the folder."""
     store = Store(folder)
     order = {name: place for place, name in enumerate(run.get("cells", []))}
-    done = sorted((one for one in records if one.status == "done"), key=lambda one: order.get(one.cell, len(order)))
+    # what a kernel took is no number a document
+    measured = [one for one in records if one.status == "done" and "kernel" not in one.identity]
+    done = sorted(measured, key=lambda one: order.get(one.cell, len(order)))
     return Measured(folder, [_cell(store, record) for record in done], run, [*problems])
 
 

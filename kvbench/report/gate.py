@@ -32,15 +32,20 @@ def check(
 
     fail_on: of FAILURES. "worse": the paired test says so. "drop": the number itself got worse by more than the margin,
     and more moved than between the two baseline cells of one run. On the same documents and the same machine
-    such a drop is no luck of the documents, so it needs no test; on another machine it is not held against the cell.
+    such a drop is no luck of the documents, so it needs no test; on another machine it is not held against the cell. A
+    metric that its samples no longer give fails always.
     """
     found = compare(against, measured, margin=margin or against.margin)
     floor = {(row.model, row.task, row.metric): _moved(row) for row in compare(measured).rows if row.again}
     failed = []
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)
+    broken = {(one.name, metric) for one in measured.cells for metric in one.absent}
     moved_machine = _other_machine(measured, against)
     for row in found.rows:
         cell = f"{row.model} {row.dtype} {row.rotation} {row.task}"
+        if row.verdict == "INVALID" and (row.cell, row.metric) in broken and row.baseline is not None:
+            failed.append(f"{cell} {row.metric}: {row.reason}")
+            continue
         if row.verdict == "INVALID":
             refused[cell, row.reason].append(row.metric)
             continue

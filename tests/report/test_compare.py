@@ -408,6 +408,21 @@ def test_a_baseline_file_is_a_line_a_metric(folder, tmp_path):
         read(tmp_path / "other.json")
 
 
+def test_a_number_without_its_samples_fails(folder, tmp_path):
+    """
+    A record whose metric was changed, and not its samples, is no equal copy.
+    """
+    save(folder, "int4")
+    copy = tmp_path / "copy"
+    save(copy, "int4")
+    path = copy / "cells/int4-none-qa/record.json"
+    path.write_text(path.read_text().replace('"value": 0.7', '"value": 0.73'))
+
+    (line,) = check(read(copy), read(folder)).failed
+
+    assert line.startswith("toy int4 none qa acc: it is no mean over documents")
+
+
 # ---- show
 
 

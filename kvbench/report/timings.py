@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvbench.report.compare import DEFAULT_MARGIN
-from kvbench.results import NotARunError
+from kvbench.results import NotARunError, Store
 from kvbench.stats import parse_margin, ratio_of_medians
 
 Verdict = Literal["FASTER", "SLOWER", "SAME", "AMBIGUOUS", "INVALID"]
@@ -50,7 +50,7 @@ class SpeedComparison:
 
 @dataclass(frozen=True)
 class Timings:
-    """The rows that `kvbench kernel --output` wrote to a file, or to the files of a folder. gpu: None where unsaid."""
+    """The timed rows of `kvbench kernel`, each with its `samples_us`. gpu: None where unsaid."""
 
     rows: list[dict[str, Any]]
     gpu: str | None
@@ -65,7 +65,7 @@ def is_timings(path: Path) -> bool:
 
 
 def read(path: Path) -> Timings:
-    """The timed rows of a file or folder.
+    """The timed rows of a run folder of `kvbench kernel --output`, or of files that hold such rows as JSON.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -73,9 +73,11 @@ def read(path: Path) -> Timings:
     """
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}")
-    rows: list[dict[str, Any]] = []
-    gpus: set[str] = set()
-    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+    store = Store(path)
+    records = [one for one in store.load().records.values() if "kernel" in one.identity and one.status == "done"]
+    rows = [{**one.facts, "samples_us": store.samples(one.cell)["us"].tolist()} for one in records if one.facts["us"]]
+    gpus = {str(one.identity["device"]) for one in records}
+    for file in sorted(path.glob("*.json")) if path.is_dir() and not rows else [path] if path.is_file() else []:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
@@ -86,7 +88,7 @@ def read(path: Path) -> Timings:
         if isinstance(found, list):
             rows += [row for row in found if isinstance(row, dict) and row.get("samples_us") and "op" in row]
     if not rows:
-        raise NotARunError(f"{path} has no timed row: kvbench kernel --output FILE writes them on a GPU")
+        raise NotARunError(f"{path} has no timed row: kvbench kernel --output DIR keeps them on a GPU")
     return Timings(rows, ", ".join(sorted(gpus)) or None)
 
 
