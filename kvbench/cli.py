@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from kvbench.report.table import Table
     from kvbench.report.timings import SpeedComparison
-    from kvbench.report.tables import Table
     from kvbench.sweep.command import Options, Planned
 
 # 3 comes from the sweep itself
@@ -101,6 +102,9 @@ def sweep(
     output: Output = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    devices: Annotated[
+        str | None, typer.Option("--devices", metavar="0,1", help="Run on these GPUs at once, a process each.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
     """Run the cells of CONFIG that are not done yet.
@@ -109,7 +113,7 @@ def sweep(
     """
     from kvbench.sweep.command import UnusableError, run_sweep
 
-    options = _options(only, skip, settings, limit, output, fresh, retry_failed)
+    options = _options(only, skip, settings, limit, output, fresh, retry_failed, devices)
     if dry_run:
         _print_plan(_prepared(config, options))
         return
@@ -150,6 +154,10 @@ def plan(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
+    kernels: Annotated[
+        Path | None,
+        typer.Option("--kernels", metavar="DIR", help="Another one, whose kernels' speed stands beside accuracy."),
+    ] = None,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
 ) -> None:
     """Print and write the tables of a run folder.
@@ -160,7 +168,7 @@ def report(
     from kvbench.results import NotARunError
 
     try:
-        found = Report.read(folder)
+        found = Report.read(folder, kernels)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except FileNotFoundError as error:
@@ -373,7 +381,7 @@ def kernel(
     timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Also write the rows, all samples kept, as JSON.")
+        Path | None, typer.Option("--output", metavar="DIR", help="Also keep the rows there, as cells of a run folder.")
     ] = None,
 ) -> None:
     """Check the attention kernels, and time them on a GPU.
@@ -389,7 +397,8 @@ def kernel(
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
     from kvbench.dtypes import all_dtypes
     from kvbench.environment import describe
-    from kvbench.timing import KernelRequest, Shape, load_requests, parse_grid, render, run, shape_of_model
+    from kvbench.results import Store
+    from kvbench.timing import KernelRequest, Shape, as_record, load_requests, parse_grid, render, run, shape_of_model
 
     try:
         if config:
@@ -411,8 +420,21 @@ def kernel(
                     peers=peers,
                 )
             ]
-        done = [run(request, lambda row: print(_progress(row), file=sys.stderr)) for request in requests]
     except (OSError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    environment = {**describe(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+    def keep(row: dict[str, Any]) -> None:
+        print(_progress(row), file=sys.stderr)
+        if output:
+            Store(output).save(*as_record(row, environment))
+
+    try:
+        with Store(output).writing() if output else nullcontext():
+            done = [run(request, keep) for request in requests]
+    except BlockingIOError:
+        fail(f"another process is writing to {output}", UNUSABLE)
+    except ValueError as error:
         fail(error, BAD_INPUT)
     rows = [row for timings in done for row in timings.rows]
     if as_format == ReportFormat.JSON:
@@ -420,9 +442,6 @@ def kernel(
     else:
         print("\n\n".join(render(timings, as_format.value) for timings in done))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": ["kvbench", *sys.argv[1:]], "environment": describe(), "rows": rows}
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(output, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
     if not all(timings.passed for timings in done):
         raise typer.Exit(GATE_FAILED)
@@ -435,15 +454,60 @@ def _progress(row: dict[str, Any]) -> str:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    parity: Annotated[
+        str | None,
+        typer.Option(
+            "--parity",
+            metavar="MODEL",
+            help="Instead, write a model's own keys and values with the kernels, and compare them to the byte.",
+        ),
+    ] = None,
+) -> None:
     """Say what this machine lacks to run kvbench."""
     from kvbench import environment
     from kvbench.runners import models
 
+    if parity is not None:
+        _print_parity(parity)
+        return
     checks = [*environment.doctor(), *models.doctor()]
     _print_rows(("", "", "", ""), [(check.status, check.name, check.detail, check.todo) for check in checks])
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(UNUSABLE)
+
+
+def _print_parity(name: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+    from kvbench.runners import models
+    from kvbench.runners.parity import parity
+    from kvbench.runners.transformers import TransformersModel
+    from kvbench.tasks import text
+
+    gpu = torch.cuda.is_available()
+    try:
+        source = models.resolve(name)
+        # the interpreter gets bf16 wrong, and takes milliseconds a program
+        loaded = TransformersModel.load(source, "bfloat16" if gpu else "float16", "cuda" if gpu else "cpu")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--parity") from None
+    tokens = loaded.tokenizer.encode(text.builtin().text[:20000])[: 2048 if gpu else 16]
+    where = torch.cuda.get_device_name() if gpu else "interpreted"
+    print(
+        f"{source.name} · {loaded.info.compute_dtype} · {len(tokens)} tokens · kernels {where}, definitions on the CPU"
+    )
+    rows = []
+    for one in parity(loaded, tokens):
+        verdict = (
+            "equal" if not one.wrong_rows else f"{one.wrong_rows} differ, the first in layer {one.first_wrong_layer}"
+        )
+        rows.append((one.dtype, one.rotation, str(one.layers), str(one.rows), verdict))
+    _print_rows(("dtype", "rotation", "layers", "rows", "bytes"), rows)
+    if any(row[-1] != "equal" for row in rows):
+        raise typer.Exit(GATE_FAILED)
 
 
 @ls.command("dtypes")
@@ -507,10 +571,14 @@ def _options(
     output: Path | None,
     fresh: bool = False,
     retry_failed: bool = False,
+    devices: str | None = None,
 ) -> Options:
     from kvbench.sweep.command import Options
 
-    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed)
+    names = [name.strip() for name in devices.split(",")] if devices is not None else []
+    if wrong := [name for name in names if not (name.isdecimal() or name == "cpu")]:
+        fail(f"--devices {devices}: '{wrong[0]}' is neither a GPU's number nor cpu; write 0,1", BAD_INPUT)
+    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names)
 
 
 def _prepared(config: Path, options: Options) -> Planned:

@@ -114,7 +114,7 @@ class Record:
     baseline once more.
     bits_per_value: true bits over all layers, every scale counted; kv_bytes_per_token: of all layers together.
     limit: documents a task was cut to by `--limit`, a quick look; None for a real run.
-    timings: seconds, and what else was timed. error: one line; traceback: all of it.
+    timings: seconds, and what else was counted while they passed: tokens, bytes. error: one line; traceback: all of it.
     """
 
     cell: str
@@ -146,6 +146,11 @@ class Record:
     def again(self) -> bool:
         """Whether this is the baseline once more, whose difference from it is the noise floor."""
         return self.dtype == "again"
+
+    @property
+    def kernel(self) -> bool:
+        """Whether a kernel was timed here, and no model measured; the facts are its row."""
+        return "kernel" in self.identity
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; numbers that JSON lacks are the strings "inf", "-inf" and "nan"."""
@@ -319,17 +324,23 @@ class Store:
 
     def baseline(self, identity: Mapping[str, Any], slug: str, compute: Callable[[], Tensors]) -> Tensors:
         """The tensors kept under `identity`, computed and kept where they are missing or broken."""
+        import fcntl
+
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
+        self.baselines.mkdir(parents=True, exist_ok=True)
         place = self.baselines / f"{name_of(slug, identity)}.safetensors"
-        with contextlib.suppress(FileNotFoundError, SafetensorError):
-            return load_file(place)
-        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-        draft = self._draft(self.baselines)
-        save_file(tensors, draft)
-        flush(draft)
-        draft.rename(place)
+        # of several processes one computes and the others wait; what a killed one held is free
+        with place.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError, SafetensorError):
+                return load_file(place)
+            tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+            draft = self._draft(self.baselines)
+            save_file(tensors, draft)
+            flush(draft)
+            draft.rename(place)
         return tensors
 
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvbench.cli import app
+from kvbench.results import Store
 from kvbench.sweep import command
 
 TOY = Path(__file__).parent / "sweep" / "toy.py"
@@ -418,13 +419,18 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
     """
     Without a GPU `kvbench kernel` compares each dtype with its definition, shows no time, and says so; exit 0.
     """
-    small = ("--heads", "4/2", "--head-dim", "64", "--page-size", "16", "--output", "out/kernel.json")
+    small = ("--heads", "4/2", "--head-dim", "64", "--page-size", "16", "--output", "out/kernel")
     result = kvbench("kernel", "--dtype", "int2", *small)
-    rows = json.loads(Path("out/kernel.json").read_text())["rows"]
+    (record,) = Store(Path("out/kernel")).load().records.values()
 
     assert result.exit_code == 0, result.output
     assert "nothing was timed" in result.stdout
-    assert [(row["dtype"], row["gate"], row["us"]) for row in rows] == [("int2_per_token_head", "ok", None)]
+    assert (record.dtype, record.facts["gate"], record.facts["us"]) == ("int2_per_token_head", "ok", None)
+    shown = kvbench("report", "out/kernel")
+    assert shown.exit_code == 0, shown.output
+    (row,) = [line.split() for line in shown.stdout.splitlines() if line.startswith("int2")]
+    assert row[4:8] == ["0.0", "-", "-", "-"]
+    assert row[-1] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ SWEEPS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\ntasks:" in path.
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_a_config_can_be_planned_offline(path, tmp_path):
+def test_a_config_can_be_planned_offline(path, tmp_path, monkeypatch):
     """
-    Every sweep validates and is laid out without a network; what it lacks here it says with what to do.
+    Every sweep validates and is laid out without a network, from the checkout's root; what it lacks here it says with
+    what to do.
     """
+    monkeypatch.chdir(CONFIGS.parent)
     planned = prepare(path, Options(output=tmp_path))
 
     assert planned.sweep.name == path.stem

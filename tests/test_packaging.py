@@ -70,8 +70,8 @@ def test_the_wheel_holds_the_packages_and_their_data(wheel):
         for path in folder.rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 expected.add(str(path.relative_to(folder.parent)))
-    for path in (ROOT / "configs").glob("*.yaml"):
-        expected.add(f"kvbench-{PROJECT['version']}.data/data/share/kvbench/configs/{path.name}")
+    for path in (ROOT / "configs").rglob("*.*"):
+        expected.add(f"kvbench-{PROJECT['version']}.data/data/share/kvbench/{path.relative_to(ROOT)}")
     assert names == expected
     assert "kvbench/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())

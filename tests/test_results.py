@@ -199,7 +199,7 @@ def test_a_broken_baseline_is_computed_again(tmp_path):
     """
     store = Store(tmp_path)
     store.baseline({"key": "a"}, "toy", lambda: {"x": torch.ones(100)})
-    (file,) = (tmp_path / "baseline").iterdir()
+    (file,) = (tmp_path / "baseline").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:150])
 
     assert torch.equal(store.baseline({"key": "a"}, "toy", lambda: {"x": torch.zeros(100)})["x"], torch.zeros(100))

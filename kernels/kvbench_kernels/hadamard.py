@@ -59,7 +59,7 @@ def butterfly(x, BLOCK: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rotate_kernel(
     x_ptr,  # [T, H, D] any float, any strides
     signs_ptr,  # [D] float32, or None

@@ -194,7 +194,7 @@ def _clamp(x, LIMIT: tl.constexpr):
     return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _store_kernel(
     k_ptr,  # [T, HKV, D] any float, any strides
     v_ptr,

@@ -4,15 +4,49 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kvbench.attention import reference
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
+from kvbench.schemes import Scheme
 
 Implementation = Literal["reference", "triton"]
 
-__all__ = ["Batch", "Implementation", "attend"]
+__all__ = ["Batch", "Implementation", "append", "attend", "choose"]
+
+
+def choose(
+    wanted: Literal["auto"] | Implementation, scheme: Scheme, compute_dtype: torch.dtype, device: torch.device
+) -> Implementation:
+    """What "auto" is: the kernels on a GPU wherever they can serve, else the reference. Any other choice is kept.
+
+    Raises:
+        ValueError: "triton" for what the kernels can't serve.
+    """
+    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return "reference"
+    # imported here, for Triton decides on import whether it interprets
+    from kvbench.attention import triton
+
+    lacking = triton.lacking(scheme.resolve(compute_dtype), compute_dtype)
+    if lacking and wanted == "triton":
+        raise ValueError(f"attention: triton can't serve this cell: {lacking}")
+    return "reference" if lacking else "triton"
+
+
+def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, *, impl: Implementation) -> None:
+    """Rotate and quantize new tokens and write them to their slots: the same bytes by either implementation.
+
+    k, v: [T, HKV, D], any floating dtype. slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
+    """
+    if impl == "triton":
+        from kvbench.attention import triton
+
+        triton.append(cache, layer, k, v, slot_mapping)
+    else:
+        cache.append(layer, k, v, slot_mapping)
 
 
 def attend(
@@ -36,7 +70,6 @@ def attend(
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
     """
     if impl == "triton":
-        # imported here, for Triton decides on import whether it interprets
         from kvbench.attention import triton
 
         return triton.attend(

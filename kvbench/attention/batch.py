@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from kvbench.cache import PageTable
+from kvbench.cache import PageTable, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +37,15 @@ class Batch:
         device: torch.device | str = "cpu",
     ) -> Self:
         """The batch of these sequences (already extended) with the slots of their new tokens."""
-        counts = [0] + [len(s) for s in slots]
         width = max(len(table.pages) for table in tables)
-        padded = [table.pages + [0] * (width - len(table.pages)) for table in tables]
+        lengths = [table.length for table in tables]
+        pages = [page for table in tables for page in (*table.pages, *[0] * (width - len(table.pages)))]
+        starts = accumulate((len(s) for s in slots), initial=0)
         return cls(
-            torch.tensor(counts, device=device).cumsum(0).to(torch.int32),
-            torch.tensor([table.length for table in tables], dtype=torch.int32, device=device),
-            torch.tensor(padded, dtype=torch.int32, device=device),
-            torch.tensor([slot for s in slots for slot in s], dtype=torch.int64, device=device),
+            to_device([*starts], torch.int32, device),
+            to_device(lengths, torch.int32, device),
+            to_device(pages, torch.int32, device).view(len(tables), width),
+            to_device([slot for s in slots for slot in s], torch.int64, device),
             page_size,
         )
 
@@ -56,10 +58,12 @@ class Batch:
     @cached_property
     def positions(self) -> Tensor:
         """[T] int64 positions of the new tokens within their sequences."""
-        device = self.seq_lens.device
-        return torch.cat(
-            [torch.arange(length - (end - start), length, device=device) for start, end, length in self.spans]
-        )
+        tokens = len(self.slot_mapping)
+        starts, ends = self.query_starts[:-1].to(torch.int64), self.query_starts[1:]
+        # of a sequence, the position of its first new token less that token's place in the batch
+        shift = self.seq_lens - ends
+        shifts = torch.repeat_interleave(shift, ends - starts, output_size=tokens)
+        return shifts + torch.arange(tokens, device=shifts.device)
 
     @cached_property
     def pages_read(self) -> tuple[Tensor, list[Tensor]]:

@@ -16,6 +16,7 @@ from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype
 from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.rotations import Rotation
+from kvbench.schemes import Scheme
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {
@@ -61,14 +62,13 @@ def attend(
 
 
 def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-    """What `PagedCache.append` does, in one launch: the same bytes. (A destroyed cache is written by itself.)
+    """What `PagedCache.append` does, in one launch: the same bytes.
 
     Raises:
         ValueError: a dtype whose rounding no kernel repeats.
     """
     if cache.destroyed:
-        cache.append(layer, k, v, slot_mapping)
-        return
+        k, v = torch.zeros_like(k), torch.zeros_like(v)
     keys, values = cache.keys[layer], cache.values[layer]
     store.store(
         k,
@@ -81,6 +81,19 @@ def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Te
         k_turn=turn(keys.rotation, keys.head_dim, k.device),
         v_turn=turn(values.rotation, values.head_dim, v.device),
     )
+
+
+def lacking(scheme: Scheme, compute_dtype: torch.dtype) -> str:
+    """Why the kernels can't serve this resolved scheme with queries of this dtype; empty where they can."""
+    if compute_dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels multiply in 16 bits, and the model computes in {str(compute_dtype).removeprefix('torch.')}"
+    try:
+        for dtype in (scheme.key, scheme.value):
+            layout(dtype)
+            rounding(dtype)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def side(plane: Plane) -> Side:

@@ -8,13 +8,16 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvbench import measured
 from kvbench.report import compare
+from kvbench.report.cost import cost_table
+from kvbench.report.speed import kernel_tables, speed_column
+from kvbench.report.table import Header, Table
 from kvbench.results import Metric, NotARunError, Record, Store, headline, name_of, shown_metric
 
 COLUMNS = (
@@ -44,41 +47,30 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Header:
-    """A column's head: what it holds, and below it what and how many. numeric: set to the right."""
-
-    lines: tuple[str, ...]
-    numeric: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """One model's numbers under one scoring mode; notes stand below it."""
-
-    title: str
-    headers: list[Header]
-    rows: list[list[str]]
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Report:
-    """What a run folder says. problems: a line for each record that cannot be read."""
+    """What a run folder says. problems: a line for each record that cannot be read.
+
+    kernels: records of `kvbench kernel`, of this folder or another, whose speed stands beside accuracy.
+    """
 
     folder: Path
     records: list[Record]
     run: dict[str, Any]
     problems: list[str]
+    kernels: list[Record]
 
     @classmethod
-    def read(cls, folder: Path) -> Report:
-        """The report of a run folder.
+    def read(cls, folder: Path, kernels: Path | None = None) -> Report:
+        """The report of a run folder; `kernels`: another one, whose kernels' speed is shown beside accuracy.
 
         Raises:
             FileNotFoundError: there is no such folder.
             NotARunError: it holds no cell.
         """
+        if kernels is not None:
+            found = cls.read(folder)
+            other = cls.read(kernels)
+            return replace(found, kernels=found.kernels + other.kernels, problems=found.problems + other.problems)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")
         store = Store(folder)
@@ -90,7 +82,8 @@ class Report:
         if not contents.records:
             broken = f"; {len(contents.problems)} records cannot be read" if contents.problems else ""
             raise NotARunError(f"nothing to report: {folder} has no finished cell{broken}")
-        return cls(folder, list(contents.records.values()), store.run(), contents.problems)
+        records = list(contents.records.values())
+        return cls(folder, records, store.run(), contents.problems, [record for record in records if record.kernel])
 
     # ---- one list, a row a metric
 
@@ -187,11 +180,18 @@ class Report:
     # ---- tables
 
     def tables(self) -> list[Table]:
-        """A table a model, compute dtype, scoring mode and limit."""
+        """A table a model, compute dtype, scoring mode and limit, and below each what it took; then the kernels'."""
         groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
         for record in self._ordered():
-            groups[_group(record)].append(record)
-        return [self._table(records) for records in groups.values()]
+            if not record.kernel:
+                groups[_group(record)].append(record)
+        own = [record for record in self.records if record.kernel]
+        tables = []
+        for records in groups.values():
+            tables.append(self._table(records))
+            if cost := cost_table(tables[-1].title, records):
+                tables.append(cost)
+        return tables + kernel_tables(own)
 
     def _table(self, records: list[Record]) -> Table:
         labels = task_labels(records)
@@ -217,8 +217,13 @@ class Report:
             unit = f" ({found[0].unit})" if found[0].unit and found[0].unit != "%" else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
             headers.append(Header((label, f"{name}{unit}", size)))
-        if self._compared:
+        judged = self._verdict(records) != "-"
+        if judged:
             headers.append(Header(("verdict",), numeric=False))
+
+        layers = {(heads, head_dim) for heads, head_dim in records[0].model.get("layers") or ()}
+        speed = speed_column(self.kernels, by_place, layers)
+        headers += [speed.header] if speed else []
 
         rows = []
         for (dtype, rotation), cells in by_place.items():
@@ -234,10 +239,13 @@ class Report:
             for label, name in columns:
                 metric = _metric(cells.get(label), name)
                 row.append(shown_metric(metric) if metric else "-")
-            if self._compared:
+            if judged:
                 row.append(self._verdict(cells.values()))
+            if speed:
+                row.append(speed.cell((dtype, rotation)))
             rows.append(row)
-        return Table(_title(records[0]), headers, rows, _warnings(records), _notes(records))
+        notes = _notes(records) + ([speed.note] if speed else [])
+        return Table(_title(records[0]), headers, rows, _warnings(records), notes)
 
     def summary(self) -> list[str]:
         """Lines below all tables: how much is done, the canary, what failed, what cannot be read."""
@@ -255,6 +263,8 @@ class Report:
         return lines + self.problems
 
     def _canary(self) -> Iterator[str]:
+        if all(record.kernel for record in self.records):
+            return
         judgements = self.run.get("canary", [])
         if judgements is None:
             yield "canary: turned off, so it was not tested that the cache is read"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from kvbench.schemes import Scheme
 
 Progress = Callable[[int, int], None]  # called with (requests done, requests in all)
 
@@ -98,3 +101,24 @@ class Runner(Protocol):
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
         """One Generation a request, in the order of the requests."""
         ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A runner that also says what its work took."""
+
+    def stats(self) -> dict[str, float]:
+        """What was measured since the runner was made; a name that was not measured is absent.
+
+        kv_bytes_per_token: of the cache as allocated, see PagedCache.bytes_per_token.
+        prefill_tokens, prefill_seconds: of prompts, a shared prefix once. decode_tokens, decode_seconds: of answers.
+        """
+        ...
+
+
+class Paged(Protocol):
+    """A runner whose keys and values lie in pages on a device."""
+
+    scheme: Scheme
+    page_size: int
+    device: torch.device | str

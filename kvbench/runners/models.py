@@ -105,12 +105,13 @@ EMBEDDED = {
 class ModelSource:
     """A model as found on this machine.
 
-    name: what tables call it; never a path. path: the folder, or the GGUF file; None where it isn't here.
+    name: what tables call it; never a path. path: the folder, or the file; None where it isn't here.
+    kind: "shape" is a configuration alone, of which a model with random weights is made.
     missing: what to do to have it here; empty where it can be loaded now.
     """
 
     name: str
-    kind: Literal["embedded", "folder", "gguf", "hub"]
+    kind: Literal["embedded", "folder", "gguf", "shape", "hub"]
     path: Path | None = None
     hub_revision: str | None = None
     missing: str = ""
@@ -125,7 +126,7 @@ class ModelSource:
 
 
 def resolve(name: str, revision: str | None = None) -> ModelSource:
-    """The model that `name` means: an embedded model, a folder, a .gguf file, or a hub id; in this order.
+    """The model that `name` means: an embedded model, a .gguf file, a .json file, a folder, or a hub id; in this order.
 
     revision: a branch, tag or commit of a hub model.
 
@@ -137,6 +138,8 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         source = _embedded_source(EMBEDDED[embedded])
     elif name.endswith(".gguf"):
         source = _gguf_source(Path(name).expanduser())
+    elif name.endswith(".json"):
+        source = _shape_source(Path(name).expanduser())
     elif name and Path(name).expanduser().is_dir():
         source = _folder_source(Path(name).expanduser())
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -181,6 +184,12 @@ def _gguf_source(file: Path) -> ModelSource:
         hint = f": {suggest(file.name, others)}" if others else ""
         raise ModelError(f"model '{file}': there is no such file{hint}")
     return ModelSource(file.stem, "gguf", file)
+
+
+def _shape_source(file: Path) -> ModelSource:
+    if not file.is_file():
+        raise ModelError(f"model '{file}': there is no such file; a .json file is a model's configuration")
+    return ModelSource(f"{file.stem} (random weights)", "shape", file)
 
 
 def _folder_source(folder: Path) -> ModelSource:
@@ -327,7 +336,7 @@ def shape(source: ModelSource) -> tuple[Layers, int]:
         if not config:
             config = transformers_config(source.path.parent, gguf_file=source.path.name)
     else:
-        config = _text_config(read_json(source.path / "config.json"))
+        config = _text_config(read_json(source.path if source.kind == "shape" else source.path / "config.json"))
     return cache_layers(config), _max_length(config)
 
 
@@ -373,6 +382,8 @@ def revision(source: ModelSource) -> str:
         files = sorted({file for pattern in MODEL_FILES for file in source.path.glob(pattern)})
         lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
         return f"sha256-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
+    if source.kind == "shape":
+        return f"random-{file_sha256(source.path)[:16]}"
     # the file decides; an embedded model's is the pinned one, or it isn't loaded
     digest = EMBEDDED[source.name].sha256 if source.kind == "embedded" else file_sha256(source.path)
     return f"gguf-{digest[:16]}-c{CONVERTER}"
@@ -396,13 +407,18 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"unknown compute dtype '{dtype}': one of float32, bfloat16, float16")
-    source, folder, options = _prepare(source)
-    with _quiet(), one_error(f"model '{source.name}' cannot be loaded"):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-        model = model.to(device).eval().requires_grad_(False)
+    model: Any
+    tokenizer: Any
+    if source.kind == "shape":
+        model, tokenizer = _random_model(source, getattr(torch, dtype), device)
+    else:
+        source, folder, options = _prepare(source)
+        with _quiet(), one_error(f"model '{source.name}' cannot be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), local_files_only=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    model = model.to(device).eval().requires_grad_(False)
     info = ModelInfo(
         name=source.name,
         revision=revision(source),
@@ -412,6 +428,43 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         extra={"model_type": model.config.model_type, "layer_indices": list(cache_layer_indices(model.config))},
     )
     return model, tokenizer, info
+
+
+@dataclass(frozen=True)
+class NoTokenizer:
+    """What stands for the tokenizer of a shape: token ids alone, none of which ends an answer."""
+
+    vocabulary: int
+    eos_token_id: None = None
+
+    def __len__(self) -> int:
+        return self.vocabulary
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        """No text."""
+        return ""
+
+    def encode(self, *_: Any, **__: Any) -> list[int]:
+        """Raises ModelError: there are no words."""
+        raise ModelError("a model of random weights has no tokenizer: run the task throughput, which needs none")
+
+    __call__ = encode
+
+
+def _random_model(source: ModelSource, dtype: Any, device: str) -> tuple[Any, NoTokenizer]:
+    """A model of this shape, its weights drawn on the device; always the same ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert source.path is not None
+    # no token ends an answer
+    config = transformers_config({**read_json(source.path), "eos_token_id": None})
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    what = f"model '{source.name}' cannot be made"
+    with _quiet(), one_error(what), torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model, NoTokenizer(_get(_text_config(config), "vocab_size"))
 
 
 def prepare(source: ModelSource) -> Path:

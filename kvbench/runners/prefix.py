@@ -14,6 +14,7 @@ class Segment:
     """Tokens that one or more requests have in common after their parent's tokens.
 
     start: the position of its first token. ending: the requests that end with this segment.
+    exact: it is computed over exact keys and values, whatever the cache stores (see "prefill_exact").
     """
 
     parent: Segment | None
@@ -21,6 +22,7 @@ class Segment:
     tokens: Tokens
     children: list[Segment] = field(default_factory=list)
     ending: list[int] = field(default_factory=list)
+    exact: bool = False
 
     @property
     def end(self) -> int:

@@ -67,15 +67,17 @@ class Prefill:
         """Every segment has been computed."""
         return not self._stack
 
-    def take(self, most: int) -> tuple[list[Piece], Copies]:
+    def take(self, most: int, others: int = 0) -> tuple[list[Piece], Copies]:
         """The next pass, of at most `most` sequences, and the page copies to make before it.
+
+        others: tokens that the pass has besides, of sequences that are being decoded.
 
         No piece comes where the pool has no room for the next segment.
         """
         pieces: list[Piece] = []
         copies: Copies = []
         unfinished: list[Work] = []
-        budget = self.batch_tokens
+        budget = max(1, self.batch_tokens - others)
         while self._stack and budget > 0 and len(pieces) < most:
             work = self._stack.pop()
             segment = work.segment

@@ -7,43 +7,77 @@ or whose rotary frequencies depend on the longest position of a pass, run one se
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from kvbench.attention import Batch, attend
-from kvbench.cache import OutOfPages, PagedCache, PagePool, PageTable
+from kvbench.attention import Batch, Implementation, append, attend, choose
+from kvbench.cache import OutOfPages, PagedCache, PagePool, to_device
+from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.runners import models
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
+from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
 from kvbench.runners.prefix import Segment, build_tree
 from kvbench.runners.schedule import Piece, Prefill
 from kvbench.schemes import Scheme
 
-Scoring = Literal["fused", "replay"]
+Scoring = Literal["fused", "replay", "prefill_exact"]
+Attention = Literal["auto", "reference", "triton"]
 
 NAME = "kvbench"  # of our attention among transformers' implementations
-BATCH_TOKENS = 2048  # of one forward pass
-BATCH_SEQUENCES = 64  # decoded at once
-LOGIT_ROWS = 256  # rows whose full-vocabulary logits are held at once
 STATEFUL_ROPE = {"dynamic", "longrope"}
+SMALLEST_BATCH = 64  # tokens of a pass, below which a model that runs out of memory is given up
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is computed at once.
+
+    tokens: of one forward pass. sequences: decoded at once. logits: values of full-vocabulary rows held at once.
+    memory: share of the device's free memory that pages may take; 0 for as many as a few passes need.
+    """
+
+    tokens: int
+    sequences: int
+    logits: int
+    memory: float
+
+
+CPU_LIMITS = Limits(tokens=2048, sequences=64, logits=2**24, memory=0.0)
+GPU_LIMITS = Limits(tokens=65536, sequences=GRAPH_SIZES[-1], logits=2**27, memory=0.6)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of a pass's tokens: what they attend to, and the caches that keep their keys and values."""
+
+    batch: Batch
+    read: PagedCache
+    written: tuple[PagedCache, ...]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What our attention function needs to know of the forward pass it is called in."""
+    """What our attention function needs to know of the forward pass it is called in: parts, in the tokens' order."""
 
-    cache: PagedCache
-    batch: Batch
+    parts: tuple[_Part, ...]
     layer_index: dict[int, int]  # the model's layer number to the cache's
+    impl: Implementation
 
 
 _step: ContextVar[_Step] = ContextVar("kvbench_step")
@@ -65,39 +99,42 @@ def _attention(
     """Write the new keys and values, then read only the cache: [1, T, HQ, D]."""
     step = _step.get()
     layer = step.layer_index[module.layer_idx]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    step.cache.append(layer, k, v, step.batch.slot_mapping)
-    out = attend(
-        q,
-        step.cache,
-        layer,
-        step.batch,
-        impl="reference",
-        scaling=q.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out[None], None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Our attention knows the sequences' boundaries; no mask is made."""
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    outs = []
+    sizes = [len(part.batch.slot_mapping) for part in step.parts]
+    for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
+        for cache in part.written:
+            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl)
+        outs.append(
+            attend(
+                q,
+                part.read,
+                layer,
+                part.batch,
+                impl=step.impl,
+                scaling=q.shape[-1] ** -0.5 if scaling is None else scaling,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=s_aux,
+            )
+        )
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
 
 
 @contextmanager
 def paged_attention(model: Any) -> Iterator[None]:
-    """`model` attends through the paged cache inside the block, and as before after it."""
+    """`model` attends through the paged cache inside the block, and as before after it.
+
+    No mask is registered under our name, so transformers makes none: our attention knows the sequences' boundaries.
+    """
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(NAME)
-        AttentionMaskInterface._global_mapping.pop(NAME)
 
 
 class _Counter(DynamicLayer):
@@ -119,17 +156,6 @@ class _Counter(DynamicLayer):
 
 
 @dataclass
-class _Running:
-    """A request that is being decoded."""
-
-    request: int
-    table: PageTable
-    tokens: list[int]
-    generator: torch.Generator | None
-    state: DynamicCache | None = None
-
-
-@dataclass
 class TransformersModel:
     """A loaded causal language model. `runner` puts it under a scheme; runners of one model share its weights."""
 
@@ -147,40 +173,57 @@ class TransformersModel:
         return cls(*models.load(source, dtype, device))
 
     def runner(
-        self, scheme: Scheme, *, page_size: int = 16, scoring: Scoring = "fused", destroyed: bool = False
+        self,
+        scheme: Scheme,
+        *,
+        page_size: int = 16,
+        scoring: Scoring = "fused",
+        attention: Attention = "auto",
+        destroyed: bool = False,
     ) -> TransformersRunner:
         """This model with its keys and values stored by `scheme`.
 
         scoring: "fused" computes a prompt in one pass, each query reading what was written before it; "replay" feeds
-        it token by token, as decoding does: slow, and the definition that "fused" must match.
+        it token by token, as decoding does: slow, and the definition that "fused" must match; "prefill_exact" reads a
+        context's keys and values exactly, and only later tokens read the cache, as engines do that attend to the
+        prompt before they store it.
+        attention: "auto" takes the Triton kernels on a GPU where they can serve; an explicit choice never falls back.
         destroyed: the canary; see PagedCache.
 
         Raises:
-            ValueError: a head_dim that the scheme can't take.
+            ValueError: a head_dim that the scheme can't take, or an attention that can't serve it.
         """
         for _, head_dim in self.info.layers:
             scheme.key.check_head_dim(head_dim)
             scheme.value.check_head_dim(head_dim)
-        return TransformersRunner(self, scheme, page_size, scoring, destroyed)
+        return TransformersRunner(self, scheme, page_size, scoring, attention, destroyed)
 
 
 @dataclass
 class TransformersRunner:
-    """Scores and generates with one model under one scheme. Made by `TransformersModel.runner`."""
+    """Scores and generates with one model under one scheme. Made by `TransformersModel.runner`.
+
+    attention: what computes it: "reference" or "triton". limits: halved where the device runs out of memory.
+    """
 
     loaded: TransformersModel
     scheme: Scheme
     page_size: int
     scoring: Scoring
+    attention: Attention
     destroyed: bool
-    _cache: PagedCache | None = field(init=False, default=None)
+    limits: Limits = field(init=False)
+    _caches: tuple[PagedCache, ...] = field(init=False, default=())
     _pool: PagePool = field(init=False)
+    _state: DynamicCache | None = field(init=False, default=None)  # of a sequence that runs alone
 
     def __post_init__(self) -> None:
         self.info = self.loaded.info
         self.tokenizer = self.loaded.tokenizer
         self.model = self.loaded.model
         self.device = self.model.device
+        self.attention = choose(self.attention, self.scheme, self.model.dtype, self.device)
+        self.limits = GPU_LIMITS if self.device.type == "cuda" else CPU_LIMITS
         config = self.model.config.get_text_config(decoder=True)
         kinds: list[str] = getattr(config, "layer_types", None) or []
         if getattr(config, "num_kv_shared_layers", 0) or "chunked_attention" in kinds:
@@ -195,188 +238,341 @@ class TransformersRunner:
         self._alone = self._has_state or rope.get("rope_type") in STATEFUL_ROPE
         ends = self.model.generation_config.eos_token_id
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._clock = _Clock(self.device)
 
     # ---- what tasks call
 
     def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
         """One Score a request, in the order of the requests. Shared prefixes are computed once."""
-        sequences = [(*r.context, *r.continuation)[:-1] for r in requests]
-        logprobs = [torch.empty(len(r.continuation)) for r in requests]
-        greedy = [True] * len(requests)
-        roots = self._tree(sequences)
-
-        # what each segment's positions must predict: segment -> position -> (request, offset in its continuation)
-        wanted: dict[Segment, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
-        for leaf in _segments(roots):
-            for i in leaf.ending:
-                segment: Segment | None = leaf
-                for position in range(len(sequences[i]) - 1, len(requests[i].context) - 2, -1):
-                    while segment is not None and position < segment.start:
-                        segment = segment.parent
-                    assert segment is not None
-                    wanted[segment][position].append((i, position + 1 - len(requests[i].context)))
-
-        done = 0
-        for piece, hidden in self._prefill(roots, sequences):
-            of_segment = wanted[piece.segment]
-            rows = [p for p in range(piece.start, piece.start + len(piece.tokens)) if p in of_segment]
-            for first in range(0, len(rows), LOGIT_ROWS):
-                some = rows[first : first + LOGIT_ROWS]
-                at = torch.tensor(some, device=hidden.device) - piece.start
-                log_p = self.log_probs(hidden[at])
-                asked = [(row, i, o) for row, p in enumerate(some) for i, o in of_segment[p]]
-                targets = [requests[i].continuation[o] for _, i, o in asked]
-                row_index = torch.tensor([row for row, _, _ in asked], device=hidden.device)
-                values = log_p[row_index, torch.tensor(targets, device=hidden.device)].cpu()
-                best = log_p.argmax(-1)[row_index].tolist()
-                for (_, i, o), target, value, top in zip(asked, targets, values, best, strict=True):
-                    logprobs[i][o] = value
-                    greedy[i] &= target == top
-            if piece.completes:
-                done += len(piece.segment.ending)
-                if progress is not None and piece.segment.ending:
-                    progress(done, len(requests))
-        return [Score(values, top) for values, top in zip(logprobs, greedy, strict=True)]
+        return self._halving(lambda: self._score(requests, progress))
 
     def hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> list[Tensor]:
         """For each document, the last hidden states [len(document), H], on the CPU, in the compute dtype."""
-        found: list[list[Tensor]] = [[] for _ in documents]
-        done = 0
-        for piece, hidden in self._prefill(_unshared(documents), documents):
-            found[piece.segment.ending[0]].append(hidden.cpu())
-            if piece.completes:
-                done += 1
-                if progress is not None:
-                    progress(done, len(documents))
-        return [torch.cat(pieces) for pieces in found]
+        return self._halving(lambda: self._hidden_states(documents, progress))
+
+    def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
+        """One Generation a request, in the order of the requests.
+
+        Sequences come and go in one batch: a pass of prompts takes a step of every running sequence along, and where no
+        prompt waits, steps follow each other without the host. Requests for which no page is free wait.
+        """
+        return self._halving(lambda: self._generate(requests, progress))
 
     @torch.inference_mode()
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[n, vocabulary] float32 log-probabilities of hidden states [n, H], by what follows the model's decoder."""
-        with _decoder_returns(self.model, hidden[None].to(self.device)):
-            blank = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
-            logits: Tensor = self.model(input_ids=blank, use_cache=False).logits[0]
-        return logits.to(torch.float32).log_softmax(-1)
+        return self._logits(hidden).to(torch.float32).log_softmax(-1)
 
-    def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
-        """One Generation a request, in the order of the requests. Sequences come and go in one decoded batch."""
+    def stats(self) -> dict[str, float]:
+        """Tokens and seconds of prefill and of decoding so far, and the bytes that a token takes in the cache.
+
+        A pass of prompts with steps of running sequences counts as prefill, their tokens too.
+        """
+        sizes = {"kv_bytes_per_token": self._caches[0].bytes_per_token} if self._caches else {}
+        return {**self._clock.totals(), **sizes}
+
+    @property
+    def stored(self) -> PagedCache:
+        """What the last call wrote. Only a sequence that was run alone lies there in the order of its tokens."""
+        return self._caches[0]
+
+    # ---- scoring
+
+    def _score(self, requests: Sequence[ScoreRequest], progress: Progress | None) -> list[Score]:
+        sequences = [(*r.context, *r.continuation)[:-1] for r in requests]
+        roots = self._split_tree(requests) if self.scoring == "prefill_exact" else self._tree(sequences)
+        counts = [len(r.continuation) for r in requests]
+        targets = to_device([token for r in requests for token in r.continuation], torch.int64, self.device)
+        values = torch.empty(len(targets), device=self.device)
+        likeliest = torch.empty(len(targets), dtype=torch.bool, device=self.device)
+        wanted = _wanted(roots, requests, sequences)
+
+        done = 0
+        for pieces, hidden in self._prefill(roots, sequences):
+            rows: list[int] = []  # of `hidden`, each once
+            asked: list[tuple[int, int]] = []  # (which of `rows`, which of `targets`)
+            first = 0
+            for piece in pieces:
+                of_segment = wanted.get(piece.segment, {})
+                for row in range(len(piece.tokens)) if of_segment else ():
+                    if (found := of_segment.get(piece.start + row)) is not None:
+                        asked += [(len(rows), target) for target in found]
+                        rows.append(first + row)
+                first += len(piece.tokens)
+            self._score_rows(hidden, rows, asked, targets, values, likeliest)
+            done += sum(len(piece.segment.ending) for piece in pieces if piece.completes)
+            if progress is not None and any(piece.completes and piece.segment.ending for piece in pieces):
+                progress(done, len(requests))
+        split = zip(values.cpu().split(counts), likeliest.cpu().split(counts), strict=True)
+        return [Score(logprobs, bool(top.all())) for logprobs, top in split] if requests else []
+
+    @torch.inference_mode()
+    def _score_rows(
+        self,
+        hidden: Tensor,
+        rows: list[int],
+        asked: list[tuple[int, int]],
+        targets: Tensor,
+        values: Tensor,
+        likeliest: Tensor,
+    ) -> None:
+        """Log-probabilities of the targets asked for, into `values`, and whether each is the likeliest token."""
+        if not rows:
+            return
+        row_of, target_of = to_device([x for pair in asked for x in pair], torch.int64, self.device).view(-1, 2).T
+        at = to_device(rows, torch.int64, self.device)
+        begin = 0
+        for low in range(0, len(rows), self._logit_rows):
+            high = min(low + self._logit_rows, len(rows))
+            # `asked` is in the order of its rows
+            end = begin
+            while end < len(asked) and asked[end][0] < high:
+                end += 1
+            log_p = self.log_probs(hidden[at[low:high]])
+            row, target = row_of[begin:end] - low, target_of[begin:end]
+            values[target] = log_p[row, targets[target]]
+            likeliest[target] = log_p.argmax(-1)[row] == targets[target]
+            begin = end
+
+    def _hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None) -> list[Tensor]:
+        found: list[list[Tensor]] = [[] for _ in documents]
+        done = 0
+        # a document's tokens count as generated, so with "prefill_exact" too they read the cache
+        for pieces, hidden in self._prefill(_unshared(documents), documents):
+            rows = hidden.cpu().split([len(piece.tokens) for piece in pieces])
+            for piece, own in zip(pieces, rows, strict=True):
+                found[piece.segment.ending[0]].append(own)
+                done += piece.completes
+            if progress is not None:
+                progress(done, len(documents))
+        return [torch.cat(own) for own in found]
+
+    # ---- generation
+
+    def _generate(self, requests: Sequence[GenerateRequest], progress: Progress | None) -> list[Generation]:
+        if not requests:
+            return []
         prompts = [r.prompt for r in requests]
-        longest = max(len(r.prompt) + r.max_new_tokens for r in requests) if requests else 0
-        cache = self._cache_for(longest)
+        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        each = 2 * (-(-longest // self.page_size)) + 2
+        self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)))
         # so many that neither their prompts nor their answers can take each other's last page
-        fitting = self._pool.free_pages // (2 * self._pool.pages_for(longest) + 2)
-        most = 1 if self._alone else max(1, min(BATCH_SEQUENCES, fitting))
-        prefill = self._plan(self._tree(prompts), longest)
+        most = 1 if self._alone else max(1, min(self.limits.sequences, self._pool.free_pages // each))
+        roots = self._tree(prompts)
+        if self.scoring == "prefill_exact":
+            for segment in _segments(roots):
+                segment.exact = True
+        prefill = self._plan(roots, longest)
+        sampled = [r for r in requests if r.temperature > 0]
+        lanes = Lanes(
+            self._lane_logits,
+            most=most,
+            longest=longest,
+            page_size=self.page_size,
+            draws=max((r.max_new_tokens for r in sampled), default=0),
+            device=self.device,
+            graphed=self.attention == "triton" and self.device.type == "cuda" and not self._alone,
+        )
         answers: list[Generation | None] = [None] * len(requests)
-        # requests whose prompt is computed, with its last log-probabilities
-        waiting: list[tuple[int, Segment, Tensor]] = []
-        running: list[_Running] = []
-        state = None
+        waiting: deque[tuple[int, Segment, Tensor]] = deque()  # computed prompts, with their last hidden state
+        pending: deque[Made] = deque()
+        self._state = None
 
-        def advance(run: _Running, log_p: Tensor) -> None:
-            """Add the next token; the answer is complete when it ends."""
-            request = requests[run.request]
-            token = _next_token(log_p, request, run.generator)
-            ended = token in self._ends
-            if not ended:
-                run.tokens.append(token)
-            text = self.tokenizer.decode(run.tokens, skip_special_tokens=True)
-            if ended or len(run.tokens) == request.max_new_tokens or any(stop in text for stop in request.stop):
-                for stop in request.stop:
-                    text = text.split(stop)[0]
-                answers[run.request] = Generation(text, tuple(run.tokens))
-                self._pool.release(run.table)
-                running.remove(run)
-                if progress is not None:
-                    progress(sum(answer is not None for answer in answers), len(requests))
-
-        with paged_attention(self.model), self._cleared_pool():
-            while running or waiting or not prefill.finished:
-                while waiting and len(running) < most:
-                    i, segment, log_p = waiting.pop(0)
-                    table, copies = prefill.claim(segment)
-                    cache.copy_pages(copies)
-                    self._pool.reserve(table, len(prompts[i]) + requests[i].max_new_tokens)
-                    running.append(_Running(i, table, [], self._generator(requests[i]), state))
-                    advance(running[-1], log_p)
-                if not prefill.finished and len(running) + len(waiting) < most:
-                    pieces, copies = prefill.take(most - len(running) - len(waiting))
-                    if not (pieces or running):
+        with paged_attention(self.model), self._cleared_pool(), torch.inference_mode():
+            while True:
+                idle = True
+                if waiting and lanes.free:
+                    pending.append(self._admit(lanes, waiting, requests, prefill))
+                    idle = False
+                for run in lanes.retire():
+                    self._pool.release(run.table)
+                pieces: list[Piece] = []
+                room = lanes.free - len(waiting)
+                if not prefill.finished and room > 0:
+                    pieces, copies = prefill.take(room, others=len(lanes.running))
+                    if not (pieces or lanes.running or waiting):
                         raise OutOfPages(f"the cache is too small for prompts and answers of {longest} tokens")
-                    if pieces:
-                        cache.copy_pages(copies)
-                        state = self._new_state() if pieces[0].start == 0 else state
-                        hidden = self._forward(cache, pieces, state)
-                        prefill.computed(pieces)
-                        for piece, rows in zip(pieces, hidden, strict=True):
-                            if piece.completes and piece.segment.ending:
-                                log_p = self.log_probs(rows[-1:])[0]
-                                waiting += [(i, piece.segment, log_p) for i in piece.segment.ending]
-                        continue
-                if running:
-                    hidden = self._forward(cache, [self._next_piece(run) for run in running], running[0].state)
-                    for run, log_p in zip(list(running), self.log_probs(torch.cat(hidden)), strict=True):
-                        advance(run, log_p)
+                if pieces:
+                    self._copy_pages(copies)
+                    with self._clock.prefill(sum(len(piece.tokens) for piece in pieces) + len(lanes.running)):
+                        hidden, made = self._mixed_pass(pieces, lanes)
+                    prefill.computed(pieces)
+                    last = -1
+                    for piece in pieces:
+                        last += len(piece.tokens)
+                        if piece.completes:
+                            waiting.extend((i, piece.segment, hidden[last : last + 1]) for i in piece.segment.ending)
+                    pending.extend(made)
+                    idle = False
+                elif lanes.running:
+                    with self._clock.decode() as counted:
+                        pending.append(lanes.block())
+                        counted(pending[-1].tokens.numel())
+                    idle = False
+                # on a GPU the newest tokens are still being computed
+                while len(pending) > (0 if idle or self.device.type != "cuda" else 1):
+                    self._answer(pending.popleft(), answers)
+                    if progress is not None:
+                        progress(sum(answer is not None for answer in answers), len(requests))
+                if idle and not pending and not waiting and prefill.finished and not lanes.running:
+                    break
         assert all(answer is not None for answer in answers)
         return [answer for answer in answers if answer is not None]
+
+    def _admit(
+        self,
+        lanes: Lanes,
+        waiting: deque[tuple[int, Segment, Tensor]],
+        requests: Sequence[GenerateRequest],
+        prefill: Prefill,
+    ) -> Made:
+        """Gives as many computed prompts a lane as there are lanes."""
+        runs: list[Run] = []
+        hidden: list[Tensor] = []
+        while waiting and len(runs) < lanes.free:
+            index, segment, last = waiting.popleft()
+            table, copies = prefill.claim(segment)
+            self._copy_pages(copies)
+            self._pool.reserve(table, len(requests[index].prompt) + requests[index].max_new_tokens)
+            runs.append(Run(index, requests[index], table))
+            hidden.append(last)
+        return lanes.admit(runs, self._logits(torch.cat(hidden)))
+
+    def _mixed_pass(self, pieces: list[Piece], lanes: Lanes) -> tuple[Tensor, list[Made]]:
+        """The hidden states of the pieces' tokens, and a token more of every running sequence."""
+        tokens, positions, parts = self._inputs(pieces)
+        if not lanes.running:
+            return self._forward(tokens, positions, parts), []
+        next_tokens, next_positions, batch = lanes.inputs()
+        parts.append(_Part(batch, self._caches[0], self._caches[:1]))
+        both = torch.cat([tokens, next_tokens]), torch.cat([positions, next_positions])
+        hidden, last = self._forward(*both, parts).split([len(tokens), len(next_tokens)])
+        return hidden, [lanes.take(self._logits(last))]
+
+    def _lane_logits(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        return self._logits(self._forward(tokens, positions, [_Part(batch, self._caches[0], self._caches[:1])]))
+
+    def _answer(self, made: Made, answers: list[Generation | None]) -> None:
+        """Gives each run its new tokens, and answers those that ended: by an end token, a stop string or in length."""
+        for run, new in zip(made.runs, made.columns(), strict=True):
+            if run.answered:
+                continue
+            request, before = run.request, len(run.tokens)
+            for token in new:
+                if token in self._ends or len(run.tokens) == request.max_new_tokens:
+                    run.answered = True
+                    break
+                run.tokens.append(token)
+            run.answered |= len(run.tokens) == request.max_new_tokens
+            if not run.answered and not request.stop:
+                continue
+            text = self._text(run.tokens)
+            if any(stop in text for stop in request.stop):
+                run.answered = True
+                # what was made after the first stop string is no part of the answer
+                for count in range(before + 1, len(run.tokens)):
+                    if any(stop in self._text(run.tokens[:count]) for stop in request.stop):
+                        del run.tokens[count:]
+                        text = self._text(run.tokens)
+                        break
+            if run.answered:
+                for stop in request.stop:
+                    text = text.split(stop)[0]
+                answers[run.index] = Generation(text, tuple(run.tokens))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     # ---- forward passes
 
     def _tree(self, sequences: Sequence[Sequence[int]]) -> list[Segment]:
         return _unshared(sequences) if self._alone else build_tree(sequences)
 
+    def _split_tree(self, requests: Sequence[ScoreRequest]) -> list[Segment]:
+        """Contexts are shared and exact; each continuation is a segment of its own that reads the cache."""
+        if self._alone:
+            raise ValueError(f"{self.info.name} runs one sequence at a time, which can't be scored as prefill_exact")
+        roots = build_tree([r.context for r in requests])
+        for segment in list(_segments(roots)):
+            segment.exact = True
+            longer = [i for i in segment.ending if len(requests[i].continuation) > 1]
+            segment.ending = [i for i in segment.ending if len(requests[i].continuation) == 1]
+            for i in longer:
+                leaf = Segment(segment, segment.end, requests[i].continuation[:-1], ending=[i])
+                segment.children.append(leaf)
+        return roots
+
     def _plan(self, roots: list[Segment], longest: int) -> Prefill:
         # a sequence that runs alone is not cut: its other layers' states are made for whole prompts
-        batch_tokens = max(BATCH_TOKENS, longest) if self._alone else BATCH_TOKENS
+        batch_tokens = max(self.limits.tokens, longest) if self._alone else self.limits.tokens
         return Prefill(self._pool, roots, batch_tokens, chunk=1 if self.scoring == "replay" else None)
 
-    def _prefill(self, roots: list[Segment], sequences: Sequence[Sequence[int]]) -> Iterator[tuple[Piece, Tensor]]:
-        """Every piece of the tree with its hidden states [tokens, H], parents before children."""
+    def _prefill(
+        self, roots: list[Segment], sequences: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[list[Piece], Tensor]]:
+        """Every piece of the tree, parents before children: those of a pass with their hidden states [tokens, H]."""
         longest = max(map(len, sequences), default=0)
-        cache = self._cache_for(longest)
+        self._reserve_pages(longest, sum(-(-len(s.tokens) // self.page_size) + 1 for s in _segments(roots)))
         prefill = self._plan(roots, longest)
-        state = None
+        self._state = None
         with paged_attention(self.model), self._cleared_pool():
             while not prefill.finished:
-                pieces, copies = prefill.take(1 if self._alone else BATCH_TOKENS)
+                pieces, copies = prefill.take(1 if self._alone else self.limits.tokens)
                 if not pieces:
                     raise OutOfPages(f"the cache is too small for sequences of {longest} tokens")
-                cache.copy_pages(copies)
-                state = self._new_state() if pieces[0].start == 0 else state
-                hidden = self._forward(cache, pieces, state)
+                self._copy_pages(copies)
+                with self._clock.prefill(sum(len(piece.tokens) for piece in pieces)), torch.inference_mode():
+                    hidden = self._forward(*self._inputs(pieces))
                 prefill.computed(pieces)
-                yield from zip(pieces, hidden, strict=True)
+                yield pieces, hidden
                 for piece in pieces:
                     if piece.completes:
                         for _ in piece.segment.ending:
                             prefill.drop(piece.segment)
 
-    def _next_piece(self, run: _Running) -> Piece:
-        """The last token of a running request, whose keys and values are not in the cache yet."""
-        start = run.table.length
-        slots = self._pool.extend(run.table, 1)
-        return Piece(Segment(None, start, run.tokens[-1:]), run.table, start, run.tokens[-1:], slots)
+    def _inputs(self, pieces: list[Piece]) -> tuple[Tensor, Tensor, list[_Part]]:
+        """Tokens, positions and parts of a pass; pieces that are computed exactly come to stand first, in place."""
+        pieces.sort(key=lambda piece: not piece.segment.exact)
+        if pieces[0].start == 0:
+            self._state = self._new_state()
+        tokens = to_device([token for piece in pieces for token in piece.tokens], torch.int64, self.device)
+        parts = []
+        for exact in (True, False):
+            own = [piece for piece in pieces if piece.segment.exact == exact]
+            if own:
+                batch = Batch.make([p.table for p in own], [p.slots for p in own], self.page_size, self.device)
+                parts.append(_Part(batch, self._caches[-1 if exact else 0], self._caches[: None if exact else 1]))
+        return tokens, torch.cat([part.batch.positions for part in parts]), parts
 
-    def _generator(self, request: GenerateRequest) -> torch.Generator | None:
-        return torch.Generator(self.device).manual_seed(request.seed) if request.temperature > 0 else None
-
-    @torch.inference_mode()
-    def _forward(self, cache: PagedCache, pieces: Sequence[Piece], state: DynamicCache | None) -> list[Tensor]:
-        """Last hidden states [tokens, H] of each piece."""
-        batch = Batch.make([p.table for p in pieces], [p.slots for p in pieces], self.page_size, self.device)
-        tokens = torch.tensor([token for p in pieces for token in p.tokens], device=self.device)
-        token = _step.set(_Step(cache, batch, self._layer_index))
+    def _forward(self, tokens: Tensor, positions: Tensor, parts: Sequence[_Part]) -> Tensor:
+        """Last hidden states [T, H]."""
+        token = _step.set(_Step(tuple(parts), self._layer_index, self.attention))  # type: ignore[arg-type]
         try:
             decoder = getattr(self.model, self.model.base_model_prefix)
             out = decoder(
                 input_ids=tokens[None],
-                position_ids=batch.positions[None],
-                past_key_values=state,
-                use_cache=state is not None,
+                position_ids=positions[None],
+                past_key_values=self._state,
+                use_cache=self._state is not None,
             )
         finally:
             _step.reset(token)
-        return list(out.last_hidden_state[0].split([len(p.tokens) for p in pieces]))
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] in the compute dtype."""
+        with _decoder_returns(self.model, hidden[None].to(self.device)):
+            blank = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+            logits: Tensor = self.model(input_ids=blank, use_cache=False).logits[0]
+        return logits
+
+    @property
+    def _logit_rows(self) -> int:
+        vocabulary: int = self.model.config.get_text_config(decoder=True).vocab_size
+        return max(16, self.limits.logits // vocabulary)
 
     def _new_state(self) -> DynamicCache | None:
         """What a model's other layers carry from pass to pass; None where they carry nothing."""
@@ -387,22 +583,48 @@ class TransformersRunner:
             state.layers[layer] = _Counter()
         return state
 
-    def _cache_for(self, longest: int) -> PagedCache:
-        """The cache, made anew where it is too small for sequences of `longest` tokens."""
-        needed = -(-4 * (BATCH_TOKENS + longest) // self.page_size)
-        if self._cache is None or self._pool.free_pages < needed:
-            self._cache = None  # freed before the larger one is made
-            self._pool = PagePool(needed, self.page_size)
-            self._cache = PagedCache(
+    # ---- memory
+
+    def _reserve_pages(self, longest: int, wanted: int) -> None:
+        """Pages for `wanted`, or as many as there is memory for; made anew where there are fewer than that.
+
+        Raises:
+            OutOfPages: the memory does not hold one sequence of `longest` tokens.
+        """
+        schemes = [self.scheme.resolve(self.model.dtype)]
+        if self.scoring == "prefill_exact":
+            schemes.append(Scheme.parse("auto").resolve(self.model.dtype))
+        least = 2 * (-(-longest // self.page_size)) + 2
+        pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
+        if self.limits.memory:
+            page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)
+            held = sum(cache.nbytes for cache in self._caches)
+            pages = min(max(wanted, least), int(self.limits.memory * (_free_memory(self.device) + held)) // page_bytes)
+            if pages < least:
+                raise OutOfPages(
+                    f"the device's free memory holds {pages * self.page_size} tokens of {schemes[0].dtype_name}, "
+                    f"too few for a sequence of {longest}"
+                )
+        if self._caches and pages <= self._caches[0].pages:
+            return
+        self._caches = ()  # freed before the larger ones are made
+        self._pool = PagePool(pages, self.page_size)
+        self._caches = tuple(
+            PagedCache(
                 self.info.layers,
-                self.scheme,
-                pages=needed,
+                scheme,
+                pages=pages,
                 page_size=self.page_size,
                 model_dtype=self.model.dtype,
                 device=self.device,
-                destroyed=self.destroyed,
+                destroyed=self.destroyed and i == 0,
             )
-        return self._cache
+            for i, scheme in enumerate(schemes)
+        )
+
+    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        for cache in self._caches:
+            cache.copy_pages(copies)
 
     @contextmanager
     def _cleared_pool(self) -> Iterator[None]:
@@ -410,8 +632,80 @@ class TransformersRunner:
         try:
             yield
         except BaseException:
-            self._cache = None
+            self._caches = ()
             raise
+
+    def _halving(self, call: Callable[[], Answer]) -> Answer:
+        """What `call` gives, with half as much computed at once for as long as the device's memory is too small."""
+        while True:
+            try:
+                return call()
+            except torch.OutOfMemoryError:
+                if self.limits.tokens // 2 < SMALLEST_BATCH:
+                    raise
+            half = Limits(
+                self.limits.tokens // 2,
+                max(1, self.limits.sequences // 2),
+                self.limits.logits // 2,
+                self.limits.memory / 2,
+            )
+            logger.warning("out of memory with %d tokens a pass: trying %d", self.limits.tokens, half.tokens)
+            self.limits = half
+            self._caches = ()
+            gc.collect()  # the failed call's tensors hang on its traceback
+            torch.cuda.empty_cache()
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated: what the driver has left, and what torch holds without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+class _Clock:
+    """Tokens and seconds of prefill and of decoding; on a GPU by its own events, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._tokens = {"prefill": 0, "decode": 0}
+        self._spans: dict[str, list[tuple[Any, Any]]] = {"prefill": [], "decode": []}
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def prefill(self, tokens: int) -> Iterator[None]:
+        """Counts the block as a pass of prompt tokens."""
+        begin = self._now()
+        yield
+        self._spans["prefill"].append((begin, self._now()))
+        self._tokens["prefill"] += tokens
+
+    @contextmanager
+    def decode(self) -> Iterator[Callable[[int], None]]:
+        """Counts the block as decoding; the block says how many tokens."""
+
+        def counted(tokens: int) -> None:
+            self._tokens["decode"] += tokens
+
+        begin = self._now()
+        yield counted
+        self._spans["decode"].append((begin, self._now()))
+
+    def totals(self) -> dict[str, float]:
+        """Tokens and seconds; what did not happen is left out."""
+        if self._gpu:
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for name, spans in self._spans.items():
+            if spans:
+                seconds = [a.elapsed_time(b) / 1e3 if self._gpu else b - a for a, b in spans]
+                found |= {f"{name}_tokens": self._tokens[name], f"{name}_seconds": sum(seconds)}
+        return found
 
 
 @contextmanager
@@ -425,15 +719,25 @@ def _decoder_returns(model: Any, hidden: Tensor) -> Iterator[None]:
         del decoder.forward
 
 
-def _next_token(log_p: Tensor, request: GenerateRequest, generator: torch.Generator | None) -> int:
-    """The next token of a request from log-probabilities [vocabulary]."""
-    if generator is None:
-        return int(log_p.argmax())
-    p, order = (log_p / request.temperature).softmax(-1).sort(descending=True)
-    keep = p.cumsum(-1) - p < request.top_p  # the smallest set that holds top_p
-    if request.top_k:
-        keep[request.top_k :] = False
-    return int(order[torch.multinomial(p * keep, 1, generator=generator)])
+Wanted = dict[Segment, dict[int, list[int]]]
+
+
+def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest], sequences: Sequence[Sequence[int]]) -> Wanted:
+    """What each segment's positions must predict: segment -> position -> places in all continuations joined."""
+    firsts = [0]
+    for request in requests:
+        firsts.append(firsts[-1] + len(request.continuation))
+    found: Wanted = {}
+    for leaf in _segments(roots):
+        for i in leaf.ending:
+            segment: Segment | None = leaf
+            begin = len(requests[i].context) - 1
+            for position in range(len(sequences[i]) - 1, begin - 1, -1):
+                while segment is not None and position < segment.start:
+                    segment = segment.parent
+                assert segment is not None
+                found.setdefault(segment, {}).setdefault(position, []).append(firsts[i] + position - begin)
+    return found
 
 
 def _unshared(sequences: Sequence[Sequence[int]]) -> list[Segment]:

@@ -15,11 +15,19 @@ from kvbench.results import Contents, Store
 from kvbench.sweep.canary import judge_all
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.document import ConfigError
-from kvbench.sweep.execute import NotInEffectError, execute, not_in_effect, terminable
+from kvbench.sweep.execute import (
+    BrokenDeviceError,
+    NotInEffectError,
+    Setting,
+    execute,
+    not_in_effect,
+    terminable,
+)
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
 from kvbench.sweep.plan import Cell, choose, missing_data, plan
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
+from kvbench.sweep.workers import Seat, execute_on, seat_for
 
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
 
@@ -39,6 +47,7 @@ class Options:
     output: Path | None = None
     fresh: bool = False
     retry_failed: bool = False
+    devices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
-    lacking = absent + missing_data(todo)
+    lacking = absent + missing_data(todo) + _missing_devices(options.devices)
     if lacking:
         hint = "  --skip task=NAME or --skip model=NAME runs the rest"
         raise UnusableError(
@@ -128,7 +137,7 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
 
     device = default_device()
     environment = {**describe(), "device": device}
-    display = Display(todo, Clock(contents.records.values()), store.cells)
+    display = Display(todo, Clock(contents.records.values()), store.cells, lanes=len(options.devices) or 1)
     for problem in contents.problems:
         display.say(problem, "yellow")
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
@@ -136,17 +145,31 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     _write_run(planned, [])
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
-        execute(
-            todo,
-            store,
-            display,
-            baseline=sweep.baseline_scheme,
-            page_size=sweep.page_size,
-            device=device,
-            environment=environment,
-            parts=parts,
-        )
+        setting = Setting(store, sweep.baseline_scheme, sweep.page_size, sweep.attention, device, environment, parts)
+        if options.devices:
+            seats = zip(options.devices, display.lanes, strict=True)
+            execute_on([seat_for(one, setting, lane) for one, lane in seats], todo)
+        else:
+            _execute_here(todo, setting, display)
     return _conclude(planned, display)
+
+
+def _missing_devices(devices: Sequence[str]) -> list[str]:
+    """A line for each GPU that is asked for and not here."""
+    import torch
+
+    count = torch.cuda.device_count() if any(one != "cpu" for one in devices) else 0
+    return [f"GPU {one}: there are {count} here" for one in devices if one != "cpu" and int(one) >= count]
+
+
+def _execute_here(cells: list[Cell], setting: Setting, display: Display) -> None:
+    """Runs the cells in this process; after a fault that leaves it no GPU, the rest in another."""
+    (lane,) = display.lanes
+    try:
+        execute(cells, setting, lane)
+    except BrokenDeviceError as error:
+        display.say(f"the GPU failed this process ({error}); the other cells run in a new one", "yellow")
+        execute_on([Seat(setting, {}, lane)], display.remaining)
 
 
 def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list[Cell]:
@@ -278,6 +301,10 @@ def plan_summary(planned: Planned) -> list[str]:
         lines[0] += f", about {duration(sum(left))} by the cells done before"
     if planned.sweep.limit:
         lines.append(f"limit {planned.sweep.limit}: NOT A REAL SCORE")
+    records = planned.store.load().records.values()
+    peaks = [record.timings["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record.timings]
+    if peaks:
+        lines.append(f"peak memory {max(peaks) / 2**30:.1f} GiB in the cells done before")
     lines += plan_sensitivity(planned)
     lacking = plan_lacks(planned)
     lines += ["missing here:", *(f"  {line}" for line in lacking)] if lacking else ["nothing is missing here"]

@@ -20,7 +20,8 @@ from kvbench.sweep.document import ConfigError, Document, Loc, apply_setting, re
 from kvbench.sweep.parts import REAL, ComputeDtype, Parts
 from kvbench.tasks.base import Task
 
-Scoring = Literal["fused", "replay"]
+Scoring = Literal["fused", "replay", "prefill_exact"]
+Attention = Literal["auto", "reference", "triton"]
 
 
 # ---- the shape of the YAML
@@ -112,6 +113,8 @@ class Sweep(_Strict):
     limit: the first documents of every task alone; a quick look, marked as such in every table.
     canary: also run a destroyed cache, which must wreck the scores. again: also run the baseline once more, whose flips
     are the noise floor. margin: the difference that does not matter, as `kvbench.stats.parse_margin` takes it.
+    attention: what reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a
+    GPU wherever they can serve; an explicit choice never falls back.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -129,6 +132,7 @@ class Sweep(_Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     page_size: Annotated[int, Field(ge=1, le=4096)] = 16
     scoring: Scoring = "fused"
+    attention: Attention = "auto"
     compute_dtype: ComputeDtype | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
 

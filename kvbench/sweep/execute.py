@@ -10,17 +10,28 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from typing import Any
 
+import torch
+
 from kvbench.results import Outcome, Record, Store, Tensors, describe
-from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Runner, Score, ScoreRequest
+from kvbench.runners.base import (
+    GenerateRequest,
+    Generation,
+    Measuring,
+    ModelInfo,
+    Progress,
+    Runner,
+    Score,
+    ScoreRequest,
+)
 from kvbench.schemes import Scheme
 from kvbench.sweep.again import Shuffled
 from kvbench.sweep.canary import Judgement, judge_all
+from kvbench.sweep.config import ModelSpec
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.progress import Display
+from kvbench.sweep.progress import Watcher
 from kvbench.tasks.base import RunContext
 
 
@@ -80,7 +91,10 @@ class Timed:
         return generations
 
     def timings(self) -> dict[str, float]:
-        """Seconds in the model, tokens asked for (a shared prefix as often as it is asked for), and tokens made."""
+        """Seconds in the model, tokens asked for (a shared prefix as often as it is asked for), and tokens made.
+
+        Then what the runner itself measured.
+        """
         row: dict[str, float] = {"model_seconds": round(self.seconds, 3)}
         if self.prompt_tokens:
             row["prompt_tokens"] = self.prompt_tokens
@@ -90,51 +104,82 @@ class Timed:
             row["prompt_tokens_per_s"] = round(self.prompt_tokens / self.seconds, 1)
         if self.seconds > 0 and self.generated_tokens:
             row["generated_tokens_per_s"] = round(self.generated_tokens / self.seconds, 2)
-        return row
+        return {**row, **(self.runner.stats() if isinstance(self.runner, Measuring) else {})}
 
 
-def execute(
-    cells: Sequence[Cell],
-    store: Store,
-    display: Display,
-    *,
-    baseline: Scheme,
-    page_size: int,
-    device: str,
-    environment: dict[str, Any],
-    parts: Parts = REAL,
-) -> None:
-    """Measures the cells and keeps each as it is done; a cell that raises is kept with its error.
+class BrokenDeviceError(RuntimeError):
+    """After a fault every further call of this process to its GPU fails; the cell that met it is kept as failed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a sweep share; it can be sent to another process."""
+
+    store: Store
+    baseline: Scheme
+    page_size: int
+    attention: str
+    device: str
+    environment: dict[str, Any]
+    parts: Parts = REAL
+
+
+def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
+    """Measures the cells one after another and keeps each as it is done; a cell that raises is kept with its error.
 
     The caller holds `store.writing()`.
 
     Raises:
         NotInEffectError: a canary was not wrecked; the cells before it are kept.
+        BrokenDeviceError: the GPU can't be used by this process any more; the cells so far are kept.
         KeyboardInterrupt: it was stopped; finished cells are kept.
     """
-    for _, group in groupby(cells, key=lambda cell: (cell.spec, cell.model)):
-        of_model = list(group)
-        display.loading(of_model[0].model.name)
+    bench = Bench(setting, watcher)
+    for index, cell in enumerate(cells):
+        bench.run(cell)
+        raise_if_stopped()
+        if cell.canary and not any(one.canary and one.model == cell.model for one in cells[index + 1 :]):
+            stop_unless_wrecked(setting.store, cell)
+
+
+class Bench:
+    """Runs cells one after another, and keeps their model loaded as long as it is the same."""
+
+    def __init__(self, setting: Setting, watcher: Watcher) -> None:
+        self.setting = setting
+        self.watcher = watcher
+        self.model: tuple[ModelSpec, ModelFacts] | None = None
+        self.session: Session | Exception | None = None
+
+    def run(self, cell: Cell) -> None:
+        """Measures a cell and keeps it, with its error where it raises.
+
+        Raises:
+            BrokenDeviceError: it is kept, but the next would fail for its fault.
+        """
+        if (cell.spec, cell.model) != self.model:
+            self._open(cell)
+        if isinstance(self.session, Session):
+            self.session.run(cell)
+        elif self.session is not None:
+            self.watcher.started(cell)
+            record = failed(cell, self.session, self.setting.environment, 0.0)
+            keep(self.setting.store, self.watcher, cell, record, None)
+
+    def _open(self, cell: Cell) -> None:
+        self.session = None
+        gc.collect()  # the last model's memory is free before the next is loaded
+        self.watcher.loading(cell.model.name)
         began = time.perf_counter()
         try:
-            model = parts.open_model(of_model[0].spec, of_model[0].model.compute_dtype, device)
-            check_revision(of_model[0].model, model.info)
+            model = self.setting.parts.open_model(cell.spec, cell.model.compute_dtype, self.setting.device)
+            check_revision(cell.model, model.info)
         except Exception as error:
             raise_if_stopped()
-            for cell in of_model:
-                display.started(cell)
-                keep(store, display, cell, failed(cell, error, environment, 0.0), None)
-            continue
-        session = Session(model, store, display, baseline, page_size, environment)
-        session.load_seconds = time.perf_counter() - began
-        for index, cell in enumerate(of_model):
-            session.run(cell)
-            raise_if_stopped()
-            following = of_model[index + 1] if index + 1 < len(of_model) else None
-            if cell.canary and not (following and following.canary):
-                stop_unless_wrecked(store, cell)
-        del model, session
-        gc.collect()  # its memory is free before the next model is loaded
+            self.session = error
+        else:
+            self.session = Session(model, self.setting, self.watcher, time.perf_counter() - began)
+        self.model = (cell.spec, cell.model)
 
 
 def check_revision(planned: ModelFacts, loaded: ModelInfo) -> None:
@@ -148,63 +193,90 @@ class Session:
     """One loaded model and the cells that run on it."""
 
     model: LoadedModel
-    store: Store
-    display: Display
-    baseline: Scheme
-    page_size: int
-    environment: dict[str, Any]
-    load_seconds: float = 0.0
+    setting: Setting
+    watcher: Watcher
+    load_seconds: float
 
     def run(self, cell: Cell) -> None:
-        """Measures a cell and keeps it."""
-        self.display.started(cell)
+        """Measures a cell and keeps it; raises BrokenDeviceError where it leaves the GPU unusable."""
+        self.watcher.started(cell)
         began = time.perf_counter()
+        environment, on_gpu = self.setting.environment, self.setting.device != "cpu"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             seed = cell.seed + 1 if cell.again else cell.seed
-            plain = self._runner(cell, cell.scheme, destroyed=cell.canary)
-            runner = Timed(Shuffled(plain, seed) if cell.again else plain)
-            context = RunContext(self._baseline(cell), self.display.advanced, seed)
-            outcome = cell.task.run(runner, context)
+            runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary))
+            context = RunContext(self._baseline(cell), self.watcher.advanced, seed)
+            outcome = cell.task.run(Shuffled(runner, seed) if cell.again else runner, context)
         except Exception as error:
             raise_if_stopped()
-            keep(
-                self.store, self.display, cell, failed(cell, error, self.environment, time.perf_counter() - began), None
-            )
+            record = failed(cell, error, environment, time.perf_counter() - began)
+            keep(self.setting.store, self.watcher, cell, record, None)
+            if on_gpu and is_broken():
+                raise BrokenDeviceError(str(error)) from error
             return
         timings = {
             "seconds": round(time.perf_counter() - began, 3),
             "model_load_seconds": round(self.load_seconds, 3),
             **runner.timings(),
         }
+        if on_gpu:
+            timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         record = Record(
             status="done",
             model=asdict(self.model.info),
             metrics=outcome.metrics,
-            facts=outcome.facts,
-            environment=self.environment,
+            facts={**outcome.facts, **odd_size(cell, timings), "attention": getattr(runner, "attention", None)},
+            environment=environment,
             timings=timings,
             **described(cell),
         )
-        keep(self.store, self.display, cell, record, outcome)
+        keep(self.setting.store, self.watcher, cell, record, outcome)
 
     def _runner(self, cell: Cell, scheme: Scheme, destroyed: bool) -> Runner:
-        return self.model.runner(scheme, page_size=self.page_size, scoring=cell.scoring, destroyed=destroyed)
+        return self.model.runner(
+            scheme,
+            page_size=self.setting.page_size,
+            scoring=cell.scoring,
+            attention=self.setting.attention,
+            destroyed=destroyed,
+        )
 
     def _baseline(self, cell: Cell) -> Callable[[str, Callable[[Runner], Tensors]], Tensors]:
+        scheme = self.setting.baseline
+
         def baseline(key: str, compute: Callable[[Runner], Tensors]) -> Tensors:
             identity = {
                 "model": cell.identity["model"],
-                "scheme": {"dtype": self.baseline.dtype_name, "rotation": self.baseline.rotation_name},
+                "scheme": {"dtype": scheme.dtype_name, "rotation": scheme.rotation_name},
                 "scoring": cell.scoring,
                 "seed": cell.seed,
                 "key": key,
             }
             slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{key}"
-            return self.store.baseline(
-                identity, slug, lambda: compute(self._runner(cell, self.baseline, destroyed=False))
+            return self.setting.store.baseline(
+                identity, slug, lambda: compute(self._runner(cell, scheme, destroyed=False))
             )
 
         return baseline
+
+
+def odd_size(cell: Cell, timings: dict[str, float]) -> dict[str, str]:
+    """A fact for the record where the cache takes other bytes a token than the dtype says; else none."""
+    computed, measured = cell.kv_bytes_per_token, timings.get("kv_bytes_per_token")
+    if computed is None or measured is None or measured == computed:
+        return {}
+    return {"kv_bytes": f"{measured:g} bytes a token measured, {computed} computed"}
+
+
+def is_broken() -> bool:
+    """Whether this process can't use its GPU any more, as after an illegal access of a kernel."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def described(cell: Cell) -> dict[str, Any]:
@@ -235,10 +307,10 @@ def failed(cell: Cell, error: Exception, environment: dict[str, Any], seconds: f
     )
 
 
-def keep(store: Store, display: Display, cell: Cell, record: Record, outcome: Outcome | None) -> None:
+def keep(store: Store, watcher: Watcher, cell: Cell, record: Record, outcome: Outcome | None) -> None:
     """Writes a record, then shows it."""
     store.save(record, outcome.samples if outcome else [])
-    display.finished(cell, record)
+    watcher.finished(cell, record)
 
 
 def stop_unless_wrecked(store: Store, canary: Cell) -> None:

@@ -40,7 +40,7 @@ class LoadedModel(Protocol):
         """What identifies it."""
         ...
 
-    def runner(self, scheme: Scheme, *, page_size: int, scoring: Any, destroyed: bool) -> Runner:
+    def runner(self, scheme: Scheme, *, page_size: int, scoring: Any, attention: Any, destroyed: bool) -> Runner:
         """The model under a scheme; with `destroyed`, all that its cache gives back is zero."""
         ...
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -51,10 +51,33 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-class Display:
-    """A line for each finished cell, and on a terminal two below them that redraw: the sweep's, the cell's."""
+class Watcher(Protocol):
+    """Who is told of cells that run one after another."""
 
-    def __init__(self, cells: Sequence[Cell], clock: Clock, cells_folder: Path) -> None:
+    def loading(self, model: str) -> None:
+        """A model is being loaded."""
+        ...
+
+    def started(self, cell: Cell) -> None:
+        """A cell begins."""
+        ...
+
+    def advanced(self, done: int, total: int) -> None:
+        """The running cell has done some of its requests."""
+        ...
+
+    def finished(self, cell: Cell, record: Record) -> None:
+        """A cell is done, or has failed."""
+        ...
+
+
+class Display:
+    """A line for each finished cell, and on a terminal some below them that redraw: a running cell's each, the sweep's.
+
+    lanes: a watcher for each device, on which cells run one after another.
+    """
+
+    def __init__(self, cells: Sequence[Cell], clock: Clock, cells_folder: Path, lanes: int = 1) -> None:
         self.clock = clock
         self.folder = cells_folder
         self.remaining = list(cells)
@@ -72,9 +95,8 @@ class Display:
             transient=True,
             disable=not self.redraws,
         )
-        self.cell_bar = self.bars.add_task("", visible=False, count="", eta="-")
+        self.lanes = [Lane(self) for _ in range(lanes)]
         self.sweep_bar = self.bars.add_task("all cells", total=self.total, count="", eta="-")
-        self.began = 0.0
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -89,28 +111,8 @@ class Display:
         """A line that stays."""
         self.console.print(Text(text, style))
 
-    def loading(self, model: str) -> None:
-        """A model is being loaded."""
-        self._show_cell(f"loading {model}", None)
-
-    def started(self, cell: Cell) -> None:
-        """A cell begins."""
-        self.began = time.monotonic()
-        self._show_cell(cell.label, self.clock.expect(cell.task.name))
-        self._show_sweep(0.0)
-
-    def advanced(self, done: int, total: int) -> None:
-        """The running cell has done some of its requests."""
-        if not total:
-            return
-        spent = time.monotonic() - self.began
-        left = spent / done * (total - done) if done else None
-        self.bars.update(self.cell_bar, total=total, completed=done, count=f"{done}/{total}", eta=duration(left))
-        self._show_sweep(spent)
-
     def finished(self, cell: Cell, record: Record) -> None:
-        """A cell is done, or has failed."""
-        self.bars.update(self.cell_bar, visible=False)
+        """The line of a cell that is done, or has failed."""
         self.remaining.remove(cell)
         seconds = record.timings.get("seconds", 0.0)
         count = f"{self.total - len(self.remaining)}/{self.total}"
@@ -121,20 +123,62 @@ class Display:
         else:
             self.failed += 1
             what = f"failed: {record.error}   {self.folder / record.cell / 'record.json'}"
-        eta = f"   eta {duration(self.clock.expect_all(self.remaining))}" if self.remaining and not self.redraws else ""
-        self.say(f"{count:>7}  {cell.label:{self.width}}  {what}{eta}", "red" if record.status == "failed" else "")
-        self._show_sweep(0.0)
+        left = self.clock.expect_all(self.remaining)
+        eta = duration(None if left is None else left / len(self.lanes))
+        text = f"   eta {eta}" if self.remaining and not self.redraws else ""
+        self.say(f"{count:>7}  {cell.label:{self.width}}  {what}{text}", "red" if record.status == "failed" else "")
+        self._show_sweep()
 
-    def _show_cell(self, text: str, eta: float | None) -> None:
-        self.bars.reset(self.cell_bar, total=None, description=text, visible=True, count="", eta=duration(eta))
-
-    def _show_sweep(self, spent: float) -> None:
+    def _show_sweep(self) -> None:
         left = self.clock.expect_all(self.remaining)
         done = self.total - len(self.remaining)
         failed = f" · {self.failed} failed" if self.failed else ""
+        spent = sum(lane.spent for lane in self.lanes)
         self.bars.update(
             self.sweep_bar,
             completed=done,
             count=f"{done} of {self.total} cells{failed}",
-            eta=duration(None if left is None else max(0.0, left - spent)),
+            eta=duration(None if left is None else max(0.0, left - spent) / len(self.lanes)),
         )
+
+
+class Lane:
+    """The part of a display that watches one device."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.bars = display.bars
+        self.bar = display.bars.add_task("", visible=False, count="", eta="-")
+        self.began: float | None = None
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the running cell."""
+        return 0.0 if self.began is None else time.monotonic() - self.began
+
+    def loading(self, model: str) -> None:
+        """A model is being loaded."""
+        self._show(f"loading {model}", None)
+
+    def started(self, cell: Cell) -> None:
+        """A cell begins."""
+        self.began = time.monotonic()
+        self._show(cell.label, self.display.clock.expect(cell.task.name))
+        self.display._show_sweep()
+
+    def advanced(self, done: int, total: int) -> None:
+        """The running cell has done some of its requests."""
+        if not total:
+            return
+        left = self.spent / done * (total - done) if done else None
+        self.bars.update(self.bar, total=total, completed=done, count=f"{done}/{total}", eta=duration(left))
+        self.display._show_sweep()
+
+    def finished(self, cell: Cell, record: Record) -> None:
+        """A cell is done, or has failed."""
+        self.bars.update(self.bar, visible=False)
+        self.began = None
+        self.display.finished(cell, record)
+
+    def _show(self, text: str, eta: float | None) -> None:
+        self.bars.reset(self.bar, total=None, description=text, visible=True, count="", eta=duration(eta))

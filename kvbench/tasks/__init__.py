@@ -15,10 +15,15 @@ from kvbench.tasks.base import Options, RunContext, Task
 from kvbench.tasks.divergence import Divergence
 from kvbench.tasks.lm_eval import LmEval
 from kvbench.tasks.needle import Needle
+from kvbench.tasks.throughput import Throughput
 
 __all__ = ["RunContext", "Task", "TaskInfo", "list_tasks", "make_task"]
 
-OURS: dict[str, type[Divergence | Needle]] = {"divergence": Divergence, "needle": Needle}
+OURS: dict[str, type[Divergence | Needle | Throughput]] = {
+    "divergence": Divergence,
+    "needle": Needle,
+    "throughput": Throughput,
+}
 
 
 @dataclass(frozen=True)

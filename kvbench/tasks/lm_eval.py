@@ -96,7 +96,7 @@ class LmEval(Options):
             raise ValueError("; ".join(lacking))
         identity = json.dumps(self.identity(), sort_keys=True)
         model = RunnerLM(runner, context.progress, context.seed)
-        with _quiet(), _seeded():
+        with _quiet(), _seeded(), _compiled_once():
             loaded = _load(self.model_dump_json(), identity, str(runner.tokenizer.name_or_path))
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=OTHER_SEED)
@@ -378,6 +378,18 @@ def _seeded() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """Inside the block lm-eval compiles a prompt's template once, not once a document."""
+    from lm_eval.utils import env
+
+    env.from_string = lru_cache(maxsize=1024)(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string  # the class's own again
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         self.max_length = runner.info.max_length
         self._progress = progress
         self._seed = seed
+        self._encoded: dict[str, list[int]] = {}
         self.truncated = 0
 
     @property
@@ -51,14 +52,46 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, with the tokenizer's own special tokens unless told otherwise or the text has its bos already."""
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and has_bos_prefix(string, self.runner.tokenizer.decode(self.prefix_token_id)):
-            options = {"add_special_tokens": False}
-        return list(self.runner.tokenizer.encode(string, **options))
+        if add_special_tokens is not None:
+            return list(self.runner.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        known = self._encoded.get(string)
+        return self._encode_all([string], self._prefix)[0] if known is None else known
+
+    @property
+    def _prefix(self) -> str:
+        return str(self.runner.tokenizer.decode(self.prefix_token_id))
+
+    def _encode_all(self, strings: list[str], prefix: str | None) -> list[list[int]]:
+        """Each string's token ids, without special tokens where it begins with `prefix`.
+
+        By one call, since the tokenizer encodes several texts in parallel.
+        """
+        found: list[list[int]] = [[] for _ in strings]
+        for has_prefix in (False, True):
+            chosen = [i for i, string in enumerate(strings) if bool(has_bos_prefix(string, prefix)) == has_prefix]
+            if chosen:
+                texts = [strings[i] for i in chosen]
+                ids = self.runner.tokenizer(
+                    texts,
+                    add_special_tokens=not has_prefix,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                )["input_ids"]
+                for i, tokens in zip(chosen, ids, strict=True):
+                    found[i] = list(tokens)
+        return found
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding gives it) of each continuation."""
-        return list(super().loglikelihood(requests, disable_tqdm=True))
+        # lm-eval encodes, a text at a time, a context without its last spaces and the whole
+        pairs = [request.args for request in requests if request.args[0]]
+        texts = [text for context, continuation in pairs for text in (context.rstrip(), context + continuation)]
+        distinct = list(dict.fromkeys(texts))
+        self._encoded = dict(zip(distinct, self._encode_all(distinct, self._prefix), strict=True))
+        try:
+            return list(super().loglikelihood(requests, disable_tqdm=True))
+        finally:
+            self._encoded = {}
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -100,10 +133,16 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Text after each prompt, cut before the first stop string."""
         eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        wanted = [self._generate_request(i, eos, *request.args) for i, request in enumerate(requests)]
+        # HFLM looks for bos itself here, where tok_encode looks for the prefix token
+        bos = getattr(self.runner.tokenizer, "bos_token", None)
+        prompts = self._encode_all([request.args[0] for request in requests], bos)
+        wanted = [
+            self._generate_request(i, eos, tokens, request.args[1])
+            for i, (request, tokens) in enumerate(zip(requests, prompts, strict=True))
+        ]
         return [made.text for made in self.runner.generate(wanted, self._progress)]
 
-    def _generate_request(self, number: int, eos: str, prompt: str, given: dict[str, Any]) -> GenerateRequest:
+    def _generate_request(self, number: int, eos: str, tokens: list[int], given: dict[str, Any]) -> GenerateRequest:
         options = normalize_gen_kwargs(given, MAX_GEN_TOKENS)
         stop = handle_stop_sequences(options.pop("until"), eos=eos)
         max_new_tokens = options.pop("max_gen_toks")
@@ -115,7 +154,6 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         room = self.max_length - max_new_tokens
         if room <= 0:
             raise ValueError(f"{max_new_tokens} tokens to generate leave no room in the model's {self.max_length}")
-        tokens = self._encode_prompt(prompt)
         self.truncated += len(tokens) > room
         sampled = bool(options.get("do_sample"))
         return GenerateRequest(
@@ -127,11 +165,6 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
             top_p=float(options.get("top_p", 1.0)),
             seed=self._seed + number,
         )
-
-    def _encode_prompt(self, prompt: str) -> list[int]:
-        # HFLM looks for bos itself here, where tok_encode looks for the prefix token
-        starts = has_bos_prefix(prompt, getattr(self.runner.tokenizer, "bos_token", None))
-        return list(self.runner.tokenizer.encode(prompt, **({"add_special_tokens": False} if starts else {})))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation in the model's template; without its system turn where the template refuses one."""

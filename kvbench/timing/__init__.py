@@ -1,6 +1,7 @@
 """How fast the kernels are, and whether they are right: the engine of `kvbench kernel`."""
 
 from kvbench.timing.grid import Timings, run
+from kvbench.timing.record import as_record
 from kvbench.timing.request import KernelRequest, Shape, load_requests, parse_grid, shape_of_model
 from kvbench.timing.table import FORMATS, render
 
@@ -9,6 +10,7 @@ __all__ = [
     "KernelRequest",
     "Shape",
     "Timings",
+    "as_record",
     "load_requests",
     "parse_grid",
     "render",

@@ -93,6 +93,7 @@ def _row(request: KernelRequest, scheme: Scheme, batch: int, context: int, copy_
         "rotation": scheme.rotation_name,
         "batch": batch,
         "context": None if request.op == "write" else context,
+        "prefix": request.prefix if request.op in ("prefill", "mixed") else 0,
         "query_heads": shape.query_heads,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,

@@ -4,10 +4,12 @@ import pytest
 import torch
 import transformers
 
+from kvbench.cache import OutOfPages
+from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.dtypes import all_dtypes
 from kvbench.rotations import all_rotations
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
-from kvbench.runners.transformers import TransformersModel
+from kvbench.runners.transformers import Limits, TransformersModel, TransformersRunner
 from kvbench.schemes import Scheme
 
 SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
@@ -234,8 +236,7 @@ def test_documents_longer_than_a_pass_are_cut(monkeypatch):
     runner = loaded.runner(Scheme.parse("auto"), page_size=4)
     scores, answers = runner.score(requests), runner.generate(prompts)
 
-    monkeypatch.setattr("kvbench.runners.transformers.BATCH_TOKENS", 8)
-    monkeypatch.setattr("kvbench.runners.transformers.BATCH_SEQUENCES", 3)
+    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(8, 3, 2**24, 0.0))
     runner = loaded.runner(Scheme.parse("auto"), page_size=4)
     for a, b in zip(scores, runner.score(requests), strict=True):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
@@ -329,3 +330,81 @@ def test_a_head_dim_that_the_dtype_cannot_take_is_refused():
 
     with pytest.raises(ValueError, match="head_dim 20 does not fit int2_per_token_head"):
         loaded.runner(Scheme.parse("int2"))
+
+
+def test_a_model_that_runs_out_of_memory_computes_less_at_once(monkeypatch):
+    """
+    Out of memory halves the tokens of a pass until it fits, and changes nothing else; what never fits is raised.
+    """
+    runner = tiny("llama").runner(Scheme.parse("auto"), page_size=4)
+    requests = score_requests()
+    prompts = [GenerateRequest(request.context, 6) for request in requests]
+    scores, answers = runner.score(requests), runner.generate(prompts)
+    forward, fits = TransformersRunner._forward, 20
+
+    def limited(self, tokens, positions, parts):
+        if len(tokens) > fits:
+            raise torch.OutOfMemoryError(f"{len(tokens)} tokens")
+        return forward(self, tokens, positions, parts)
+
+    monkeypatch.setattr(TransformersRunner, "_forward", limited)
+    monkeypatch.setattr("kvbench.runners.transformers.SMALLEST_BATCH", 8)
+    runner = tiny("llama").runner(Scheme.parse("auto"), page_size=4)
+    for a, b in zip(runner.score(requests), scores, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+    assert runner.limits.tokens == 16
+    assert runner.generate(prompts) == answers
+    fits = 3
+    with pytest.raises(torch.OutOfMemoryError, match="tokens"):
+        tiny("llama").runner(Scheme.parse("auto")).score(requests)
+
+
+def test_pages_come_from_the_memory_there_is(monkeypatch):
+    """
+    Little memory makes requests wait and changes no answer; a smaller dtype has more pages in the same memory; a
+    sequence that it can't hold is refused.
+    """
+    loaded = tiny("llama")
+    requests = [GenerateRequest(tokens(40, i), 6) for i in range(8)]
+    scored = [ScoreRequest(request.prompt, tokens(3, 70 + i)) for i, request in enumerate(requests)]
+    exact = loaded.runner(Scheme.parse("auto"), page_size=4)
+    answers, scores = exact.generate(requests), exact.score(scored)
+    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, 8, 2**24, 0.5))
+    page_bytes = 4 * kv_bytes_per_token(loaded.info.layers, exact.scheme.resolve(torch.float32))
+    monkeypatch.setattr("kvbench.runners.transformers._free_memory", lambda device: 2 * 60 * page_bytes)
+
+    pages = {}
+    for dtype in ("auto", "int4"):
+        runner = loaded.runner(Scheme.parse(dtype), page_size=4)
+        found = runner.generate(requests)
+        pages[dtype] = runner.stored.pages
+        if dtype == "auto":
+            assert found == answers
+            for a, b in zip(runner.score(scored), scores, strict=True):
+                torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+    assert pages["auto"] <= 60 < pages["int4"]
+    with pytest.raises(OutOfPages, match="the device's free memory holds 240 tokens"):
+        loaded.runner(Scheme.parse("auto"), page_size=4).generate([GenerateRequest(tokens(240, 1), 10)])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_an_exact_prefill_reads_the_cache_only_after_the_context(name):
+    """
+    With prefill_exact, scores are those of exact keys and values in the context and quantized ones after it; the first
+    token after a context is the exact model's.
+    """
+    loaded = tiny(name, torch.float64)
+    requests = score_requests()
+    scheme = Scheme.parse("int4")
+    scores = loaded.runner(scheme, page_size=4, scoring="prefill_exact").score(requests)
+    exact = loaded.runner(Scheme.parse("auto"), page_size=4).score(requests)
+    fused = loaded.runner(scheme, page_size=4).score(requests)
+
+    for a, b, c in zip(scores, exact, fused, strict=True):
+        torch.testing.assert_close(a.logprobs[0], b.logprobs[0], rtol=0, atol=1e-6)
+        if len(a.logprobs) > 1:
+            assert (a.logprobs[1:] - b.logprobs[1:]).abs().max() > 1e-5
+            assert (a.logprobs[1:] - c.logprobs[1:]).abs().max() > 1e-6
+    alone = [loaded.runner(scheme, page_size=64, scoring="prefill_exact").score([r])[0] for r in requests[:4]]
+    for a, b in zip(alone, scores, strict=False):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-6)

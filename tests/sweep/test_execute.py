@@ -136,7 +136,7 @@ def test_the_baseline_is_computed_once_for_all_cells(config, run, store):
     """
     assert run(config(model=None, models=["toy", "other"], tasks=["toy_a", "toy_b"])) == 0
 
-    assert sorted(path.name.rsplit("-", 1)[0] for path in store.baselines.iterdir()) == [
+    assert sorted(path.name.rsplit("-", 1)[0] for path in store.baselines.glob("*.safetensors")) == [
         "other-quality",
         "toy-quality",
     ]
@@ -243,9 +243,36 @@ def test_a_record_says_what_it_is_of(config, run, store):
     assert record.model["layers"] == [[2, 64]] * 3
     assert record.timings["seconds"] >= 0
     assert record.environment["versions"]["torch"]
-    assert record.facts == {"documents_sha256": "abc"}
+    assert record.facts == {"documents_sha256": "abc", "attention": None}
     assert store.samples(record.cell)["doc_hash"].tolist() == [f"d{i}" for i in range(50)]
     assert store.run()["note"] == "hello"
+
+
+def test_what_a_cell_took_is_measured_and_shown(config, run, store):
+    """
+    What the runner measured is in each record, and below the scores a row a scheme sums it; the rest is a dash.
+    """
+    run(config())
+    record = next(one for one in store.load().records.values() if one.dtype == "int8_per_token_head")
+    _, cost = Report.read(store.folder).tables()
+    row = next(row for row in cost.rows if row[0] == "int8_per_token_head")
+
+    assert record.timings["kv_bytes_per_token"] == record.kv_bytes_per_token
+    assert row[2:7] == ["-", f"{record.kv_bytes_per_token}", f"{record.kv_bytes_per_token}", "200", "-"]
+    assert not cost.warnings
+
+
+def test_a_cache_of_another_size_than_its_dtype_s_is_said(config, run, store, toy, monkeypatch):
+    """
+    The record has both numbers, and the report warns of them.
+    """
+    monkeypatch.setattr(toy.ToyRunner, "stats", lambda self: {"kv_bytes_per_token": 1000.5})
+    run(config())
+    _, cost = Report.read(store.folder).tables()
+
+    records = [one for one in store.load().records.values() if not one.canary]
+    assert all(one.facts["kv_bytes"].startswith("1000.5 bytes a token measured, ") for one in records)
+    assert len(cost.warnings) == len(records)
 
 
 def test_no_terminal_gets_a_line_a_cell(config, run, capsys):

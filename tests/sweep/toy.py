@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import Metric, Outcome
 from kvbench.runners.base import ModelInfo
 from kvbench.schemes import Scheme
@@ -36,6 +37,10 @@ class ToyRunner:
     def quality(self) -> float:
         return 0.0 if self.destroyed else self.scheme.bits_per_value(64) / 16
 
+    def stats(self) -> dict[str, float]:
+        bytes_per_token = kv_bytes_per_token(LAYERS, self.scheme.resolve(torch.float32))
+        return {"kv_bytes_per_token": bytes_per_token, "prefill_tokens": 100, "prefill_seconds": 0.5}
+
 
 @dataclass
 class ToyModel:
@@ -43,7 +48,7 @@ class ToyModel:
     reads_cache: bool = True
     runners: list[ToyRunner] = field(default_factory=list)
 
-    def runner(self, scheme: Scheme, *, page_size: int, scoring: str, destroyed: bool) -> ToyRunner:
+    def runner(self, scheme: Scheme, *, page_size: int, scoring: str, attention: str, destroyed: bool) -> ToyRunner:
         runner = ToyRunner(scheme, destroyed and self.reads_cache, self.info)
         self.runners.append(runner)
         return runner
@@ -59,6 +64,7 @@ class ToyTask:
     lacks: str = ""
     log: str = ""
     swallows: str = ""
+    dies: str = ""
 
     def identity(self) -> dict[str, Any]:
         return {"task": self.name, "limit": self.limit, "n": self.n}
@@ -69,10 +75,19 @@ class ToyTask:
     def missing(self) -> list[str]:
         return [self.lacks] if self.lacks else []
 
+    def _exact(self, runner: Any) -> dict[str, torch.Tensor]:
+        if self.log:
+            with Path(f"{self.log} of the baseline").open("a") as file:
+                file.write(f"{self.name}\n")
+        time.sleep(self.seconds)
+        return {"quality": torch.tensor([runner.quality])}
+
     def run(self, runner: Any, context: RunContext) -> Outcome:
         if self.log:
             with Path(self.log).open("a") as file:
                 file.write(f"{self.name} {runner.scheme.dtype_name}\n")
+        if self.dies and self.dies in runner.scheme.dtype_name:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.fails and self.fails in runner.scheme.dtype_name:
             raise RuntimeError(f"no {self.fails} today")
         if self.swallows and self.swallows in runner.scheme.dtype_name:
@@ -81,7 +96,7 @@ class ToyTask:
                 time.sleep(10)
             except KeyboardInterrupt:
                 raise ValueError("what a library made of it") from None
-        base = context.baseline("quality", lambda exact: {"quality": torch.tensor([exact.quality])})["quality"]
+        base = context.baseline("quality", self._exact)["quality"]
         for step in range(5):
             time.sleep(self.seconds / 5)
             context.progress(step + 1, 5)

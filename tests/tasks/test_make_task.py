@@ -62,7 +62,7 @@ def test_the_list_names_ours_first_with_a_line_each():
 
     ours = [task for task in tasks if task.source == "kvbench"]
     assert tasks[: len(ours)] == ours
-    assert {"divergence", "needle", "pydoc_cloze"} == {task.name for task in ours}
+    assert {"divergence", "needle", "pydoc_cloze", "throughput"} == {task.name for task in ours}
     assert all(task.description for task in ours)
     assert {"gsm8k", "mmlu", "ai2_arc"} <= {task.name for task in tasks}
 

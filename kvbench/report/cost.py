@@ -1,0 +1,58 @@
+"""What the cells of a table took: memory and tokens per second, as their runner measured them. Loads without torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from kvbench.report.table import Header, Table
+from kvbench.results import Record, shown_number
+
+MEASURED = ("peak_memory_bytes", "kv_bytes_per_token", "prefill_seconds", "decode_seconds")
+NOTE = (
+    "over all tasks of a row: tokens and seconds in the model summed, what was shared counted once; "
+    "peak memory is the allocator's on the GPU, weights included"
+)
+
+
+def cost_table(title: str, records: Sequence[Record]) -> Table | None:
+    """A row a scheme over all its cells; None where no runner measured anything."""
+    done = [record for record in records if record.status == "done"]
+    if not any(name in record.timings for record in done for name in MEASURED):
+        return None
+    schemes: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in done:
+        schemes[record.dtype, record.rotation].append(record)
+    headers = [
+        Header(("", "dtype"), numeric=False),
+        Header(("", "rotation"), numeric=False),
+        Header(("peak memory", "MiB")),
+        Header(("KV bytes/token", "computed")),
+        Header(("KV bytes/token", "measured")),
+        Header(("prefill", "tokens/s")),
+        Header(("decode", "tokens/s")),
+        Header(("all cells", "s")),
+    ]
+    rows = []
+    for (dtype, rotation), cells in schemes.items():
+        peaks = [record.timings["peak_memory_bytes"] for record in cells if "peak_memory_bytes" in record.timings]
+        sizes = {record.timings["kv_bytes_per_token"] for record in cells if "kv_bytes_per_token" in record.timings}
+        seconds = [record.timings["seconds"] for record in cells if "seconds" in record.timings]
+        row = [
+            f"{max(peaks) / 2**20:.0f}" if peaks else "-",
+            f"{cells[0].kv_bytes_per_token:.0f}" if cells[0].kv_bytes_per_token else "-",
+            ", ".join(shown_number(value) for value in sorted(sizes)) or "-",
+            _rate(cells, "prefill"),
+            _rate(cells, "decode"),
+            f"{sum(seconds):.1f}" if seconds else "-",
+        ]
+        rows.append([dtype, rotation, *row])
+    odd = [f"{record.cell}: {record.facts['kv_bytes']}" for record in done if "kv_bytes" in record.facts]
+    return Table(f"{title} · cost", headers, rows, odd, [NOTE])
+
+
+def _rate(cells: Sequence[Record], what: str) -> str:
+    """Tokens per second over all cells that measured them."""
+    timed = [record.timings for record in cells if record.timings.get(f"{what}_seconds")]
+    seconds = sum(timings[f"{what}_seconds"] for timings in timed)
+    return f"{sum(timings[f'{what}_tokens'] for timings in timed) / seconds:.0f}" if timed else "-"

@@ -1,0 +1,154 @@
+"""Tokens per second are those of the requests that were made, and nothing is said of accuracy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kvbench.report.tables import Report
+from kvbench.results import Store
+from kvbench.runners import models
+from kvbench.runners.toy import ToyRunner
+from kvbench.runners.transformers import TransformersModel
+from kvbench.schemes import Scheme
+from kvbench.sweep.command import Options, run_sweep
+from kvbench.tasks import RunContext, make_task
+
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+CONTEXT = RunContext(lambda key, compute: {}, lambda done, total: None)
+
+
+@pytest.fixture
+def shape(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(SHAPE))
+    return file
+
+
+class Recorder(ToyRunner):
+    """A toy that keeps what it is asked, and never ends early."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def generate(self, requests, progress=None):
+        self.asked.append(requests)
+        return super().generate(requests, progress)
+
+
+def test_a_rate_is_tokens_over_seconds():
+    """
+    Prefill: all prompts over the time of their first tokens. Decode: the later tokens over the time beyond that.
+    """
+    task = make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3, "repeats": 3})
+    outcome = task.run(Recorder(), CONTEXT)
+    prefill, decode = outcome.metrics
+    first, whole, tokens = (
+        sorted(row[name] for row in outcome.samples)[1] for name in ("prefill_seconds", "all_seconds", "decode_tokens")
+    )
+
+    assert [(metric.name, metric.unit, metric.n) for metric in outcome.metrics] == [
+        ("prefill", "tokens/s", 3),
+        ("decode", "tokens/s", 3),
+    ]
+    assert prefill.value == pytest.approx(3 * 20 / first)
+    assert decode.value == pytest.approx(tokens / (whole - first))
+    assert 0 < tokens <= 3 * 63
+
+
+def test_no_prompt_is_asked_twice():
+    """
+    A runner that remembers prefixes finds none: every prompt of every repeat, the first pass's too, is new.
+    """
+    runner = Recorder()
+    make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3, "repeats": 2}).run(runner, CONTEXT)
+    prompts = [request.prompt for requests in runner.asked for request in requests]
+
+    assert len(prompts) == len({prompt[:10] for prompt in prompts}) == 3 * 2 * 3
+    assert {len(prompt) for prompt in prompts} == {20}
+
+
+def test_a_request_beyond_the_model_is_refused():
+    """
+    With the numbers, before anything runs.
+    """
+    with pytest.raises(ValueError, match=r"4000 \+ 128 tokens are more than the model's 4096"):
+        make_task({"task": "throughput", "prompt": 4000}).run(Recorder(), CONTEXT)
+
+
+def test_a_shape_is_a_model_of_random_weights(shape):
+    """
+    Named as such; the same weights each time, in the compute dtype; its generated answers have their whole length.
+    """
+    source = models.resolve(str(shape))
+    loaded, again = (TransformersModel.load(source, "bfloat16") for _ in range(2))
+    weights = list(loaded.model.parameters())
+
+    assert loaded.info.name == "tiny (random weights)"
+    assert loaded.info.revision == models.revision(source)
+    assert loaded.info.revision.startswith("random-")
+    assert loaded.info.layers == models.shape(source)[0] == ((2, 32),) * 2
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(weights, again.model.parameters(), strict=True))
+    assert torch.std(loaded.model.lm_head.weight.float()) == pytest.approx(0.02, rel=0.05)
+    with pytest.raises(models.ModelError, match="has no tokenizer: run the task throughput"):
+        loaded.tokenizer.encode("words")
+
+
+def test_a_sweep_over_a_shape(shape, tmp_path):
+    """
+    Each scheme is timed through the real runner; the table says random weights and has no accuracy; other tasks fail.
+    """
+    config = {
+        "name": "tiny",
+        "model": str(shape),
+        "dtypes": ["fp16", "int4"],
+        "canary": False,
+        "again": False,
+        "tasks": [{"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1}, "needle"],
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    assert run_sweep(tmp_path / "tiny.yaml", Options(output=tmp_path / "run")) == 3
+    records = Store(tmp_path / "run").load().records.values()
+    table, *_ = Report.read(tmp_path / "run").tables()
+
+    assert {(one.task, one.status) for one in records} == {("throughput", "done"), ("needle", "failed")}
+    assert all("has no tokenizer" in one.error for one in records if one.task == "needle")
+    assert all(
+        Store(tmp_path / "run").samples(one.cell)["decode_tokens"].tolist() == [2 * 63]
+        for one in records
+        if one.task == "throughput"
+    )
+    assert table.title.startswith("tiny (random weights) · ")
+    assert [header.lines[1] for header in table.headers[5:]] == ["prefill (tokens/s)", "decode (tokens/s)"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's memory")
+def test_the_longest_context_was_allocated(shape):
+    """
+    A quarter of the bits, about four times the tokens; all of them fit what was free.
+    """
+    loaded = TransformersModel.load(models.resolve(str(shape)), "bfloat16", "cuda")
+    found = {}
+    for name in ("fp16", "int4"):
+        task = make_task({"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1})
+        outcome = task.run(loaded.runner(Scheme.parse(name)), CONTEXT)
+        (found[name],) = [metric.value for metric in outcome.metrics if metric.name == "longest_context"]
+        assert outcome.facts["allocated_tokens"] >= found[name] > 0
+
+    bits = [Scheme.parse(name).bits_per_value(32) for name in ("fp16", "int4")]
+    assert found["int4"] / found["fp16"] == pytest.approx(bits[0] / bits[1], rel=0.02)
