@@ -232,9 +232,24 @@ def test_timings_are_compared(kvbench, tmp_path):
     assert rows[1]["ratio"] == pytest.approx(11 / 20, abs=0.01)
     (row,) = json.loads(kvbench("compare", "before.json", "after.json", "--format", "json").stdout)
     assert (row["against"], row["verdict"]) == ("int8 · none", "SLOWER")
+    keep("kept", json.loads(Path("before.json").read_text())["rows"], "H100")
+    kept = json.loads(kvbench("compare", "kept", "--format", "json").stdout)
+    assert {row["dtype"]: (row["ratio"], row["verdict"]) for row in kept} == {
+        row["dtype"]: (row["ratio"], row["verdict"]) for row in rows
+    }
     refused = kvbench("compare", "before.json", "elsewhere.json")
     assert refused.exit_code == 5
     assert "INVALID: timed on H200, the baseline on H100" in refused.stdout
+
+
+def keep(folder, rows, gpu):
+    """The rows as `kvbench kernel --output` keeps them."""
+    from kvbench.timing import as_record
+
+    environment = {"device": "cuda", "gpus": [{"name": gpu}]}
+    place = {"prefix": 0, "query_heads": None, "kv_heads": 8, "page_size": None, "gate": "ok", "rel_error": 1e-3}
+    for row in rows:
+        Store(Path(folder)).save(*as_record({**place, "speedup": None, **row}, environment))
 
 
 def test_a_plan_says_what_could_be_seen(kvbench, toy, tmp_path):

@@ -17,7 +17,7 @@ from kvbench.stats import parse_margin, ratio_of_medians
 Verdict = Literal["FASTER", "SLOWER", "SAME", "AMBIGUOUS", "INVALID"]
 
 # what two timings have in common
-SHAPE = ("op", "batch", "context", "prefix", "query_heads", "kv_heads", "head_dim", "page_size")
+SHAPE = ("op", "query_heads", "kv_heads", "head_dim", "page_size", "prefix", "batch", "context")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def read(path: Path) -> Timings:
             rows += [row for row in found if isinstance(row, dict) and row.get("samples_us") and "op" in row]
     if not rows:
         raise NotARunError(f"{path} has no timed row: kvbench kernel --output DIR keeps them on a GPU")
+    rows.sort(key=lambda row: [row.get(name) or 0 for name in SHAPE])  # "decode", 8, 32768, …
     return Timings(rows, ", ".join(sorted(gpus)) or None)
 
 
