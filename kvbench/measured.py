@@ -154,7 +154,7 @@ def of_records(folder: Path, records: Sequence[Record], run: dict[str, Any], pro
     store = Store(folder)
     order = {name: place for place, name in enumerate(run.get("cells", []))}
     # what a kernel took is no number a document
-    measured = [one for one in records if one.status == "done" and "kernel" not in one.identity]
+    measured = [one for one in records if one.status == "done" and not one.kernel]
     done = sorted(measured, key=lambda one: order.get(one.cell, len(order)))
     return Measured(folder, [_cell(store, record) for record in done], run, [*problems])
 

@@ -57,7 +57,9 @@ class Timings:
 
 
 def is_timings(path: Path) -> bool:
-    """Whether a path holds kernel timings rather than cells of a sweep."""
+    """Whether a path holds kernel timings, and no model's cells."""
+    if any(not record.kernel for record in Store(path).load().records.values()):
+        return False
     try:
         return bool(read(path).rows)
     except (OSError, NotARunError):
@@ -74,7 +76,7 @@ def read(path: Path) -> Timings:
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}")
     store = Store(path)
-    records = [one for one in store.load().records.values() if "kernel" in one.identity and one.status == "done"]
+    records = [one for one in store.load().records.values() if one.kernel and one.status == "done"]
     rows = [{**one.facts, "samples_us": store.samples(one.cell)["us"].tolist()} for one in records if one.facts["us"]]
     gpus = {str(one.identity["device"]) for one in records}
     for file in sorted(path.glob("*.json")) if path.is_dir() and not rows else [path] if path.is_file() else []:
