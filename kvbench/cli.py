@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from kvbench.report.table import Table
+    from kvbench.report.timings import SpeedComparison
     from kvbench.sweep.command import Options, Planned
 
 # 3 comes from the sweep itself
@@ -22,7 +23,7 @@ GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 1, 2, 4, 5, 
 
 EPILOG = (
     "Exit codes: 0 all done and gates passed; 1 a gate failed; 2 bad usage or config; 3 finished, some cells failed; "
-    "4 environment unusable; 5 nothing to report or compare; 130 interrupted, resumable."
+    "4 environment unusable; 5 not comparable, or nothing to report or compare; 130 interrupted, resumable."
 )
 
 # plain help: rich would take longer to import than all the rest
@@ -187,6 +188,167 @@ def report(
     else:
         names = " · ".join([str(first), *(path.name for path in others)])
         print(names, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+
+
+Margin = Annotated[
+    str | None,
+    typer.Option(
+        "--margin", metavar="Npp", help="The difference that does not matter.  [default: the sweep's, or 1pp]"
+    ),
+]
+Baseline = Annotated[
+    str | None, typer.Option("--baseline", metavar="DTYPE[/ROTATION]", help="Compare with it.  [default: the sweep's]")
+]
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or kernel timings.", show_default=False)],
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR2]", help="Another: its cells against the same of DIR.", show_default=False),
+    ] = None,
+    baseline: Baseline = None,
+    margin: Margin = None,
+    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+) -> None:
+    """Compare every cell with its baseline on the same documents.
+
+    Differences with 95 % intervals, paired tests, p after Holm over the whole report, and a verdict. With DIR2 and
+    --baseline, the cells of DIR2 are compared with that baseline of DIR. Exits 5 where a pair had to be refused.
+    """
+    from kvbench import measured
+    from kvbench.report import compare as comparing
+    from kvbench.report import timings
+    from kvbench.results import NotARunError
+
+    try:
+        if timings.is_timings(folder):
+            before, after = timings.read(folder), timings.read(other) if other else None
+            rows = timings.compare_speed(before, after, baseline, margin)
+            _print_speed(rows, as_format)
+            if not rows or any(row.verdict == "INVALID" for row in rows):
+                raise typer.Exit(NOTHING_TO_COMPARE)
+            return
+        first, second = measured.read(folder), measured.read(other) if other else None
+        scheme = comparing.find_scheme(first, baseline) if baseline else None
+        found = comparing.compare(first, second, baseline=scheme, margin=margin)
+    except NotARunError as error:
+        fail(error, NOTHING_TO_COMPARE)
+    except (FileNotFoundError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    if as_format == ReportFormat.TABLE:
+        for title, table in comparing.tables(found):
+            print(title)
+            _print_rows(comparing.HEADERS, table, comparing.NUMERIC)
+            print()
+        print("\n".join([comparing.LEGEND, *comparing.summary(second or first, found)]))
+    elif as_format == ReportFormat.MD:
+        print(comparing.markdown(second or first, found), end="")
+    else:
+        print(
+            comparing.rows_json(found.rows) if as_format == ReportFormat.JSON else comparing.rows_csv(found.rows),
+            end="",
+        )
+    if found.invalid or not found.family:
+        raise typer.Exit(NOTHING_TO_COMPARE)
+
+
+def _print_speed(rows: Sequence[SpeedComparison], as_format: ReportFormat) -> None:
+    from kvbench.report import compare as comparing
+    from kvbench.report import timings
+
+    if as_format == ReportFormat.TABLE:
+        _print_rows(timings.HEADERS, timings.table(rows), timings.NUMERIC)
+    elif as_format == ReportFormat.MD:
+        print("\n".join(comparing.markdown_table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
+    else:
+        print(comparing.rows_json(rows) if as_format == ReportFormat.JSON else comparing.rows_csv(rows), end="")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="BASELINE", help="A run folder, or a file that --write made.")
+    ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="WHAT",
+            help="worse (by the test), drop (by more than the margin), inconclusive, skipped; repeatable.  "
+            "[default: worse and drop]",
+        ),
+    ] = None,
+    margin: Margin = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE", help="Instead: keep DIR as a baseline file to commit.")
+    ] = None,
+) -> None:
+    """Fail where a run got worse than an earlier one: a gate for continuous integration.
+
+    Prints a line for each regression. Exits 1 on one, 5 where nothing could be compared.
+    """
+    from kvbench import measured
+    from kvbench.report import gate
+    from kvbench.results import NotARunError
+
+    unknown = set(fail_on or ()) - set(gate.FAILURES)
+    if (against is None) == (write is None):
+        fail("give either --against BASELINE or --write FILE", BAD_INPUT)
+    if unknown:
+        fail(f"--fail-on {unknown.pop()}: expected one of {', '.join(gate.FAILURES)}", BAD_INPUT)
+    try:
+        here = measured.read(folder)
+        if write:
+            measured.write(here, write)
+            print(write)
+            return
+        assert against is not None
+        found = gate.check(here, measured.read(against), fail_on or gate.DEFAULT_FAILURES, margin)
+    except NotARunError as error:
+        fail(error, NOTHING_TO_COMPARE)
+    except (OSError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    for line in found.failed:
+        print(f"FAILED {line}")
+    for line in found.skipped:
+        print(f"skipped {line}")
+    print(
+        "\n".join(
+            [*found.notes, f"{found.compared} compared, {len(found.failed)} failed, {len(found.skipped)} skipped"]
+        )
+    )
+    if found.failed:
+        raise typer.Exit(GATE_FAILED)
+    if not found.compared:
+        raise typer.Exit(NOTHING_TO_COMPARE)
+
+
+@app.command()
+def show(
+    cell: Annotated[Path, typer.Argument(metavar="CELL", help="A cell's folder, DIR/cells/NAME.", show_default=False)],
+    as_format: AsList = ListFormat.TABLE,
+) -> None:
+    """List the documents of a cell whose score moved against the baseline, with both answers."""
+    from dataclasses import asdict
+
+    from kvbench.report.flips import NotComparableError, flips
+    from kvbench.results import NotARunError
+
+    try:
+        found = flips(cell)
+    except FileNotFoundError as error:
+        fail(error, BAD_INPUT)
+    except (NotARunError, NotComparableError) as error:
+        fail(error, NOTHING_TO_COMPARE)
+    if as_format == ListFormat.JSON:
+        print(json.dumps([asdict(row) for row in found.rows], indent=1))
+        return
+    print(found.title)
+    if found.rows:
+        _print_list([asdict(row) for row in found.rows], as_format)
 
 
 @app.command()

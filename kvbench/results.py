@@ -110,7 +110,8 @@ class Record:
     """One cell as it was measured, or as it failed.
 
     cell: its name, a slug and a hash of `identity`. identity: all that decides its numbers.
-    model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the destroyed cache.
+    model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the destroyed cache, "again" for the
+    baseline once more.
     bits_per_value: true bits over all layers, every scale counted; kv_bytes_per_token: of all layers together.
     limit: documents a task was cut to by `--limit`, a quick look; None for a real run.
     timings: seconds, and what else was counted while they passed: tokens, bytes. error: one line; traceback: all of it.
@@ -140,6 +141,11 @@ class Record:
     def canary(self) -> bool:
         """Whether this is the destroyed cache, which no table ranks."""
         return self.dtype == "canary"
+
+    @property
+    def again(self) -> bool:
+        """Whether this is the baseline once more, whose difference from it is the noise floor."""
+        return self.dtype == "again"
 
     @property
     def kernel(self) -> bool:

@@ -102,21 +102,172 @@ def test_a_session(kvbench, toy, tmp_path):
 
     before = kvbench("plan", config)
     assert before.exit_code == 0
-    assert "10 cells: 0 done, 0 failed, 10 to run" in before.stdout
+    assert "12 cells: 0 done, 0 failed, 12 to run" in before.stdout
     assert not (tmp_path / "results").exists()
 
     swept = kvbench("sweep", config)
     assert swept.exit_code == 0
     assert swept.stdout == ""
-    assert "10 of 10 cells done" in swept.stderr
+    assert "12 of 12 cells done" in swept.stderr
 
-    assert "10 cells: 10 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
+    assert "12 cells: 12 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
 
     report = kvbench("report", "results/toys")
     assert report.exit_code == 0
     assert report.stderr == ""
     assert report.stdout.splitlines()[-1] == "results/toys/report.md · report.csv · report.json"
     assert all((tmp_path / "results/toys" / f"report.{kind}").is_file() for kind in ("md", "csv", "json"))
+
+
+def test_a_comparison(kvbench, toy, tmp_path):
+    """
+    compare, check and show after a sweep: verdicts, a baseline file, an equal run that passes, a tampered that fails.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=[{"task": "toy_a", "n": 200}])
+    assert kvbench("sweep", config).exit_code == 0
+    assert kvbench("sweep", config, "--output", "again").exit_code == 0
+
+    compared = kvbench("compare", "results/toys", "--baseline", "fp16", "--margin", "2pp")
+    assert compared.exit_code == 0
+    assert "WORSE" in compared.stdout
+    assert "toy_a acc 0 of 200 flipped" in compared.stdout
+    rows = json.loads(kvbench("compare", "results/toys", "--format", "json").stdout)
+    promised = "model dtype rotation task metric baseline value difference ci_low ci_high n test p_holm verdict"
+    assert all(set(promised.split()) <= set(row) for row in rows)
+    assert {row["dtype"] for row in rows} == {"again", "int8_per_token_head"}
+
+    assert kvbench("check", "again", "--write", "baseline.json").exit_code == 0
+    for against in ("again", "baseline.json"):
+        equal = kvbench("check", "results/toys", "--against", against)
+        assert equal.exit_code == 0
+        assert equal.stdout.endswith("4 compared, 0 failed, 0 skipped\n")
+    (cell,) = Path("results/toys/cells").glob("toy-int8*")
+    tamper(cell, points=3)
+    failed = kvbench("check", "results/toys", "--against", "baseline.json")
+    assert failed.exit_code == 1
+    assert failed.stdout.startswith("FAILED toy int8_per_token_head none toy_a acc: 0.535 -> 0.505 (−3.0 pp, 6 of 200")
+
+    shown = kvbench("show", cell)
+    assert shown.exit_code == 0
+    assert "int8_per_token_head · none against fp16 · none: acc 99 of 200" in shown.stdout
+
+
+def tamper(cell, points):
+    """Takes right answers from a cell of 200 documents, in its samples and its record."""
+    import pandas as pd
+
+    samples = pd.read_parquet(cell / "samples.parquet")
+    right = samples.index[samples["acc"] == 1][: 2 * points]
+    samples.loc[right, "acc"] = 0.0
+    samples.to_parquet(cell / "samples.parquet")
+    record = json.loads((cell / "record.json").read_text())
+    record["metrics"][0]["value"] = samples["acc"].mean()
+    (cell / "record.json").write_text(json.dumps(record))
+
+
+def test_what_cannot_be_compared_is_5(kvbench, toy, tmp_path):
+    """
+    Another limit is refused with the reason and exit code 5, by compare and by check; nothing there is 5 too.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=[{"task": "toy_a", "n": 200}])
+    kvbench("sweep", config)
+    kvbench("sweep", config, "--limit", "150", "--output", "short")
+
+    compared = kvbench("compare", "results/toys", "short")
+    assert compared.exit_code == 5
+    assert "INVALID: 150 documents here, 200 in the baseline, 150 in both" in compared.stdout
+    checked = kvbench("check", "short", "--against", "results/toys")
+    assert checked.exit_code == 5
+    assert "skipped toy fp16 none toy_a acc, kld: 150 documents here" in checked.stdout
+    assert checked.stdout.endswith("0 compared, 0 failed, 2 skipped\n")
+    (tmp_path / "empty").mkdir()
+    assert "has no finished cell" in one_error(kvbench("compare", "empty"), 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "absent"), "no run folder or baseline file absent"),
+        (("compare", "results/toys", "--margin", "1"), "expected a margin in percentage points, such as 1pp"),
+        (("compare", "results/toys", "--baseline", "int9"), "--baseline int9 is no measured scheme"),
+        (("check", "results/toys"), "give either --against BASELINE or --write FILE"),
+        (("check", "results/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
+        (("show", "results/toys"), "is no cell"),
+    ],
+)
+def test_wrong_comparisons_are_2(kvbench, toy, tmp_path, arguments, message):
+    """
+    A folder, margin, baseline or condition that cannot be is bad input.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+
+    assert message in one_error(kvbench(*arguments), 2)
+
+
+def test_timings_are_compared(kvbench, tmp_path):
+    """
+    Rows of `kvbench kernel --output`: ratios of medians against fp16 of the same shape, or against the same of a file.
+    """
+    shape = {"op": "decode", "rotation": "none", "batch": 1, "context": 8192, "head_dim": 128}
+    noise = [i % 7 / 100 for i in range(20)]
+
+    def write(name, gpu, **us):
+        rows = [
+            {**shape, "dtype": dtype, "us": median, "samples_us": [median + x for x in noise]}
+            for dtype, median in us.items()
+        ]
+        Path(name).write_text(json.dumps({"environment": {"gpus": [{"name": gpu}]}, "rows": rows}))
+
+    write("before.json", "H100", fp16=20.0, bf16=20.05, int8=11.0, int4=30.0)
+    write("after.json", "H100", int8=12.0)
+    write("elsewhere.json", "H200", int8=8.0)
+
+    rows = json.loads(kvbench("compare", "before.json", "--format", "json").stdout)
+    assert [(row["dtype"], row["verdict"]) for row in rows] == [
+        ("bf16", "SAME"),
+        ("int8", "FASTER"),
+        ("int4", "SLOWER"),
+    ]
+    assert rows[1]["ci_low"] < rows[1]["ratio"] < rows[1]["ci_high"]
+    assert rows[1]["ratio"] == pytest.approx(11 / 20, abs=0.01)
+    (row,) = json.loads(kvbench("compare", "before.json", "after.json", "--format", "json").stdout)
+    assert (row["against"], row["verdict"]) == ("int8 · none", "SLOWER")
+    keep("kept", json.loads(Path("before.json").read_text())["rows"], "H100")
+    kept = json.loads(kvbench("compare", "kept", "--format", "json").stdout)
+    assert {row["dtype"]: (row["ratio"], row["verdict"]) for row in kept} == {
+        row["dtype"]: (row["ratio"], row["verdict"]) for row in rows
+    }
+    refused = kvbench("compare", "before.json", "elsewhere.json")
+    assert refused.exit_code == 5
+    assert "INVALID: timed on H200, the baseline on H100" in refused.stdout
+
+
+def keep(folder, rows, gpu):
+    """The rows as `kvbench kernel --output` keeps them."""
+    from kvbench.timing import as_record
+
+    environment = {"device": "cuda", "gpus": [{"name": gpu}]}
+    place = {"prefix": 0, "query_heads": None, "kv_heads": 8, "page_size": None, "gate": "ok", "rel_error": 1e-3}
+    for row in rows:
+        Store(Path(folder)).save(*as_record({**place, "speedup": None, **row}, environment))
+
+
+def test_a_plan_says_what_could_be_seen(kvbench, toy, tmp_path):
+    """
+    Before a sweep by an assumed discordance, after it by the measured; a difference wider than the margin is marked.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "n": 1319}, {"task": "toy_b", "n": 50}])
+    before = kvbench("plan", config, "--only", "dtype=int8").stdout
+
+    assert "Holm over 2 comparisons; margin 1pp" in before
+    assert "1.9 pp   n=1319, if 5% of answers flip   WIDER THAN THE MARGIN" in before
+    assert "n=50, if 5% of answers flip   WIDER THAN THE MARGIN" in before
+    assert "WIDER" not in kvbench("plan", config, "--only", "task=toy_a", "--set", "margin=5pp").stdout
+    kvbench("sweep", config)
+    after = kvbench("plan", config).stdout
+    assert "Holm over 12 comparisons" in after
+    assert "toy_a acc" in after
+    assert "of answers flipped before (median scheme)" in after
 
 
 def test_a_table_is_never_cut(kvbench, toy, tmp_path, monkeypatch):
@@ -165,7 +316,7 @@ def test_plan_as_json(kvbench, toy, tmp_path):
     """
     rows = json.loads(kvbench("plan", toy.write_config(tmp_path / "toys.yaml"), "--format", "json").stdout)
 
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert {row["status"] for row in rows} == {"to run"}
     assert {row["dtype"]: row["kv_bytes_per_token"] for row in rows}["int2_per_token_head"] == 3 * 2 * 2 * (16 + 4)
 
@@ -182,7 +333,7 @@ def test_a_plan_says_what_is_missing(kvbench, toy, tmp_path):
 
     assert result.exit_code == 0
     assert "  model absent: fetch it from somewhere\n  toy_b wants a file\n" in result.stdout
-    assert "10 to run" in result.stdout
+    assert "12 to run" in result.stdout
 
 
 def test_a_quick_look_is_marked(kvbench, toy, tmp_path):

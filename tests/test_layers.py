@@ -73,7 +73,17 @@ def test_a_contract_can_fail(planted, tmp_path):
     ), verdict.stdout + verdict.stderr
 
 
-@pytest.mark.parametrize("module", ["kvbench.cli", "kvbench.results", "kvbench.report", "kvbench.registry"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "kvbench.cli",
+        "kvbench.results",
+        "kvbench.stats",
+        "kvbench.measured",
+        "kvbench.report.tables",
+        "kvbench.registry",
+    ],
+)
 def test_loads_without_torch(module):
     """
     The command line answers at once, and a report is made where torch is not installed.

@@ -6,12 +6,15 @@ import csv
 import io
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvbench import measured
+from kvbench.report import compare
 from kvbench.report.cost import cost_table
 from kvbench.report.speed import kernel_tables, speed_column
 from kvbench.report.table import Header, Table
@@ -27,6 +30,7 @@ COLUMNS = (
     "stderr",
     "n",
     "unit",
+    "verdict",
     "bits_per_value",
     "kv_bytes_per_token",
     "scoring",
@@ -36,7 +40,10 @@ COLUMNS = (
     "status",
     "cell",
 )
-LEGEND = "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point."
+LEGEND = (
+    "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point. "
+    "Verdicts come from paired tests against the baseline, one by one in `kvbench compare`."
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class Report:
                 "cell": record.cell,
             }
             for metric in record.metrics or (None,):
-                number: dict[str, Any] = dict.fromkeys(("metric", "value", "stderr", "n", "unit"))
+                number: dict[str, Any] = dict.fromkeys(("metric", "value", "stderr", "n", "unit", "verdict"))
                 if metric is not None:
                     number = {
                         "metric": metric.name,
@@ -110,10 +117,34 @@ class Report:
                         "stderr": _finite(metric.stderr),
                         "n": metric.n,
                         "unit": metric.unit,
+                        "verdict": self._verdicts.get((record.cell, metric.name)),
                     }
                 row = {**common, **number}
                 rows.append({column: row[column] for column in COLUMNS})
         return rows
+
+    @cached_property
+    def _compared(self) -> tuple[measured.Measured, compare.Comparisons] | None:
+        """Every cell against the baseline; None for a run that names none."""
+        if not self.run.get("baseline"):
+            return None
+        cells = measured.of_records(self.folder, self.records, self.run)
+        return cells, compare.compare(cells)
+
+    @cached_property
+    def _verdicts(self) -> dict[tuple[str, str], str | None]:
+        """The verdict of each cell and metric that was compared."""
+        return {(row.cell, row.metric): row.verdict for row in self._compared[1].rows} if self._compared else {}
+
+    def _verdict(self, cells: Iterable[Record]) -> str:
+        """How many of a row's metrics got each verdict, the worst first."""
+        found = Counter(
+            verdict
+            for record in cells
+            for metric in record.metrics
+            if (verdict := self._verdicts.get((record.cell, metric.name)))
+        )
+        return ", ".join(f"{found[verdict]} {verdict}" for verdict in compare.VERDICTS if found[verdict]) or "-"
 
     def _ordered(self) -> list[Record]:
         """The records without the canary's: models as they come, schemes as the sweep lists them, others by size."""
@@ -123,10 +154,23 @@ class Report:
         )
 
         def key(record: Record) -> tuple[Any, ...]:
-            scheme = (record.dtype, record.rotation)
-            place = order.index(scheme) if scheme in order else len(order)
+            # the A/A cell stands below what it repeats
+            baseline = self.run.get("baseline") or {}
+            scheme = (baseline.get("dtype", "") if record.again else record.dtype, record.rotation)
+            place: float = order.index(scheme) if scheme in order else len(order)
+            if record.again:  # below the baseline, which the sweep lists first
+                place = 0.5
             task = tasks.index(record.task) if record.task in tasks else len(tasks)
-            return _group(record), place, -(record.bits_per_value or 0), scheme, task, record.task, record.cell
+            return (
+                _group(record),
+                place,
+                -(record.bits_per_value or 0),
+                scheme,
+                record.again,
+                task,
+                record.task,
+                record.cell,
+            )
 
         return sorted((record for record in self.records if not record.canary), key=key)
 
@@ -173,6 +217,9 @@ class Report:
             unit = f" ({found[0].unit})" if found[0].unit and found[0].unit != "%" else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
             headers.append(Header((label, f"{name}{unit}", size)))
+        judged = self._verdict(records) != "-"
+        if judged:
+            headers.append(Header(("verdict",), numeric=False))
 
         layers = {(heads, head_dim) for heads, head_dim in records[0].model.get("layers") or ()}
         speed = speed_column(self.kernels, by_place, layers)
@@ -192,6 +239,8 @@ class Report:
             for label, name in columns:
                 metric = _metric(cells.get(label), name)
                 row.append(shown_metric(metric) if metric else "-")
+            if judged:
+                row.append(self._verdict(cells.values()))
             if speed:
                 row.append(speed.cell((dtype, rotation)))
             rows.append(row)
@@ -204,6 +253,9 @@ class Report:
         left = set(self._planned()) - {record.cell for record in self.records}
         lines = [f"{counts['done']} cells done, {counts['failed']} failed, {len(left)} of the sweep not run"]
         lines += list(self._canary())
+        if self._compared:
+            cells, found = self._compared
+            lines += compare.summary(cells, found)
         for record in self.records:
             if record.status == "failed":
                 label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"

@@ -34,7 +34,9 @@ def judge_all(records: Sequence[Record]) -> list[Judgement]:
 
     records: of one sweep; the baseline's have an identity that differs from the canary's by the destroyed cache alone.
     """
-    exact = {_key(record): record for record in records if record.status == "done" and not record.canary}
+    exact = {
+        _key(record): record for record in records if record.status == "done" and not record.canary and not record.again
+    }
     found = []
     for record in records:
         if record.canary and record.status == "done":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.environment import describe
+from kvbench.measured import of_records
 from kvbench.results import Contents, Store
 from kvbench.sweep.canary import judge_all
 from kvbench.sweep.config import Sweep, load_sweep
@@ -25,6 +26,7 @@ from kvbench.sweep.execute import (
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
 from kvbench.sweep.plan import Cell, choose, missing_data, plan
 from kvbench.sweep.progress import Clock, Display, duration
+from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.sweep.workers import Seat, execute_on, seat_for
 
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
@@ -299,9 +301,30 @@ def plan_summary(planned: Planned) -> list[str]:
         lines[0] += f", about {duration(sum(left))} by the cells done before"
     if planned.sweep.limit:
         lines.append(f"limit {planned.sweep.limit}: NOT A REAL SCORE")
+    records = planned.store.load().records.values()
+    peaks = [record.timings["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record.timings]
+    if peaks:
+        lines.append(f"peak memory {max(peaks) / 2**30:.1f} GiB in the cells done before")
+    lines += plan_sensitivity(planned)
     lacking = plan_lacks(planned)
     lines += ["missing here:", *(f"  {line}" for line in lacking)] if lacking else ["nothing is missing here"]
     return [*lines, str(planned.store.folder)]
+
+
+def plan_sensitivity(planned: Planned) -> list[str]:
+    """A line for each task and metric: the smallest difference that it can show, and whether that is wide."""
+    margin = planned.sweep.margin
+    records = list(planned.store.load().records.values())
+    rows = sensitivities(planned.cells, of_records(planned.store.folder, records, planned.store.run()), margin)
+    lines = [
+        f"smallest difference that can be shown (80 % power, Holm over {rows[0].family} comparisons; margin {margin}):"
+    ]
+    for row in rows:
+        name = f"{row.task} {row.metric}" if row.metric else row.task
+        shown = "nothing" if row.smallest is None and row.n is not None else shown_size(row.smallest, row.unit)
+        wide = "   WIDER THAN THE MARGIN" if row.wide else ""
+        lines.append(f"  {name:24} {shown:>12}   n={row.n or '?'}, {row.basis}{wide}")
+    return lines
 
 
 def _model_line(model: ModelFacts) -> str:

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from kvbench.registry import find_name
 from kvbench.rotations import all_rotations
 from kvbench.schemes import Scheme, split_pair
+from kvbench.stats import parse_margin
 from kvbench.sweep.document import ConfigError, Document, Loc, apply_setting, read_document, shown
 from kvbench.sweep.parts import REAL, ComputeDtype, Parts
 from kvbench.tasks.base import Task
@@ -100,12 +101,18 @@ def _task(value: Any) -> Any:
 TaskSpec = Annotated[Any, AfterValidator(_task)]
 
 
+def _margin(value: str) -> str:
+    parse_margin(value)
+    return value
+
+
 class Sweep(_Strict):
     """What `kvbench sweep` runs: every model × dtype × rotation × task.
 
     compute_dtype: None takes float32 on a CPU and the model's own dtype on a GPU.
     limit: the first documents of every task alone; a quick look, marked as such in every table.
-    canary: also run a destroyed cache, which must wreck the scores.
+    canary: also run a destroyed cache, which must wreck the scores. again: also run the baseline once more, whose flips
+    are the noise floor. margin: the difference that does not matter, as `kvbench.stats.parse_margin` takes it.
     attention: what reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a
     GPU wherever they can serve; an explicit choice never falls back.
     """
@@ -119,6 +126,8 @@ class Sweep(_Strict):
     tasks: Annotated[list[TaskSpec], Field(min_length=1)]
     baseline: DtypePair = "fp16"
     canary: bool = True
+    again: bool = True
+    margin: Annotated[str, AfterValidator(_margin)] = "1pp"
     data: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     page_size: Annotated[int, Field(ge=1, le=4096)] = 16

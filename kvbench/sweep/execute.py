@@ -26,6 +26,7 @@ from kvbench.runners.base import (
     ScoreRequest,
 )
 from kvbench.schemes import Scheme
+from kvbench.sweep.again import Shuffled
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import ModelSpec
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
@@ -204,9 +205,10 @@ class Session:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
+            seed = cell.seed + 1 if cell.again else cell.seed
             runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary))
-            context = RunContext(self._baseline(cell), self.watcher.advanced, cell.seed)
-            outcome = cell.task.run(runner, context)
+            context = RunContext(self._baseline(cell), self.watcher.advanced, seed)
+            outcome = cell.task.run(Shuffled(runner, seed) if cell.again else runner, context)
         except Exception as error:
             raise_if_stopped()
             record = failed(cell, error, environment, time.perf_counter() - began)

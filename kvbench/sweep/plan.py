@@ -26,7 +26,8 @@ IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another
 class Cell:
     """One number-giving unit: a model under a scheme, measured by a task.
 
-    baseline: its scheme is what the others are compared with. canary: its cache is destroyed.
+    baseline: its scheme is what the others are compared with. canary: its cache is destroyed. again: the baseline once
+    more, in other batches and with the next seed.
     limit: documents that `--limit` leaves of every task.
     """
 
@@ -39,6 +40,7 @@ class Cell:
     limit: int | None = None
     baseline: bool = False
     canary: bool = False
+    again: bool = False
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -64,6 +66,8 @@ class Cell:
             "scoring": self.scoring,
             "seed": self.seed,
             "limit": self.limit,
+            # no name of an earlier cell changes
+            **({"again": True} if self.again else {}),
         }
 
     @cached_property
@@ -75,7 +79,7 @@ class Cell:
     @property
     def dtype(self) -> str:
         """What tables call its dtype."""
-        return "canary" if self.canary else self.scheme.dtype_name
+        return "canary" if self.canary else "again" if self.again else self.scheme.dtype_name
 
     @property
     def rotation(self) -> str:
@@ -111,7 +115,8 @@ def plan(sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL) -> list[
     """The cells of a sweep that are not `done`, in the order they run.
 
     The cells of a model follow each other, so that it is loaded once: first the baseline's, then the canary's (a sweep
-    whose quantization is not in effect stops there), then the others, task by task within a scheme.
+    whose quantization is not in effect stops there), the baseline's once more, then the others, task by task within a
+    scheme.
 
     Raises:
         ConfigError: a model or task that cannot be, or a head_dim that a dtype can't take.
@@ -121,14 +126,16 @@ def plan(sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL) -> list[
     baseline = sweep.baseline_scheme
     for spec in sweep.all_models:
         facts = parts.find_model(spec)
-        schemes = [(baseline, True, False)]
+        schemes = [(baseline, True, False, False)]
         if sweep.canary:
-            schemes.append((baseline, False, True))
-        schemes += [(scheme, False, False) for scheme in sweep.schemes()]
-        for scheme, is_baseline, canary in schemes:
+            schemes.append((baseline, False, True, False))
+        if sweep.again:
+            schemes.append((baseline, False, False, True))
+        schemes += [(scheme, False, False, False) for scheme in sweep.schemes()]
+        for scheme, *controls in schemes:
             check_head_dims(facts, scheme)
             for task in tasks:
-                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, is_baseline, canary)
+                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, *controls)
                 cells.setdefault(cell.name, cell)
     return [cell for name, cell in cells.items() if name not in done]
 
@@ -165,7 +172,7 @@ class Filter:
         key, equals, pattern = text.partition("=")
         if not equals or key not in FILTER_KEYS or not pattern:
             raise ConfigError(f"{flag} {text}: expected KEY=PATTERN with KEY one of {', '.join(FILTER_KEYS)}")
-        if key in ("dtype", "rotation") and pattern != "canary" and not re.search(r"[*?\[]", pattern):
+        if key in ("dtype", "rotation") and pattern not in ("canary", "again") and not re.search(r"[*?\[]", pattern):
             try:
                 scheme = Scheme.parse(pattern) if key == "dtype" else Scheme.parse("auto", pattern)
             except ValueError as error:

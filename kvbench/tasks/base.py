@@ -50,6 +50,10 @@ class Task(Protocol):
         """What this machine lacks to run it, one line each with what to do; empty when it can run."""
         ...
 
+    def answers(self) -> int | None:
+        """Documents to be answered right or wrong; None where there are none, or the data that says is not here."""
+        ...
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Measures the runner."""
         ...

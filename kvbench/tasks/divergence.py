@@ -57,6 +57,9 @@ class Divergence(Options):
             return [str(error)]
         return []
 
+    def answers(self) -> None:
+        return None
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """KL, Δp, same top token and perplexity over the documents.
 

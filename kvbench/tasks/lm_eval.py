@@ -72,6 +72,12 @@ class LmEval(Options):
             found |= dict.fromkeys(leaf.missing(self.num_fewshot))
         return list(found)
 
+    def answers(self) -> int | None:
+        sizes = [leaf.answers() for leaf in self._leaves()]
+        if None in sizes:
+            return None
+        return sum(min(size, self.limit or size) for size in sizes if size is not None)
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """lm-eval's metrics and a row for each document and filter.
 
@@ -197,6 +203,14 @@ class _Leaf:
             return [scored] if scored else []
         from_split = config.get("fewshot_split") or examples.get("split") or config.get("training_split")
         return list(dict.fromkeys(filter(None, (scored, from_split or config.get("validation_split") or scored))))
+
+    def answers(self) -> int | None:
+        """Rows of the scored split in the mirror; None without one, and where a text is scored instead of answers."""
+        if self.config.get("output_type") == "loglikelihood_rolling":
+            return None
+        scored = self.needed_splits(0)
+        file = self.mirrored[1].get(scored[0]) if self.mirrored and scored else None
+        return len(mirror.rows(file)) if file else None
 
     def missing(self, num_fewshot: int | None) -> list[str]:
         """What its data lacks here."""

@@ -66,6 +66,10 @@ class Needle(Options):
             return [str(error)]
         return []
 
+    def answers(self) -> int:
+        made = len(self.contexts) * self.depths * self.per_cell
+        return min(made, self.limit or made)
+
     def documents(self, tokenizer: Any) -> list[Document]:
         """The prompts, each no longer than its context leaves beside the answer; tokenizer and seed decide them."""
         places = [i / (self.depths - 1) if self.depths > 1 else 0.5 for i in range(self.depths)]

@@ -51,6 +51,9 @@ class Throughput(Options):
     def missing(self) -> list[str]:
         return []
 
+    def answers(self) -> None:
+        return None
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Rates from the medians over the repeats, each on tokens of its own, so that no prompt is known before.
 

@@ -12,7 +12,7 @@ import pytest
 from kvbench.report.tables import COLUMNS, Report
 from kvbench.results import Metric, NotARunError, Record, Store
 
-BITS = {"fp16": 16.0, "int8_per_token_head": 8.5, "int4_per_token_head": 4.5, "canary": 16.0}
+BITS = {"fp16": 16.0, "int8_per_token_head": 8.5, "int4_per_token_head": 4.5, "canary": 16.0, "again": 16.0}
 GSM8K = (
     Metric("exact_match,strict-match", 0.8908, 0.0086, 1319, "", True),
     Metric("exact_match,flexible-extract", 0.8969, 0.0084, 1319, "", True),
@@ -232,6 +232,39 @@ def test_the_canary_is_no_row(report):
     assert {row["dtype"] for row in found.rows()} == {"fp16"}
     assert any(line.startswith("canary (a destroyed cache) wrecks the scores") for line in found.summary())
     assert any("turned off" in line for line in report(record(), canary=None).summary())
+
+
+def test_verdicts_stand_beside_the_numbers(report):
+    """
+    Each row counts its verdicts, each number has its own in CSV and JSON; the A/A cell is a row below the baseline.
+    """
+
+    def measured(dtype, right):
+        metric = Metric("acc", right / 200, 0.03, 200, "", True)
+        rows = [
+            {"doc_id": i, "doc_hash": f"d{i}", "prompt_hash": f"p{i}", "filter": "none", "acc": float(i < right)}
+            for i in range(200)
+        ]
+        return record(dtype, task="qa", metrics=(metric,)), rows
+
+    cells = [measured("int4_per_token_head", 100), measured("again", 150), measured("fp16", 150)]
+    schemes = [{"dtype": dtype, "rotation": "none"} for dtype in ("fp16", "int4_per_token_head")]
+    found = report(*(cell for cell, _ in cells), baseline=schemes[0], schemes=schemes)
+    for cell, rows in cells:
+        Store(found.folder).save(cell, rows)
+    found = Report.read(found.folder)
+
+    (table,) = found.tables()
+    assert heads(table)[-1] == "verdict"
+    assert [(row[0], row[-1]) for row in table.rows] == [
+        ("fp16", "-"),
+        ("again", "-"),
+        ("int4_per_token_head", "1 WORSE"),
+    ]
+    assert [row["verdict"] for row in json.loads(found.json())] == [None, None, "WORSE"]
+    assert "1 comparisons (Holm over all): 1 WORSE" in found.summary()
+    assert any("qa acc 0 of 200 flipped" in line for line in found.summary())
+    assert found.markdown().count("1 WORSE") == 2
 
 
 def test_cells_of_two_machines_are_marked(report):

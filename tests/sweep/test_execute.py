@@ -73,7 +73,7 @@ def test_a_failed_cell_keeps_its_error_and_the_sweep_goes_on(config, run, store,
     )
     assert "Traceback" in failed.traceback
     assert "toy.py" in failed.traceback
-    assert sum(record.status == "done" for record in records) == 9
+    assert sum(record.status == "done" for record in records) == 11
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if "no int8 today" in line]
@@ -93,7 +93,7 @@ def test_failed_cells_are_run_again_when_asked(config, run, store, tmp_path):
     assert run(config(tasks=[{**tasks[0], "fails": ""}]), retry_failed=True) == 0
 
     assert logged(tmp_path / "log")[len(before) :] == ["toy_a int8_per_token_head"]
-    assert len(store.done()) == 5
+    assert len(store.done()) == 6
 
 
 def test_fresh_starts_over(config, run, store, tmp_path):
@@ -109,7 +109,7 @@ def test_fresh_starts_over(config, run, store, tmp_path):
     assert logged(log)[len(before) :] == ["toy_a int8_per_token_head"]
     run(path, fresh=True)
     assert len(logged(log)) == 2 * len(before) + 1
-    assert len(store.done()) == 5
+    assert len(store.done()) == 6
 
 
 def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
@@ -124,7 +124,7 @@ def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
 
     assert run(path) == 0
 
-    assert len(store.done()) == 5
+    assert len(store.done()) == 6
     lines = capsys.readouterr().err.splitlines()
     assert sum("not a whole record" in line for line in lines) == 1
     assert sum("1/1" in line for line in lines) == 1
@@ -285,9 +285,9 @@ def test_no_terminal_gets_a_line_a_cell(config, run, capsys):
     lines = captured.err.splitlines()
     assert captured.out == ""
     assert "\x1b" not in captured.err
-    assert lines[0].startswith("toys · 5 cells · ")
-    assert [line.split()[0] for line in lines[1:-1]] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
-    assert lines[-1].startswith("5 of 5 cells done · kvbench report ")
+    assert lines[0].startswith("toys · 6 cells · ")
+    assert [line.split()[0] for line in lines[1:-1]] == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
+    assert lines[-1].startswith("6 of 6 cells done · kvbench report ")
 
 
 # ---- stopped and killed
@@ -332,7 +332,7 @@ def test_a_stopped_sweep_says_that_it_can_go_on(config, tmp_path, toy, kind, cap
     assert 2 <= len(Store(output).done()) < 5
     assert Store(output).load().problems == []
     assert run_sweep(path, Options(output=output), toy.PARTS) == 0
-    assert len(Store(output).done()) == 5
+    assert len(Store(output).done()) == 6
 
 
 def test_a_stop_that_a_library_swallows_is_no_failure(config, tmp_path, toy):

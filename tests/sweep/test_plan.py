@@ -29,28 +29,29 @@ def labels(cells):
     return [cell.label for cell in cells]
 
 
-def test_the_baseline_comes_first_then_the_canary(cells):
+def test_the_baseline_comes_first_then_the_controls(cells):
     """
-    A model's cells follow each other: the baseline's, the canary's, then the others in the order written, each once.
+    A model's cells follow each other: the baseline's, the canary's, the A/A cell's, then the others as written, once.
     """
     found = cells(TEXT.replace("model: toy", "models: [toy, other]"), "tasks=[toy_a]", "rotations=[default,none]")
 
     one_model = [
         "fp16 · none · toy_a",
         "canary · none · toy_a",
+        "again · none · toy_a",
         "int8_per_token_head · none · toy_a",
         "int4_per_token_head · randomized_hadamard · toy_a",
         "int4_per_token_head · none · toy_a",
     ]
     assert labels(found) == one_model * 2
-    assert [cell.model.name for cell in found] == ["toy"] * 5 + ["other"] * 5
+    assert [cell.model.name for cell in found] == ["toy"] * 6 + ["other"] * 6
 
 
 def test_the_baseline_is_measured_though_no_one_lists_it(cells):
     """
-    Without a baseline nothing could be compared; without a canary it is turned off by name.
+    Without a baseline nothing could be compared; a canary and an A/A cell are turned off by name.
     """
-    assert labels(cells(TEXT, "dtypes=[int8]", "tasks=[toy_a]", "canary=false")) == [
+    assert labels(cells(TEXT, "dtypes=[int8]", "tasks=[toy_a]", "canary=false", "again=false")) == [
         "fp16 · none · toy_a",
         "int8_per_token_head · none · toy_a",
     ]
@@ -94,21 +95,24 @@ def test_what_decides_the_numbers_decides_the_name(cells, settings):
     assert cells(TEXT, *settings)[-1].name.rsplit("-", 1)[-1] != cells()[-1].name.rsplit("-", 1)[-1]
 
 
-@pytest.mark.parametrize("settings", [("page_size=64",), ("note=hello",), ("name=others",), ("canary=false",)])
+@pytest.mark.parametrize(
+    "settings",
+    [("page_size=64",), ("note=hello",), ("name=others",), ("canary=false",), ("again=false",), ("margin=2pp",)],
+)
 def test_what_does_not_decide_the_numbers_does_not(cells, settings):
     """
-    The page size, the sweep's name and its note leave finished cells finished.
+    The page size, the sweep's name, its note, its controls and its margin leave finished cells finished.
     """
     assert cells(TEXT, *settings)[-1].name == cells()[-1].name
 
 
-def test_a_canary_is_no_baseline(cells):
+def test_a_control_is_no_baseline(cells):
     """
-    The destroyed cache of a scheme and its whole one are different cells.
+    The destroyed cache of a scheme, its whole one, and that one once more are different cells.
     """
     every = cells()
 
-    assert len({cell.name for cell in every}) == len(every) == 8
+    assert len({cell.name for cell in every}) == len(every) == 10
 
 
 def test_sizes_are_the_models(cells):
@@ -139,8 +143,9 @@ def test_a_head_dim_that_does_not_fit_is_one_line(cells):
             ["int8_per_token_head · none · toy_b", "int4_per_token_head · randomized_hadamard · toy_b"],
         ),
         (["dtype=int8", "dtype=fp16", "task=toy_a"], [], ["fp16 · none · toy_a", "int8_per_token_head · none · toy_a"]),
-        ([], ["dtype=int*", "task=toy_a"], ["fp16 · none · toy_b", "canary · none · toy_b"]),
+        ([], ["dtype=int*", "task=toy_a"], [f"{name} · none · toy_b" for name in ("fp16", "canary", "again")]),
         (["dtype=canary"], ["task=toy_b"], ["canary · none · toy_a"]),
+        (["dtype=again"], ["task=toy_b"], ["again · none · toy_a"]),
         (["rotation=randomized"], ["task=toy_b"], ["int4_per_token_head · randomized_hadamard · toy_a"]),
     ],
 )

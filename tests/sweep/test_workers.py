@@ -51,7 +51,7 @@ def test_two_processes_give_the_table_of_one(sweep, tmp_path, toy):
     assert process.returncode == 0, errors
     assert json.loads(Report.read(tmp_path / "run").json()) == json.loads(Report.read(tmp_path / "alone").json())
     assert of_two.read_text().splitlines() == ["toy_a"]
-    assert sum("/5  " in line for line in errors.splitlines()) == 5
+    assert sum("/6  " in line for line in errors.splitlines()) == 6
 
 
 def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
@@ -65,8 +65,8 @@ def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
 
     assert process.returncode == 3, errors
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
-    assert len(records) == 10
-    assert "1 of 10 cells failed" in errors
+    assert len(records) == 12
+    assert "1 of 12 cells failed" in errors
 
 
 def children(process):
@@ -121,7 +121,7 @@ def test_after_a_fault_of_the_gpu_the_rest_runs_in_another_process(tmp_path, toy
 
     assert [label.split()[0] for label in given] == ["int4_per_token_head", "int2_per_token_head"]
     statuses = {one.dtype: one.status for one in cells(tmp_path).values()}
-    assert statuses == {"fp16": "done", "canary": "done", "int8_per_token_head": "failed"}
+    assert statuses == {"fp16": "done", "canary": "done", "again": "done", "int8_per_token_head": "failed"}
     assert "the GPU failed this process (no int8 today)" in capsys.readouterr().err
 
 

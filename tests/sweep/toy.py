@@ -69,6 +69,9 @@ class ToyTask:
     def identity(self) -> dict[str, Any]:
         return {"task": self.name, "limit": self.limit, "n": self.n}
 
+    def answers(self) -> int:
+        return min(self.n, self.limit or self.n)
+
     def missing(self) -> list[str]:
         return [self.lacks] if self.lacks else []
 
@@ -99,13 +102,21 @@ class ToyTask:
             context.progress(step + 1, 5)
         score = runner.quality
         n = min(self.n, self.limit or self.n)
+        kld = max(0.0, float(base[0]) - score) * 3
         samples = [
-            {"doc_id": i, "doc_hash": f"d{i}", "prompt_hash": f"p{i}", "filter": "none", "acc": float(i < score * n)}
+            {
+                "doc_id": i,
+                "doc_hash": f"d{i}",
+                "prompt_hash": f"p{i}",
+                "filter": "none",
+                "acc": float(i < score * n),
+                "kld": kld * (0.5 + i / (n - 1)),
+            }
             for i in range(n)
         ]
         metrics = (
-            Metric("acc", score, 0.02, n, "", True),
-            Metric("kld", max(0.0, float(base[0]) - score) * 3, 0.001, n, "nats", False),
+            Metric("acc", sum(row["acc"] for row in samples) / n, 0.02, n, "", True),
+            Metric("kld", kld, 0.001, n, "nats", False),
             Metric("kld_max", 9.0, None, n, "nats", False),
         )
         return Outcome(metrics, samples, {"documents_sha256": "abc"})

@@ -4,10 +4,13 @@ import json
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 
+from kvbench.measured import series_of
+from kvbench.results import headline, write_samples
 from kvbench.runners.toy import ToyRunner
 from kvbench.tasks import lm_eval_index, make_task
 
@@ -33,6 +36,24 @@ def test_stock_tasks_run_from_a_mirror(name, mirror, context):
     assert all(metric.n == 4 and metric.stderr is not None for metric in outcome.metrics)
     assert len(outcome.samples) == (8 if name == "gsm8k" else 4)
     assert outcome.facts["data"][name].startswith("mirror: ")
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_samples_hold_what_a_paired_test_needs(name, mirror, context, tmp_path):
+    """
+    Of each metric that a table shows there is a number a document, whose mean is the metric; a plan knows how many.
+    """
+    task = make_task({"task": name, "limit": 3}, mirror)
+
+    outcome = task.run(ToyRunner(), context)
+
+    write_samples(tmp_path / "samples.parquet", outcome.samples)
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    for metric in headline(outcome.metrics):
+        series = series_of(metric, samples)
+        assert len(series.values) == 3
+        assert series.kind == ("log" if "perplexity" in metric.name else "share")
+    assert task.answers() == (None if name == "wikitext" else 3)
 
 
 def test_wikitext_sums_over_documents(mirror, context):

@@ -37,7 +37,7 @@ def test_who_reads_the_fact_is_right_and_who_does_not_is_wrong(context):
             "acc@600": expected,
             "acc@1000": expected,
         }
-        assert len(outcome.samples) == 12
+        assert len(outcome.samples) == make_task(SPEC).answers() == 12
 
 
 def test_prompt_and_answer_fit_the_context_and_fill_it():

@@ -118,6 +118,7 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
         "model": str(shape),
         "dtypes": ["fp16", "int4"],
         "canary": False,
+        "again": False,
         "tasks": [{"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1}, "needle"],
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(config))

@@ -1,0 +1,102 @@
+"""`kvbench check`: whether a run folder is as good as an earlier one, for continuous integration. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from kvbench.measured import Measured
+from kvbench.report.compare import Comparison, compare, shown_difference, shown_verdict
+from kvbench.results import shown_number
+
+# what may fail a check: a verdict, a drop, or a comparison that could not be made
+FAILURES = ("worse", "drop", "inconclusive", "skipped")
+DEFAULT_FAILURES = ("worse", "drop")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found, a line each. compared: how many metrics."""
+
+    failed: list[str]
+    skipped: list[str]
+    notes: list[str]
+    compared: int
+
+
+def check(
+    measured: Measured, against: Measured, fail_on: Collection[str] = DEFAULT_FAILURES, margin: str | None = None
+) -> Check:
+    """Compares each cell with the same cell of an earlier run, on the same documents.
+
+    fail_on: of FAILURES. "worse": the paired test says so. "drop": the number itself got worse by more than the margin,
+    and more moved than between the two baseline cells of one run. On the same documents and the same machine
+    such a drop is no luck of the documents, so it needs no test; on another machine it is not held against the cell. A
+    metric that its samples no longer give fails always.
+    """
+    found = compare(against, measured, margin=margin or against.margin)
+    floor = {(row.model, row.task, row.metric): _moved(row) for row in compare(measured).rows if row.again}
+    failed = []
+    refused: dict[tuple[str, str], list[str]] = defaultdict(list)
+    broken = {(one.name, metric) for one in measured.cells for metric in one.absent}
+    moved_machine = _other_machine(measured, against)
+    for row in found.rows:
+        cell = f"{row.model} {row.dtype} {row.rotation} {row.task}"
+        if row.verdict == "INVALID" and (row.cell, row.metric) in broken and row.baseline is not None:
+            failed.append(f"{cell} {row.metric}: {row.reason}")
+            continue
+        if row.verdict == "INVALID":
+            refused[cell, row.reason].append(row.metric)
+            continue
+        why = []
+        if "worse" in fail_on and row.verdict == "WORSE":
+            why.append("WORSE")
+        if "inconclusive" in fail_on and row.verdict == "INCONCLUSIVE":
+            why.append(shown_verdict(row))
+        noise = floor.get((row.model, row.task, row.metric), 0.0)
+        if "drop" in fail_on and not moved_machine and _dropped(row) and _moved(row) > noise:
+            why.append(f"dropped by more than {found.margin}")
+        if why:
+            failed.append(f"{cell} {row.metric}: {_numbers(row)}: {', '.join(why)}")
+    skipped = [f"{cell} {', '.join(metrics)}: {reason}" for (cell, reason), metrics in refused.items()]
+    there = {(cell.model, cell.scheme, cell.task) for cell in measured.cells}
+    skipped += [
+        " ".join((old.model, *old.scheme, old.task)) + ": no finished cell here"
+        for old in against.cells
+        if not old.control and (old.model, old.scheme, old.task) not in there
+    ]
+    if "skipped" in fail_on:
+        failed += [f"{line} (skipped)" for line in skipped]
+    compared = sum(row.verdict not in ("INVALID", None) for row in found.rows)
+    return Check(failed, skipped, [*moved_machine, *found.notes], compared)
+
+
+def _moved(row: Comparison) -> float:
+    """Documents that flipped; of a number that is no share, how far it moved."""
+    return (row.worse or 0) + (row.better or 0) if row.unit == "share" else abs(row.difference or 0.0)
+
+
+def _dropped(row: Comparison) -> bool:
+    """Whether the number got worse by more than the margin."""
+    if row.difference is None or row.margin is None or row.higher_is_better is None:
+        return False
+    return (row.difference < -row.margin) if row.higher_is_better else (row.difference > row.margin)
+
+
+def _numbers(row: Comparison) -> str:
+    flips = (
+        f", {row.worse} of {row.n} documents worse and {row.better} better" if row.unit == "share" else f", n={row.n}"
+    )
+    values = " -> ".join("-" if value is None else shown_number(value) for value in (row.baseline, row.value))
+    p = "" if row.p_holm is None else f", p {row.p_holm:.2g}"
+    return f"{values} ({shown_difference(row.difference, row.unit)}{flips}{p})"
+
+
+def _other_machine(measured: Measured, against: Measured) -> list[str]:
+    """A line where the cells of one were measured in another environment than those of the other."""
+    here, there = ({cell.environment for cell in one.cells} for one in (measured, against))
+    if here == there:
+        return []
+    names = " / ".join("; ".join(sorted(one)) for one in (here, there))
+    return [f"another environment: {names}: a drop is not held against it, only what is WORSE"]

@@ -1,0 +1,217 @@
+"""Kernel timings against each other: ratios of medians with their bootstrap intervals. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kvbench.report.compare import DEFAULT_MARGIN
+from kvbench.results import NotARunError, Store
+from kvbench.stats import parse_margin, ratio_of_medians
+
+Verdict = Literal["FASTER", "SLOWER", "SAME", "AMBIGUOUS", "INVALID"]
+
+# what two timings have in common
+SHAPE = ("op", "query_heads", "kv_heads", "head_dim", "page_size", "prefix", "batch", "context")
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """One timing against a baseline's. ratio: of medians, below 1 is faster; ci_low, ci_high: its 95 % interval.
+
+    against: the baseline's dtype and rotation. n: samples of the smaller of the two.
+    """
+
+    op: str
+    dtype: str
+    rotation: str
+    batch: int
+    context: int
+    query_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    page_size: int | None
+    against: str
+    baseline_us: float | None
+    us: float | None
+    ratio: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n: int | None
+    test: str
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """The timed rows of `kvbench kernel`, each with its `samples_us`. gpu: None where unsaid."""
+
+    rows: list[dict[str, Any]]
+    gpu: str | None
+
+
+def is_timings(path: Path) -> bool:
+    """Whether a path holds kernel timings, and no model's cells."""
+    if any(not record.kernel for record in Store(path).load().records.values()):
+        return False
+    try:
+        return bool(read(path).rows)
+    except (OSError, NotARunError):
+        return False
+
+
+def read(path: Path) -> Timings:
+    """The timed rows of a run folder of `kvbench kernel --output`, or of files that hold such rows as JSON.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        NotARunError: no timed row is in it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no file or folder {path}")
+    store = Store(path)
+    records = [one for one in store.load().records.values() if one.kernel and one.status == "done"]
+    rows = [{**one.facts, "samples_us": store.samples(one.cell)["us"].tolist()} for one in records if one.facts["us"]]
+    gpus = {str(one.identity["device"]) for one in records}
+    for file in sorted(path.glob("*.json")) if path.is_dir() and not rows else [path] if path.is_file() else []:
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        found = data.get("rows", []) if isinstance(data, dict) else data
+        if isinstance(data, dict):
+            gpus |= {gpu["name"] for gpu in (data.get("environment") or {}).get("gpus") or []}
+        if isinstance(found, list):
+            rows += [row for row in found if isinstance(row, dict) and row.get("samples_us") and "op" in row]
+    if not rows:
+        raise NotARunError(f"{path} has no timed row: kvbench kernel --output DIR keeps them on a GPU")
+    rows.sort(key=lambda row: [row.get(name) or 0 for name in SHAPE])  # "decode", 8, 32768, …
+    return Timings(rows, ", ".join(sorted(gpus)) or None)
+
+
+def compare_speed(
+    timings: Timings, other: Timings | None, baseline: str | None, margin: str | None
+) -> list[SpeedComparison]:
+    """Every timing against that of the dtype `baseline` on the same shape; of `other`, against the same of `timings`.
+
+    Raises:
+        ValueError: no row is of that dtype.
+    """
+    like_for_like = other is not None and baseline is None
+    wanted = baseline or "fp16"
+    limit = parse_margin(margin or DEFAULT_MARGIN)
+    if not like_for_like and not any(row["dtype"].startswith(wanted) for row in timings.rows):
+        raise ValueError(
+            f"--baseline {wanted} was not timed; there are {', '.join(sorted({r['dtype'] for r in timings.rows}))}"
+        )
+    wrong = ""
+    if other and timings.gpu != other.gpu:
+        wrong = f"timed on {other.gpu or 'an unnamed GPU'}, the baseline on {timings.gpu or 'an unnamed GPU'}"
+    found = []
+    for row in (other or timings).rows:
+        bases = [one for one in timings.rows if _shape(one) == _shape(row)]
+        if like_for_like:
+            bases = [one for one in bases if (one["dtype"], one["rotation"]) == (row["dtype"], row["rotation"])]
+        else:
+            bases = sorted(
+                (one for one in bases if one["dtype"].startswith(wanted)), key=lambda one: one["rotation"] != "none"
+            )
+        if bases and bases[0] is row:
+            continue
+        found.append(_compared(row, bases[0] if bases else None, limit, wrong))
+    return found
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in SHAPE)
+
+
+def _compared(row: dict[str, Any], base: dict[str, Any] | None, limit: float, wrong: str) -> SpeedComparison:
+    against = f"{base['dtype']} · {base['rotation']}" if base else ""
+    ratio = low = high = n = None
+    verdict: Verdict = "INVALID"
+    if base and not wrong:
+        after, before = np.array(row["samples_us"], float), np.array(base["samples_us"], float)
+        n = min(len(after), len(before))
+        ratio, low, high = ratio_of_medians(after, before)
+        if 1 / (1 + limit) < low and high < 1 + limit:
+            verdict = "SAME"
+        elif high < 1:
+            verdict = "FASTER"
+        elif low > 1:
+            verdict = "SLOWER"
+        else:
+            verdict = "AMBIGUOUS"
+    return SpeedComparison(
+        row["op"],
+        row["dtype"],
+        row["rotation"],
+        row["batch"],
+        row["context"],
+        row.get("query_heads"),
+        row.get("kv_heads"),
+        row.get("head_dim"),
+        row.get("page_size"),
+        against,
+        base.get("us") if base else None,
+        row.get("us"),
+        ratio,
+        low,
+        high,
+        n,
+        "bootstrap of the ratio of medians",
+        verdict,
+        wrong or ("" if base else "the baseline was not timed on this shape"),
+    )
+
+
+HEADERS = (
+    "op",
+    "dtype",
+    "rotation",
+    "batch",
+    "context",
+    "heads",
+    "D",
+    "page",
+    "against",
+    "baseline µs",
+    "µs",
+    "ratio",
+    "95 % interval",
+    "verdict",
+)
+NUMERIC = (3, 4, 5, 6, 7, 9, 10, 11, 12)
+
+
+def table(rows: Sequence[SpeedComparison]) -> list[list[str]]:
+    """The rows as text."""
+
+    def us(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    return [
+        [
+            row.op,
+            row.dtype,
+            row.rotation,
+            str(row.batch),
+            str(row.context or "-"),
+            f"{row.query_heads or '-'}/{row.kv_heads or '-'}",
+            str(row.head_dim or "-"),
+            str(row.page_size or "-"),
+            row.against or "-",
+            us(row.baseline_us),
+            us(row.us),
+            "-" if row.ratio is None else f"{row.ratio:.3f}",
+            "-" if row.ci_low is None else f"[{row.ci_low:.3f}, {row.ci_high:.3f}]",
+            f"{row.verdict}: {row.reason}" if row.reason else row.verdict,
+        ]
+        for row in rows
+    ]

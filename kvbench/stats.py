@@ -1,0 +1,234 @@
+"""Whether two cells differ that measured the same documents: library calls on paired differences. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+
+ALPHA = 0.05  # of a whole report, by Holm
+POWER = 0.8
+# An interval of a share counts these documents too, two that got worse and two that got better: otherwise ten answers
+# of which none moved would show, with an interval of no width, that nothing can. Bonett and Price add one each way
+# (https://doi.org/10.1111/j.2044-8317.2011.02030.x); with two the size of the equivalence test stays below 5 % where
+# flips are rare and all of one direction as well (tests/test_stats.py computes it).
+PSEUDO_FLIPS = (-1.0, -1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences.
+
+    ci_low, ci_high: of 95 %. p: two-sided, of no difference; None where one document can't tell. n: documents.
+    spread: the standard deviation of one document's difference; where that is 0, with the pseudo-documents.
+    worse, better: documents whose difference is below and above 0.
+    """
+
+    mean: float
+    ci_low: float
+    ci_high: float
+    p: float | None
+    n: int
+    test: str
+    spread: float
+    worse: int
+    better: int
+
+
+def compare_answers(difference: Array, groups: Sequence[Any] | None = None) -> Difference:
+    """How a share changed. difference: [n] of scores within 0..1, after less before. groups: as in `compare_means`.
+
+    Right or wrong: exact McNemar, and a paired t interval over the flips and PSEUDO_FLIPS.
+    """
+    worse, better, n = int((difference < 0).sum()), int((difference > 0).sum()), len(difference)
+    whole = bool(np.isin(difference, (-1.0, 0.0, 1.0)).all())
+    if whole and _independent(groups):
+        return _flips(worse, better, n)
+    plain = compare_means(difference, groups)
+    pseudo = [f"pseudo {i}" for i in range(len(PSEUDO_FLIPS))]
+    clusters = None if groups is None else [*map(str, groups), *pseudo]
+    wide = compare_means(np.append(difference, PSEUDO_FLIPS), clusters)
+    low, high = _clipped((wide.ci_low, wide.ci_high))
+    return replace(plain, ci_low=low, ci_high=high, spread=plain.spread or wide.spread)
+
+
+@lru_cache(maxsize=100_000)
+def _flips(worse: int, better: int, n: int) -> Difference:
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    p = float(mcnemar([[0, worse], [better, 0]], exact=True).pvalue)
+    counted = np.concatenate([np.zeros(n - worse - better), -np.ones(worse), np.ones(better), PSEUDO_FLIPS])
+    interval = stats.ttest_1samp(counted, 0).confidence_interval(1 - ALPHA)
+    spread = float(counted[: -len(PSEUDO_FLIPS)].std(ddof=1) if n > 1 else 0.0) or float(counted.std(ddof=1))
+    mean = (better - worse) / n
+    low, high = _clipped(interval)
+    return Difference(mean, low, high, p, n, "McNemar", spread, worse, better)
+
+
+def _clipped(interval: Sequence[float]) -> tuple[float, float]:
+    low, high = interval
+    return max(-1.0, float(low)), min(1.0, float(high))
+
+
+def compare_means(difference: Array, groups: Sequence[Any] | None = None, weights: Array | None = None) -> Difference:
+    """How a mean changed. difference: [n], one a document.
+
+    groups: [n]; documents of one group are not independent. weights: [n], such as a document's tokens: with them the
+    mean is that over tokens, and its error is clustered by document.
+    Paired t for independent documents of equal weight, else least squares with clustered errors, t with groups - 1.
+    """
+    n = len(difference)
+    worse, better = int((difference < 0).sum()), int((difference > 0).sum())
+    equal = weights is None or bool((weights == weights[0]).all())
+    clusters = np.arange(n) if groups is None else np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+    count = len(np.unique(clusters))
+    mean = float(np.average(difference, weights=weights))
+    test = "paired t" if equal and count == n else "clustered t"
+    if count < 2:
+        return Difference(mean, -math.inf, math.inf, None, n, test, math.inf, worse, better)
+    if np.ptp(difference) == 0:  # no spread: t is 0/0, or infinite
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n, test, 0.0, worse, better)
+    if test == "paired t":
+        found = stats.ttest_1samp(difference, 0)
+        low, high = found.confidence_interval(1 - ALPHA)
+        p, error = float(found.pvalue), float(stats.sem(difference))
+    else:
+        import statsmodels.api as sm
+
+        model = sm.WLS(difference, np.ones(n), weights=np.ones(n) if weights is None else weights)
+        fit = model.fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
+        low, high = fit.conf_int(ALPHA)[0]
+        p, error = float(fit.pvalues[0]), float(fit.bse[0])
+    return Difference(mean, float(low), float(high), p, n, test, error * math.sqrt(n), worse, better)
+
+
+def _independent(groups: Sequence[Any] | None) -> bool:
+    return groups is None or len(set(groups)) == len(groups)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values after Holm's correction for being that many."""
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+
+
+def ratio_of_medians(after: Array, before: Array, seed: int = 0) -> tuple[float, float, float]:
+    """median(after) / median(before), and its 95 % bootstrap interval; the samples are not paired."""
+
+    def ratio(x: Array, y: Array, axis: int = -1) -> Array:
+        return np.asarray(np.median(x, axis=axis) / np.median(y, axis=axis))
+
+    found = stats.bootstrap((after, before), ratio, vectorized=True, method="percentile", rng=seed)
+    low, high = found.confidence_interval
+    return float(ratio(after, before)), float(low), float(high)
+
+
+# ---- what could be seen
+
+
+def _power(effect: float, n: int, alpha: float) -> float:
+    """Of a two-sided paired t-test; the far tail, where scipy's noncentral t is not a number, adds nothing."""
+    from statsmodels.stats.power import TTestPower
+
+    return float(TTestPower().power(effect, n, alpha / 2, alternative="larger"))
+
+
+def documents_to_see(spread: float, difference: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
+    """Documents at which a paired t-test sees a true difference; None where one document's spread is unknown."""
+    from statsmodels.stats.power import normal_sample_size_one_tail
+
+    if not (0 < spread < math.inf and difference):
+        return None
+    fewest: int = max(2, math.ceil(normal_sample_size_one_tail(abs(difference), power, alpha / 2, std_null=spread)))
+    effect = abs(difference) / spread
+    # above a thousand t is normal; at ten spreads the fewest that have one do
+    while fewest < 1000 and effect < 10 and _power(effect, fewest, alpha) < power:
+        fewest += 1
+    return fewest
+
+
+def documents_to_decide(found: Difference, margin: float | None, family: int = 1) -> int | None:
+    """Documents that would decide what is open, with 80 % power.
+
+    family: comparisons in the report. A difference whose interval is away from 0: so many that it is significant, if it
+    stays as it is. Else so many that both truths would be called: no difference, and one as wide as the margin.
+    """
+    if found.ci_low > 0 or found.ci_high < 0:
+        wanted = documents_to_see(found.spread, found.mean, ALPHA / family)
+    elif margin is None:
+        return None
+    else:
+        seen = documents_to_see(found.spread, margin, ALPHA / family)
+        # each side of the interval must stay within the margin
+        excluded = documents_to_see(found.spread, margin, ALPHA, 1 - (1 - POWER) / 2)
+        wanted = max(seen, excluded) if seen and excluded else None
+    return None if wanted is None else max(wanted, found.n + 1)
+
+
+def mcnemar_power(n: int, discordance: float, drop: float, alpha: float = ALPHA) -> float:
+    """Probability that exact McNemar sees a true drop of a share.
+
+    n: documents. discordance: share of them that flip, in either direction. alpha: two-sided.
+    """
+    low, high = stats.binom.ppf((1e-9, 1 - 1e-9), n, discordance).astype(int)
+    flips = np.arange(low, high + 1)
+    # the most flips to one side that are still significant, of so many in all; -1 where none are
+    most = stats.binom.ppf(alpha / 2, flips, 0.5)
+    most -= stats.binom.cdf(most, flips, 0.5) > alpha / 2
+    to_worse = (discordance + drop) / (2 * discordance)
+    seen = stats.binom.cdf(most, flips, to_worse) + stats.binom.sf(flips - most - 1, flips, to_worse)
+    return float((stats.binom.pmf(flips, n, discordance) * seen).sum())
+
+
+def smallest_drop(n: int, discordance: float, alpha: float = ALPHA) -> float | None:
+    """The smallest drop of a share that exact McNemar sees with 80 % power; None where not even one of everything.
+
+    discordance: share of documents that flip; where the drop is larger, the drop.
+    """
+
+    def lacking(drop: float) -> float:
+        return mcnemar_power(n, max(discordance, drop), drop, alpha) - POWER
+
+    if lacking(1.0) < 0:
+        return None
+    return float(optimize.bisect(lacking, 1e-6, 1.0, xtol=1e-5))
+
+
+def smallest_mean(n: int, spread: float, alpha: float = ALPHA) -> float | None:
+    """The smallest difference of a mean that a paired t-test of n documents sees with 80 % power."""
+    if n < 2 or not math.isfinite(spread):
+        return None
+
+    def lacking(effect: float) -> float:
+        return _power(effect, n, alpha) - POWER
+
+    # solve_power gives up, and says nothing, where n is small and alpha too
+    largest = next((2.0**i for i in range(10) if lacking(2.0**i) > 0), None)
+    return None if largest is None else float(optimize.bisect(lacking, 1e-9, largest)) * spread
+
+
+# ---- margins
+
+
+def parse_margin(text: str) -> float:
+    """0.01 for `1pp`: the difference that does not matter.
+
+    One percentage point of a share, one percent of a perplexity or a time, 0.01 nats of a divergence.
+
+    Raises:
+        ValueError: another form, or none above 0 and below 100.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*pp", str(text).strip())
+    if not found or not 0 < float(found[1]) < 100:
+        raise ValueError(f"expected a margin in percentage points, such as 1pp, not '{text}'")
+    return float(found[1]) / 100

@@ -1,0 +1,456 @@
+"""A pair is compared where it can be, refused with the reason where not, and judged as sure as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from kvbench.measured import read, write
+from kvbench.report.compare import compare, find_scheme, markdown, noise_floor, rows_csv, summary
+from kvbench.report.flips import NotComparableError, flips
+from kvbench.report.gate import check
+from kvbench.results import Metric, NotARunError, Record, Store
+
+N = 400
+BASE = np.arange(N) % 10 < 7  # 70 % right
+
+
+def changed(worse, better=0):
+    """The baseline's answers, so many of them gone wrong and right."""
+    answers = BASE.copy()
+    answers[np.flatnonzero(BASE)[:worse]] = False
+    answers[np.flatnonzero(~BASE)[:better]] = True
+    return answers
+
+
+def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None, **changes):
+    """One cell: right and wrong answers, and a divergence of as many nats a document where there is one."""
+    answers = np.asarray(answers, dtype=float)
+    n = len(answers)
+    identity = {
+        "version": 1,
+        "model": {"name": "toy", "revision": "r1", "compute_dtype": "float32"},
+        "scheme": {"dtype": "fp16" if dtype in ("canary", "again") else dtype, "rotation": rotation},
+        "task": {"task": task, "limit": None, "num_fewshot": 0},
+        "scoring": "fused",
+        "seed": 0,
+        "limit": None,
+    }
+    for name, value in changes.pop("identity", {}).items():
+        identity[name] = {**identity[name], **value} if isinstance(value, dict) else value
+    metrics = [Metric("acc", float(answers.mean()), 0.02, n, "", True)]
+    columns = {"acc": answers}
+    if texts is not None:
+        metrics.append(Metric("perplexity", math.exp(np.mean(texts)), 0.1, n, "ppl", False))
+        columns["perplexity"] = -np.asarray(texts)
+    samples = [
+        {
+            "task": task,
+            "doc_id": i,
+            "doc_hash": changes.get("documents", {}).get(i, f"d{i}"),
+            "prompt_hash": changes.get("prompts", {}).get(i, f"p{i}"),
+            "filter": "none",
+            "resps": [f"answer {int(answers[i])}"],
+            **{name: float(column[i]) for name, column in columns.items()},
+        }
+        for i in range(n)
+    ]
+    record = Record(
+        cell=f"{dtype}-{rotation}-{task}",
+        status="done",
+        identity=identity,
+        model=identity["model"],
+        dtype=dtype,
+        rotation=rotation,
+        task=task,
+        scoring=identity["scoring"],
+        bits_per_value=4.0,
+        kv_bytes_per_token=1,
+        limit=identity["limit"],
+        metrics=tuple(metrics),
+        environment=changes.get("environment", {"cpu": "Toy CPU", "versions": {"torch": "2.11"}}),
+    )
+    Store(folder).save(record, samples)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with a baseline and what `save` puts into it."""
+    path = tmp_path / "run"
+    save(path, "fp16")
+    Store(path).write_run({"sweep": "toys", "baseline": {"dtype": "fp16", "rotation": "none"}, "config": {}})
+    return path
+
+
+def verdict(folder, dtype="int4", metric="acc", **options):
+    """The comparison of one metric."""
+    (row,) = [row for row in compare(read(folder), **options).rows if (row.dtype, row.metric) == (dtype, metric)]
+    return row
+
+
+def test_a_loss_is_worse_and_a_gain_better(folder):
+    """
+    Forty answers gone wrong of 400 are WORSE, forty gone right BETTER, with the flips of each direction.
+    """
+    save(folder, "int4", changed(40, 2))
+    save(folder, "int8", changed(2, 40))
+
+    worse, better = verdict(folder), verdict(folder, "int8")
+    assert (worse.verdict, worse.worse, worse.better, worse.test) == ("WORSE", 40, 2, "McNemar")
+    assert (worse.baseline, worse.value) == (0.7, pytest.approx(0.605))
+    assert worse.difference == pytest.approx(-0.095)
+    assert worse.ci_low < -0.095 < worse.ci_high < 0
+    assert worse.p < worse.p_holm < 0.05
+    assert (better.verdict, better.worse, better.better) == ("BETTER", 2, 40)
+
+
+def test_what_is_not_shown_is_inconclusive_with_the_n_that_decides(folder):
+    """
+    Three flips each way show neither a loss nor its absence, and never "no loss"; more documents would.
+    """
+    save(folder, "int4", changed(3, 3))
+
+    row = verdict(folder)
+
+    assert row.verdict == "INCONCLUSIVE"
+    assert row.n_to_decide > N
+
+
+def test_equivalence_needs_the_margin(folder):
+    """
+    The whole interval within the margin is EQUIVALENT; the margin is the option's, else the YAML's.
+    """
+    save(folder, "int4", changed(3, 3))
+
+    row = verdict(folder, margin="5pp")
+    assert row.verdict == "EQUIVALENT"
+    assert -0.05 < row.ci_low < row.ci_high < 0.05
+    assert verdict(folder, margin="1pp").verdict == "INCONCLUSIVE"
+    Store(folder).write_run({"baseline": {"dtype": "fp16", "rotation": "none"}, "config": {"margin": "5pp"}})
+    assert verdict(folder).verdict == "EQUIVALENT"
+
+
+@pytest.mark.parametrize("right", [1.0, 0.0])
+def test_a_task_at_floor_or_ceiling_is_not_discriminative(folder, right):
+    """
+    Where the baseline has all right, or nothing, equal answers say nothing of the cache.
+    """
+    answers = np.full(N, right)
+    save(folder, "fp16", answers)
+    save(folder, "int4", answers)
+
+    row = verdict(folder, margin="5pp")
+
+    assert row.verdict == "NOT-DISCRIMINATIVE"
+    assert ("ceiling" if right else "floor") in row.reason
+
+
+def test_chance_is_a_floor_too(folder):
+    """
+    Where a destroyed cache answers as well as the baseline, the task does not read the cache's contents.
+    """
+    save(folder, "canary", changed(20, 20))
+    save(folder, "int4", BASE)
+
+    assert verdict(folder).verdict == "NOT-DISCRIMINATIVE"
+    assert "destroyed cache" in verdict(folder).reason
+
+
+def test_a_loss_from_the_ceiling_is_a_loss(folder):
+    """
+    A baseline that has all right can still lose.
+    """
+    save(folder, "fp16", np.ones(N))
+    save(folder, "int4", np.arange(N) > 40)
+
+    assert verdict(folder).verdict == "WORSE"
+
+
+def test_a_perplexity_is_compared_as_a_ratio(folder):
+    """
+    Documents each 10 % more perplexing are +10 %, WORSE; within 1 % of each other EQUIVALENT.
+    """
+    texts = 3 + np.sin(np.arange(N))
+    noise = np.random.default_rng(0).normal(0, 0.01, N)
+    save(folder, "fp16", texts=texts)
+    save(folder, "int4", texts=texts + math.log(1.1) + noise)
+    save(folder, "int8", texts=texts + noise)
+
+    row = verdict(folder, metric="perplexity")
+    assert (row.verdict, row.unit, row.test) == ("WORSE", "relative", "paired t")
+    assert row.difference == pytest.approx(0.1, abs=0.005)
+    assert verdict(folder, "int8", "perplexity").verdict == "EQUIVALENT"
+
+
+def test_holm_counts_the_whole_report(folder):
+    """
+    What is significant alone is not among forty comparisons.
+    """
+    save(folder, "int4", changed(12, 2))
+    assert verdict(folder).verdict == "WORSE"
+
+    for i in range(39):
+        save(folder, "int8", changed(5, 5), task=f"other{i}")
+        save(folder, "fp16", task=f"other{i}")
+
+    row = verdict(folder, "int4")
+    assert row.p < 0.05
+    assert row.p_holm == pytest.approx(40 * row.p)
+    assert row.verdict == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"documents": {17: "altered"}}, "1 of 400 documents differ, first doc_id 17 (another document)"),
+        ({"prompts": {17: "altered"}}, "1 of 400 documents differ, first doc_id 17 (another prompt)"),
+        ({"answers": BASE[:300]}, "300 documents here, 400 in the baseline, 300 in both"),
+        (
+            {"identity": {"model": {"revision": "r2"}}},
+            "model.revision (weights, configuration or tokenizer) r2 here, r1",
+        ),
+        ({"identity": {"limit": 50}}, "limit 50 here, None in the baseline"),
+        ({"identity": {"task": {"limit": 300}}}, "task.limit 300 here, None in the baseline"),
+        ({"identity": {"scoring": "replay"}}, "scoring replay here, fused in the baseline"),
+        ({"identity": {"seed": 3}}, "seed 3 here, 0 in the baseline"),
+        ({"identity": {"task": {"num_fewshot": 5}}}, "task.num_fewshot 5 here, 0 in the baseline"),
+    ],
+)
+def test_a_pair_that_differs_elsewhere_is_refused(folder, tmp_path, changes, reason):
+    """
+    An altered document or prompt, another tokenizer, limit, scoring mode, seed or option is INVALID, with the reason;
+    in the same folder and between two.
+    """
+    save(folder, "int4", changes.pop("answers", BASE), **changes)
+
+    row = verdict(folder)
+
+    assert row.verdict == "INVALID"
+    assert reason in row.reason
+    assert (row.p, row.difference) == (None, None)
+    other = tmp_path / "other"
+    save(other, "int4")
+    Store(other).write_run({})
+    (row,) = compare(read(other), read(folder)).rows[1:]
+    assert (row.dtype, row.verdict) == ("int4", "INVALID")
+
+
+def test_samples_that_do_not_give_the_number_are_refused(folder):
+    """
+    A metric whose value is not the mean of its samples is not compared.
+    """
+    save(folder, "int4", changed(1))
+    path = folder / "cells/int4-none-qa/record.json"
+    row = json.loads(path.read_text())
+    row["metrics"][0]["value"] = 0.9
+    path.write_text(json.dumps(row))
+
+    assert verdict(folder).verdict == "INVALID"
+    assert "the samples' mean is not the metric's value" in verdict(folder).reason
+
+
+def test_order_is_no_matter(folder):
+    """
+    Documents are joined by their ids and hashes, not by their place in the file.
+    """
+    save(folder, "int4", changed(40))
+    before = verdict(folder)
+    path = folder / "cells/int4-none-qa/samples.parquet"
+    Store(folder).samples("int4-none-qa").sample(frac=1, random_state=0).to_parquet(path)
+
+    assert verdict(folder) == before
+
+
+def test_a_repeated_document_is_one(folder):
+    """
+    Rows of one document are clustered.
+    """
+    twice = {i: f"d{i // 2}" for i in range(N)}
+    save(folder, "fp16", documents=twice)
+    save(folder, "int4", changed(40), documents=twice)
+
+    assert verdict(folder).test == "clustered t"
+
+
+def test_the_noise_floor_stands_beside(folder):
+    """
+    The A/A cell has its flips and no verdict, and does not count among the comparisons; without one the report says so.
+    """
+    save(folder, "int4", changed(40))
+    assert "A/A: no cell, so the noise floor was not measured" in summary(read(folder), compare(read(folder)))
+    alone = verdict(folder).p_holm
+
+    save(folder, "again", changed(1, 2))
+    found = compare(read(folder))
+
+    assert verdict(folder, "again").verdict is None
+    assert verdict(folder).p_holm == alone
+    assert noise_floor(found) == ["A/A (the baseline again, other batches and seed), toy: qa acc 3 of 400 flipped"]
+    Store(folder).remove(["again-none-qa"])
+    Store(folder).write_run({"baseline": {"dtype": "fp16", "rotation": "none"}, "config": {"again": False}})
+    assert any("turned off" in line for line in summary(read(folder), compare(read(folder))))
+
+
+def test_another_baseline_by_its_short_name(folder):
+    """
+    --baseline takes DTYPE or DTYPE/ROTATION, and refuses what was not measured.
+    """
+    save(folder, "int4_per_token_head", changed(40))
+    save(folder, "int4_per_token_head", changed(10), rotation="hadamard")
+    measured = read(folder)
+
+    assert find_scheme(measured, "int4/hada") == ("int4_per_token_head", "hadamard")
+    assert find_scheme(measured, "int4") == ("int4_per_token_head", "none")
+    with pytest.raises(ValueError, match=r"--baseline int2 is no measured scheme; DTYPE/ROTATION is one of fp16/none"):
+        find_scheme(measured, "int2")
+    row = verdict(folder, "fp16", baseline=("int4_per_token_head", "none"))
+    assert (row.against, row.verdict) == ("int4_per_token_head · none", "BETTER")
+
+
+def test_every_format_says_the_same(folder):
+    """
+    Markdown, CSV and JSON have the verdict of each row.
+    """
+    save(folder, "int4", changed(40))
+    measured = read(folder)
+    found = compare(measured)
+
+    assert "| int4 | none | qa | acc | 0.7 | 0.6 | −10.0 pp |" in markdown(measured, found)
+    assert "WORSE |" in markdown(measured, found)
+    assert ",WORSE," in rows_csv(found.rows)
+
+
+# ---- check
+
+
+def lowered(folder, other, points):
+    """A copy of a run folder in which int4 has so many points fewer, in its samples too."""
+    save(other, "fp16")
+    save(other, "int4", changed(round(points / 100 * N)))
+    Store(other).write_run(Store(folder).run())
+    return read(other)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_drop_fails_the_check(folder, tmp_path, as_file):
+    """
+    Three points fewer fail, with the line that names cell and metric; an equal copy passes. Against a folder or a file.
+    """
+    save(folder, "int4")
+    against = read(folder)
+    if as_file:
+        write(against, tmp_path / "baseline.json")
+        against = read(tmp_path / "baseline.json")
+
+    found = check(lowered(folder, tmp_path / "lowered", 3), against)
+    equal = check(lowered(folder, tmp_path / "equal", 0), against)
+
+    (line,) = found.failed
+    assert line.startswith("toy int4 none qa acc: 0.7 -> 0.67 (−3.0 pp, 12 of 400 documents worse and 0 better")
+    assert line.endswith("WORSE, dropped by more than 1pp")
+    assert (equal.failed, equal.skipped, equal.compared) == ([], [], 2)
+
+
+def test_a_drop_within_the_noise_or_on_another_machine_needs_the_test(folder, tmp_path):
+    """
+    A drop that the paired test does not see fails only beyond the A/A cell's flips, and in the same environment.
+    """
+    save(folder, "int4")
+    against = read(folder)
+    drop = lowered(folder, tmp_path / "drop", 1.25)
+    assert [line.rpartition(": ")[2] for line in check(drop, against).failed] == ["dropped by more than 1pp"]
+
+    save(tmp_path / "drop", "again", changed(3, 3))
+    assert check(read(tmp_path / "drop"), against).failed == []
+    other = {"cpu": "Other CPU", "versions": {"torch": "2.12"}}
+    save(tmp_path / "elsewhere", "int4", changed(5), environment=other)
+    found = check(read(tmp_path / "elsewhere"), against)
+    assert found.failed == []
+    assert any("another environment: Other CPU, torch 2.12 / Toy CPU" in line for line in found.notes)
+
+
+def test_what_is_not_comparable_is_named(folder, tmp_path):
+    """
+    Other documents and missing cells are skipped by name, and fail where that is asked for.
+    """
+    save(folder, "int4")
+    save(folder, "int8")
+    other = tmp_path / "other"
+    save(other, "int4", documents={3: "altered"})
+
+    found = check(read(other), read(folder))
+
+    assert (found.compared, found.failed) == (0, [])
+    assert found.skipped == [
+        "toy int4 none qa acc: 1 of 400 documents differ, first doc_id 3 (another document)",
+        "toy fp16 none qa: no finished cell here",
+        "toy int8 none qa: no finished cell here",
+    ]
+    assert len(check(read(other), read(folder), ["skipped"]).failed) == 3
+
+
+def test_a_baseline_file_is_a_line_a_metric(folder, tmp_path):
+    """
+    It can be read in a diff: one line changes where one number does; and what is no such file is refused.
+    """
+    save(folder, "int4")
+    write(read(folder), tmp_path / "before.json")
+    save(folder, "int4", changed(12))
+    write(read(folder), tmp_path / "after.json")
+
+    before, after = ((tmp_path / name).read_text().splitlines() for name in ("before.json", "after.json"))
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(NotARunError, match=r"is no baseline file .*kvbench check DIR --write"):
+        read(tmp_path / "other.json")
+
+
+def test_a_number_without_its_samples_fails(folder, tmp_path):
+    """
+    A record whose metric was changed, and not its samples, is no equal copy.
+    """
+    save(folder, "int4")
+    copy = tmp_path / "copy"
+    save(copy, "int4")
+    path = copy / "cells/int4-none-qa/record.json"
+    path.write_text(path.read_text().replace('"value": 0.7', '"value": 0.73'))
+
+    (line,) = check(read(copy), read(folder)).failed
+
+    assert line.startswith("toy int4 none qa acc: it is no mean over documents")
+
+
+# ---- show
+
+
+def test_flips_are_listed_with_both_answers(folder):
+    """
+    Each document that moved, with what the baseline and the cell said.
+    """
+    save(folder, "int4", changed(2, 1))
+
+    found = flips(folder / "cells/int4-none-qa")
+
+    assert found.title == "toy · qa · int4 · none against fp16 · none: acc 3 of 400"
+    assert [(row.doc_id, row.before, row.after, row.baseline_answer, row.answer) for row in found.rows] == [
+        ("0", 1.0, 0.0, "'answer 1'", "'answer 0'"),
+        ("1", 1.0, 0.0, "'answer 1'", "'answer 0'"),
+        ("7", 0.0, 1.0, "'answer 0'", "'answer 1'"),
+    ]
+
+
+def test_flips_of_other_documents_are_refused(folder):
+    """
+    A cell without a baseline over its documents has no flips, nor has what is no cell.
+    """
+    save(folder, "int4", documents={3: "altered"})
+
+    with pytest.raises(NotComparableError, match="first doc_id 3"):
+        flips(folder / "cells/int4-none-qa")
+    with pytest.raises(NotComparableError, match="no baseline cell"):
+        flips(folder / "cells/fp16-none-qa")
+    with pytest.raises(FileNotFoundError, match="is no cell"):
+        flips(folder)

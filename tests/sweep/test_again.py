@@ -1,0 +1,95 @@
+"""The A/A cell measures noise, and nothing but."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvbench.results import Store
+from kvbench.runners.base import GenerateRequest, ScoreRequest
+from kvbench.runners.toy import ToyRunner
+from kvbench.sweep.again import Shuffled
+from kvbench.sweep.command import Options, run_sweep
+
+REQUESTS = [ScoreRequest((1, 2, i), (3, i)) for i in range(50)]
+
+
+class Watched(ToyRunner):
+    """Keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[ScoreRequest]] = []
+
+    def score(self, requests, progress=None):
+        self.asked.append(list(requests))
+        return super().score(requests, progress)
+
+
+def test_answers_come_in_the_order_of_the_requests():
+    """
+    Scores, hidden states and generations are those of the runner itself.
+    """
+    runner = ToyRunner()
+    again = Shuffled(runner, 1)
+    documents = [(1, 2, 3), (4, 5), (6, 7, 8, 9)]
+    prompts = [GenerateRequest((i, 2), 4) for i in range(7)]
+
+    assert [s.logprobs.tolist() for s in again.score(REQUESTS)] == [s.logprobs.tolist() for s in runner.score(REQUESTS)]
+    assert [h.shape[0] for h in again.hidden_states(documents)] == [3, 2, 4]
+    assert again.generate(prompts) == runner.generate(prompts)
+    assert again.score([]) == []
+
+
+def test_other_requests_meet_in_a_batch():
+    """
+    Every request is asked for once, in another order and not all at once: a runner that sorts them makes other batches.
+    """
+    runner = Watched()
+
+    Shuffled(runner, 1).score(REQUESTS)
+    Shuffled(runner, 2).score(REQUESTS)
+
+    first, second, *other = runner.asked
+    assert sorted(first + second, key=REQUESTS.index) == REQUESTS
+    assert (len(first), len(second)) == (25, 25)
+    assert first + second != REQUESTS
+    assert other != [first, second]
+
+
+def test_progress_counts_all_requests():
+    """
+    Progress goes from the first request to the last, over both lots.
+    """
+    seen = []
+
+    Shuffled(ToyRunner(), 1).score(REQUESTS, lambda done, total: seen.append((done, total)))
+
+    assert seen == [(i + 1, 50) for i in range(50)]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_every_sweep_has_one_unless_it_is_turned_off(toy, tmp_path, again):
+    """
+    The baseline is measured once more under the next seed, against the same baseline tensors; `again: false` is kept.
+    """
+    seeds = []
+
+    class Task(toy.ToyTask):
+        def run(self, runner, context):
+            seeds.append((runner.scheme.dtype_name, context.seed))
+            return super().run(runner, context)
+
+    parts = toy.Parts(toy.find_model, toy.fetch_model, toy.open_model, lambda spec, data: Task("toy_a"))
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"], again=again)
+
+    assert run_sweep(config, Options(output=tmp_path / "run"), parts) == 0
+
+    store = Store(tmp_path / "run")
+    found = [record for record in store.load().records.values() if record.again]
+    assert len(found) == again
+    assert (("fp16", 1) in seeds) == again
+    assert store.run()["config"]["again"] is again
+    assert len(list(store.baselines.glob("*.safetensors"))) == 1
+    for record in found:
+        assert record.identity["again"] is True
+        assert {metric.name: metric.value for metric in record.metrics} == {"acc": 1.0, "kld": 0.0, "kld_max": 9.0}

@@ -1,0 +1,301 @@
+"""The tests are as sure as they say: by simulation with a known truth, or computed exactly."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from scipy import stats as scipy_stats
+
+from kvbench.report.compare import Comparison as Row
+from kvbench.report.compare import _Paired, judge
+from kvbench.stats import (
+    ALPHA,
+    PSEUDO_FLIPS,
+    Difference,
+    compare_answers,
+    compare_means,
+    documents_to_decide,
+    documents_to_see,
+    holm,
+    mcnemar_power,
+    parse_margin,
+    ratio_of_medians,
+    smallest_drop,
+    smallest_mean,
+)
+
+REPETITIONS = 2000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection():
+    """statsmodels' multipletests collects garbage in each call: a hundred times slower with all modules in sight."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+MARGIN = 0.01
+
+
+def judged(differences, margin=MARGIN):
+    """The verdicts of one report: a family of comparisons of shares."""
+    row = Row("toy", "int4", "none", "task", "acc", "fp16 · none", unit="share", higher_is_better=True)
+    return [one.verdict for one in judge([_Paired(row, one, margin, "") for one in differences])]
+
+
+def flips(worse, better, n):
+    return compare_answers(np.concatenate([-np.ones(worse), np.ones(better), np.zeros(n - worse - better)]))
+
+
+def binomial_error(p, repetitions=REPETITIONS):
+    """Three standard errors of a simulated rate."""
+    return 3 * np.sqrt(p * (1 - p) / repetitions)
+
+
+def test_no_effect_is_seldom_called_one():
+    """
+    Where nothing differs, at most 5 % of the reports of 8 comparisons call anything WORSE or BETTER.
+    """
+    draw = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(REPETITIONS):
+        moved = draw.binomial(500, [0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2])
+        worse = draw.binomial(moved, 0.5)
+        verdicts = judged([flips(w, m - w, 500) for w, m in zip(worse, moved, strict=True)], margin=None)
+        wrong += bool({"WORSE", "BETTER"} & set(verdicts))
+
+    assert wrong / REPETITIONS <= ALPHA
+
+
+def test_no_effect_on_means_is_seldom_called_one():
+    """
+    The same of means over skewed differences, such as those of perplexities.
+    """
+    draw = np.random.default_rng(2)
+    p = [
+        compare_means(d).p
+        for d in draw.exponential(size=(REPETITIONS, 100)) - draw.exponential(size=(REPETITIONS, 100))
+    ]
+    reports = np.reshape(p, (-1, 8))
+
+    assert np.mean([min(holm(report)) < ALPHA for report in reports]) <= ALPHA + binomial_error(ALPHA, len(reports))
+
+
+@pytest.mark.parametrize("alpha", [ALPHA, ALPHA / 20])
+def test_the_power_is_what_the_plan_says(alpha):
+    """
+    A drop of 2 points with 6 % discordant answers at n=1319 is seen as often as `mcnemar_power` says, within 3 points.
+    """
+    draw = np.random.default_rng(3)
+    worse, better, _ = draw.multinomial(1319, [0.04, 0.02, 0.94], size=REPETITIONS).T
+
+    seen = np.mean([flips(w, b, 1319).p < alpha for w, b in zip(worse, better, strict=True)])
+
+    assert seen == pytest.approx(mcnemar_power(1319, 0.06, 0.02, alpha), abs=0.03)
+
+
+def test_the_smallest_drop_is_seen_four_times_in_five():
+    """
+    1.8 points at n=1319 with 5 % discordant answers; none where six flips of six would not be significant.
+    """
+    drop = smallest_drop(1319, 0.05)
+
+    assert drop == pytest.approx(0.018, abs=0.0005)
+    assert mcnemar_power(1319, 0.05, drop) == pytest.approx(0.8, abs=0.005)
+    assert smallest_drop(1319, 0.05, ALPHA / 20) > drop
+    assert smallest_drop(5, 0.05) is None
+
+
+def test_the_smallest_difference_of_a_mean_is_seen_four_times_in_five():
+    """
+    The same for means, by simulation; two documents show nothing at a corrected level.
+    """
+    draw = np.random.default_rng(4)
+    size = smallest_mean(8, 2.0)
+
+    seen = np.mean([compare_means(d).p < ALPHA for d in draw.normal(size, 2.0, size=(REPETITIONS, 8))])
+
+    assert seen == pytest.approx(0.8, abs=binomial_error(0.8))
+    assert smallest_mean(2, 2.0, ALPHA / 100) is None
+
+
+def size_of_equivalence(n, discordance, margin):
+    """The exact probability that a share that drops by the margin is called EQUIVALENT."""
+    to_worse = (discordance + margin) / (2 * discordance)
+    low, high = scipy_stats.binom.ppf((1e-7, 1 - 1e-7), n, discordance).astype(int)
+    total = 0.0
+    for moved in range(low, high + 1):
+        worse = np.arange(moved + 1)
+        # what compare_answers computes from worse and better flips, for all of them at once
+        count = n + len(PSEUDO_FLIPS)
+        mean = (moved - 2 * worse) / count
+        error = np.sqrt((moved + len(PSEUDO_FLIPS) - count * mean**2) / (count - 1) / count)
+        reach = scipy_stats.t.ppf(1 - ALPHA / 2, count - 1) * error
+        called = (mean - reach > -margin) & (mean + reach < margin)
+        chance = scipy_stats.binom.pmf(worse[called], moved, to_worse).sum()
+        total += scipy_stats.binom.pmf(moved, n, discordance) * chance
+    return total
+
+
+@pytest.mark.parametrize("margin", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize("discordance", [1.0001, 1.2, 1.5, 3.0, 6.0])
+def test_a_drop_as_large_as_the_margin_is_seldom_called_equivalent(margin, discordance):
+    """
+    At most 5 % of the time, rare and one-sided flips included. discordance: in margins; 1 where all flips are worse.
+    """
+    for n in (50, 100, 150, 250, 400, 700, 1319, 2000):
+        assert size_of_equivalence(n, discordance * margin, margin) <= ALPHA
+
+
+def test_the_size_above_is_that_of_the_verdict():
+    """
+    The exact computation agrees with verdicts on simulated documents.
+    """
+    draw = np.random.default_rng(5)
+    worse, better, _ = draw.multinomial(1319, [0.02, 0.0, 0.98], size=REPETITIONS).T
+
+    called = [judged([flips(w, b, 1319)], 0.02)[0] == "EQUIVALENT" for w, b in zip(worse, better, strict=True)]
+
+    expected = size_of_equivalence(1319, 0.02 * 1.0001, 0.02)
+    assert np.mean(called) == pytest.approx(expected, abs=binomial_error(expected))
+
+
+def test_a_mean_that_moved_by_the_margin_is_seldom_called_equivalent():
+    """
+    The same for means.
+    """
+    draw = np.random.default_rng(6)
+    found = [compare_means(d) for d in draw.normal(MARGIN, 0.02, size=(REPETITIONS, 40))]
+
+    assert np.mean([one.ci_low > -MARGIN and one.ci_high < MARGIN for one in found]) <= ALPHA
+
+
+def test_clustered_documents_do_not_inflate_errors():
+    """
+    Twenty questions about each of 40 texts: no effect is called one in about 5 %, as independent rows in far more.
+    """
+    draw = np.random.default_rng(7)
+    groups = np.repeat(np.arange(40), 20)
+    rows = draw.normal(size=(1000, 40)).repeat(20, axis=1) + draw.normal(size=(1000, 800))
+
+    clustered = np.mean([compare_means(row, groups).p < ALPHA for row in rows])
+    naive = np.mean([compare_means(row).p < ALPHA for row in rows])
+
+    assert clustered <= ALPHA + binomial_error(ALPHA, 1000)
+    assert naive > 0.4
+
+
+def test_clustered_answers_do_not_inflate_errors():
+    """
+    A question asked five times is one question: McNemar would call no effect one far too often.
+    """
+    draw = np.random.default_rng(8)
+    groups = np.repeat(np.arange(150), 5)
+    rows = draw.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=(1000, 150)).repeat(5, axis=1)
+
+    clustered = np.mean([compare_answers(row, groups).p < ALPHA for row in rows])
+    naive = np.mean([compare_answers(row).p < ALPHA for row in rows])
+
+    assert clustered <= ALPHA + binomial_error(ALPHA, 1000)
+    assert naive > 0.2
+
+
+def test_tokens_are_clustered_by_document():
+    """
+    Weighed by tokens, the mean is that over tokens, and its error is that of tokens clustered by document.
+    """
+    draw = np.random.default_rng(9)
+    lengths = draw.integers(50, 500, size=30)
+    documents = np.repeat(np.arange(30), lengths)
+    tokens = draw.normal(size=30)[documents] + draw.normal(size=len(documents))
+    fit = sm.OLS(tokens, np.ones_like(tokens)).fit(cov_type="cluster", cov_kwds={"groups": documents}, use_t=True)
+    means = np.array([tokens[documents == i].mean() for i in range(30)])
+
+    found = compare_means(means, weights=lengths.astype(float))
+
+    assert found.test == "clustered t"
+    assert found.mean == pytest.approx(tokens.mean())
+    low, high = fit.conf_int()[0]
+    # statsmodels corrects for few observations too: (N - 1) / (N - 1) of documents, (N - 1) / N of tokens
+    assert (found.ci_low, found.ci_high) == pytest.approx((low, high), rel=1e-3)
+
+
+def test_of_few_documents_nothing_is_sure():
+    """
+    Ten answers of which none moved have an interval of some width; one document has no interval at all.
+    """
+    ten = flips(0, 0, 10)
+
+    assert ten.p == 1
+    assert ten.ci_low < -0.2
+    assert ten.ci_high > 0.2
+    one = compare_means(np.array([0.1]))
+    assert (one.p, one.ci_low, one.ci_high) == (None, -np.inf, np.inf)
+
+
+def test_equal_numbers_are_equal():
+    """
+    Differences of exactly 0 have p = 1; a constant that is not 0 has p = 0.
+    """
+    assert compare_means(np.zeros(8)).p == 1
+    assert compare_means(np.full(8, 0.1)).p == 0
+
+
+def test_so_many_documents_decide():
+    """
+    With as many as `documents_to_decide` says, no difference is called EQUIVALENT and a loss of the margin WORSE, each
+    four times in five.
+    """
+    draw = np.random.default_rng(10)
+    open_case = Difference(0.0, -0.04, 0.04, 0.9, 100, "paired t", 0.2, 50, 50)
+    n = documents_to_decide(open_case, 0.03)
+
+    equal = [compare_means(d) for d in draw.normal(0, open_case.spread, size=(500, n))]
+    lost = [compare_means(d) for d in draw.normal(-0.03, open_case.spread, size=(500, n))]
+
+    assert np.mean([one.ci_low > -0.03 and one.ci_high < 0.03 for one in equal]) >= 0.8 - binomial_error(0.8, 500)
+    assert np.mean([one.p < ALPHA for one in lost]) >= 0.8 - binomial_error(0.8, 500)
+    assert documents_to_see(1.0, 1.0) == 10  # of the t-test's tables
+
+
+def test_holm_is_holms():
+    """
+    The smallest p is multiplied by how many there are, the next by one fewer, and none is below one before it.
+    """
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_the_ratio_of_medians_covers_the_truth():
+    """
+    95 % of the intervals, or a little fewer for few samples, hold the true ratio of two timings.
+    """
+    draw = np.random.default_rng(11)
+    held = 0
+    for seed in range(200):
+        low, high = ratio_of_medians(draw.normal(90, 2, 30), draw.normal(100, 2, 30), seed)[1:]
+        held += low <= 0.9 <= high
+
+    assert held / 200 >= 0.88
+
+
+@pytest.mark.parametrize(("text", "value"), [("1pp", 0.01), ("0.5 pp", 0.005), (" 2pp", 0.02)])
+def test_a_margin_is_in_points(text, value):
+    """
+    A number of percentage points.
+    """
+    assert parse_margin(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["1", "1%", "-1pp", "0pp", "100pp", "pp", ""])
+def test_another_margin_is_refused(text):
+    """
+    Without its unit, or outside of 0..100, it is none.
+    """
+    with pytest.raises(ValueError, match=r"expected a margin in percentage points, such as 1pp"):
+        parse_margin(text)
