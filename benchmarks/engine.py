@@ -35,16 +35,7 @@ TASKS: tuple[tuple[dict[str, Any], int], ...] = (
     ({"task": "lambada_openai"}, 64),
     ({"task": "gsm8k", "num_fewshot": 5, "limit": 256}, 128),
 )
-SCHEMES = (
-    "fp16",
-    "fp8_per_tensor",
-    "fp8_per_token_head",
-    "int8",
-    "int4",
-    "int4/randomized_hadamard",
-    "int2",
-    "int2/none",
-)
+SCHEMES = ("fp16", "int8", "int4", "int2")
 PARITY_DOCUMENTS = 200
 
 

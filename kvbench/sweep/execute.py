@@ -203,6 +203,7 @@ class Session:
         began = time.perf_counter()
         environment, on_gpu = self.setting.environment, self.setting.device != "cpu"
         if on_gpu:
+            torch.cuda.empty_cache()  # what the last cell's cache held is another process's too
             torch.cuda.reset_peak_memory_stats()
         try:
             seed = cell.seed + 1 if cell.again else cell.seed
