@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONVERTER = 1  # part of a converted model's revision: raise it when the same file would give other numbers or tokens
+FOLDER = 2  # of a converted folder's name: raise it when an earlier conversion may be wrong in some environment
 SHARD_BYTES = 2**31
 
 
@@ -168,7 +169,7 @@ def convert(file: Path) -> Path | None:
     from filelock import FileLock
 
     home = cache_dir() / "models"
-    folder = home / f"{file.stem}-{file_sha256(file)[:16]}-c{CONVERTER}"
+    folder = home / f"{file.stem}-{file_sha256(file)[:16]}-c{CONVERTER}.{FOLDER}"
     if folder.is_dir():
         return folder
     try:
@@ -259,14 +260,18 @@ def _write_folder(file: GGUFFile, names: Mapping[str, tuple[str, tuple[int, ...]
 def _tokenizer(file: GGUFFile, path: Path) -> Any:
     """The file's tokenizer.
 
-    SmolLM's is built here: transformers (5.23) leaves out that it splits off every digit, and so cuts spaces before a
-    number in another way than the model was trained with. Others are transformers' conversion.
+    Two are built here. SmolLM's, since transformers (5.23) leaves out that it splits off every digit, and so cuts
+    spaces before a number in another way than the model was trained with; and Gemma's, of which transformers before
+    5.23 makes one that knows single characters alone. Others are transformers' conversion.
     """
     from transformers import AutoTokenizer
 
+    kind = file.get("tokenizer.ggml.model")
     adds = file.get("tokenizer.ggml.add_bos_token", False) or file.get("tokenizer.ggml.add_eos_token", False)
-    if file.get("tokenizer.ggml.model") == "gpt2" and file.get("tokenizer.ggml.pre") == "smollm" and not adds:
+    if kind == "gpt2" and file.get("tokenizer.ggml.pre") == "smollm" and not adds:
         tokenizer = _smollm_tokenizer(file)
+    elif kind == "llama" and file.architecture == "gemma3":
+        tokenizer = _gemma_tokenizer(file)
     else:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     tokenizer.model_max_length = file.config["max_position_embeddings"]
@@ -278,21 +283,59 @@ def _smollm_tokenizer(file: GGUFFile) -> Any:
 
     Source: llama.cpp's pre-tokenizer "smollm"; the same two steps stand in the tokenizer.json of SmolLM2 on the hub.
     """
-    from gguf import TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    make: Any = PreTrainedTokenizerFast
     tokens: list[str] = file.get("tokenizer.ggml.tokens")
-    types: list[int] = file.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
     merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
+    return _as_transformers(file, backend)
+
+
+def _gemma_tokenizer(file: GGUFFile) -> Any:
+    """BPE over text with its spaces as "▁", bytes for what is not in the vocabulary, and bos first.
+
+    The file has no merges: every pair of pieces that joins to a piece is one, in the order of the wholes, and of one
+    whole's that with the longer left piece first. Source: the merges that transformers 5.23 reads off such a file.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    # runs of spaces stand in the file as they are read, not as they are matched
+    tokens: list[str] = [token.replace(" ", "▁") for token in file.get("tokenizer.ggml.tokens")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in tokens
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    if file.get("tokenizer.ggml.add_bos_token", True):
+        bos = tokens[file.get("tokenizer.ggml.bos_token_id")]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
+        )
+    return _as_transformers(file, backend)
+
+
+def _as_transformers(file: GGUFFile, backend: Any) -> Any:
+    """A transformers tokenizer with the file's special tokens, their roles and its chat template."""
+    from gguf import TokenType
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    make: Any = PreTrainedTokenizerFast
+    tokens: list[str] = file.get("tokenizer.ggml.tokens")
+    types: list[int] = file.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
     for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
-        added = [token for token, found in zip(tokens, types, strict=True) if found == kind]
+        added = [token for token, found in zip(tokens, types, strict=True) if found == kind and token.strip(" ")]
         backend.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: file.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}

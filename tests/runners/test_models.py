@@ -127,8 +127,8 @@ def add_tokenizer(writer, architecture, size):
     """A vocabulary of bytes and a few merges; SmolLM's kind for llama, Gemma's kind for gemma3."""
     if architecture == "gemma3":
         tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
-        tokens += list("abcdefghij")
-        kinds = [3, 3, 3, 2, 1] + [6] * 256 + [1] * 10
+        tokens += [*"abcdefghij", "ab", "bc", "abc", "▁a", "  ", "   "]
+        kinds = [3, 3, 3, 2, 1] + [6] * 256 + [1] * 14 + [4] * 2
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([0.0] * size)
         merges, (bos, eos, unknown, pad) = None, (2, 1, 3, 0)
@@ -359,6 +359,18 @@ def test_conversion_agrees_with_the_loader_of_transformers(dtype, tmp_path, cach
     )
 
 
+def test_gemmas_tokens_are_those_of_transformers(tmp_path, cache):
+    """Pieces, runs of spaces, bytes of unknown letters, bos: as transformers 5.23 reads the file; 5.17 knows letters."""
+    file = write_gguf(tmp_path / "small.gguf", small_model("gemma3"), "gemma3")
+    _, ours, _ = models.load(models.resolve(str(file)), "float32")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+
+    assert ours.convert_ids_to_tokens(ours("abc a").input_ids)[-2:] == ["abc", "▁a"]
+    for text in ("abc abcab", "a  b   c    ab", "é\nZ", "<bos>a", ""):
+        assert ours(text).input_ids == theirs(text).input_ids
+        assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
+
+
 def test_a_model_is_converted_once(tmp_path, cache, monkeypatch):
     """The second load reads what the first one wrote, and a copy of the file elsewhere is the same model."""
     file = write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama")
@@ -385,7 +397,7 @@ def test_a_conversion_that_ended_early_leaves_nothing(tmp_path, cache, monkeypat
         with pytest.raises(ModelError, match=r"small\.gguf cannot be converted: division by zero"):
             models.load(models.resolve(str(file)), "float32")
     assert [path.name for path in (cache / "models").iterdir() if path.is_dir()] == []
-    name = f"small-{model_files.file_sha256(file)[:16]}-c{conversion.CONVERTER}"
+    name = f"small-{model_files.file_sha256(file)[:16]}-c{conversion.CONVERTER}.{conversion.FOLDER}"
     abandoned = cache / "models" / f".draft-{name}"
     abandoned.mkdir()
     (abandoned / "config.json").write_text("{")
