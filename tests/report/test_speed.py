@@ -7,13 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvbench.report.speed import NOT_RUN, speed_column
 from kvbench.report.tables import Report
 from kvbench.results import Record, Store
+from kvbench.schemes import Scheme
+from kvbench.timing import Shape, load_requests
 
 RESULTS = Path(__file__).parents[2] / "results"
-SCHEMES = [("fp16", "none"), ("int4_per_token_head", "randomized_hadamard"), ("int4_per_token_head", "none")]
+SCHEMES = [("fp16", "none"), ("int4_per_token_head", "randomized_hadamard"), ("fp16", "hadamard")]
+SHAPE = ("query_heads", "kv_heads", "head_dim", "page_size")
+ROW = ("prefix", "batch", "context", "dtype", "rotation")
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +96,39 @@ def test_every_committed_time_has_its_samples(kernels):
     """
     The median of a record is that of the samples beside it.
     """
-    for folder in ("kernels-h100", "kernels-h100-rotations"):
-        store = Store(RESULTS / folder)
-        for record in store.load().records.values():
-            samples = store.samples(record.cell)["us"]
-            # those files keep their samples to 0.01 µs
-            assert samples.median() == pytest.approx(record.facts["us"], abs=0.005 + 1e-9)
-            assert len(samples) == record.metrics[0].n
+    store = Store(RESULTS / "kernels-h100")
+    for record in kernels:
+        samples = store.samples(record.cell)["us"]
+        assert samples.median() == record.facts["us"]
+        assert len(samples) == record.metrics[0].n
+
+
+def test_the_committed_rows_are_those_of_the_grid_file(kernels):
+    """
+    `configs/kernels.yaml` states every row of results/kernels-h100, and no other; all are of one state of the code.
+    """
+    stated = {
+        (
+            one.op,
+            one.shape,
+            one.prefix,
+            batch,
+            None if one.op == "write" else context,
+            scheme.dtype_name,
+            scheme.rotation_name,
+        )
+        for one in load_requests(RESULTS.parent / "configs" / "kernels.yaml")
+        for batch in one.batches
+        for context in one.contexts
+        for dtype in one.dtypes
+        for rotation in one.rotations or (None,)
+        for scheme in [Scheme.parse(dtype, rotation).resolve(torch.bfloat16)]
+    }
+    measured = [
+        (row["op"], Shape(*(row[name] for name in SHAPE)), *(row[name] for name in ROW))
+        for row in (one.facts for one in kernels)
+    ]
+
+    assert len(measured) == len(set(measured))
+    assert set(measured) == stated
+    assert len({json.dumps(one.environment["git"]) for one in kernels}) == 1
