@@ -360,7 +360,7 @@ def test_conversion_agrees_with_the_loader_of_transformers(dtype, tmp_path, cach
 
 
 def test_gemmas_tokens_are_those_of_transformers(tmp_path, cache):
-    """Pieces, runs of spaces, bytes of unknown letters, bos: as transformers 5.23 reads the file; 5.17 knows letters."""
+    """Pieces, runs of spaces, bytes of unknown letters, bos: as transformers 5.23 reads the file."""
     file = write_gguf(tmp_path / "small.gguf", small_model("gemma3"), "gemma3")
     _, ours, _ = models.load(models.resolve(str(file)), "float32")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
