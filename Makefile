@@ -59,9 +59,9 @@ check: env
 test: env
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-# no environment of ours: a machine with a GPU has its own torch and Triton
+# no environment of ours: a machine with a GPU has its own torch, Triton and transformers, and need not install kvbench
 test-gpu:
-	TRITON_INTERPRET=0 $(GPU_PYTHON) -P -m pytest tests/kernels $(ARGS)
+	TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -P -m pytest tests/kernels $(ARGS)
 
 bench: env
 	@for script in benchmarks/*.py; do echo "== $$script"; TQDM_DISABLE=1 $(BIN)/python "$$script" $(ARGS); done

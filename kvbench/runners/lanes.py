@@ -37,11 +37,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Made:
-    """Tokens [steps, lanes] on their way to the host, of these runs in order. copied: when they are there."""
+    """Tokens [steps, lanes] on their way to the host, of these runs in order.
+
+    copied: when they are there. decoded: they were made by steps of their own, not beside a pass of prompts.
+    """
 
     runs: tuple[Run, ...]
     tokens: Tensor
     copied: torch.cuda.Event | None
+    decoded: bool
 
     def columns(self) -> list[list[int]]:
         """The new tokens of each run."""
@@ -128,7 +132,7 @@ class Lanes:
         for run in runs:
             run.launched += 1
         self._tokens[lanes] = chosen = self._choose(lanes, logits)
-        return self._on_its_way(tuple(runs), chosen[None])
+        return self._on_its_way(tuple(runs), chosen[None], decoded=False)
 
     def inputs(self) -> tuple[Tensor, Tensor, Batch]:
         """Tokens, positions and batch of the next step, for a caller that computes it together with other work."""
@@ -137,7 +141,7 @@ class Lanes:
     def take(self, logits: Tensor) -> Made:
         """Ends a step that a caller computed: logits [lanes, V]."""
         self._advance(len(self.running), logits)
-        return self._collect(1)
+        return self._collect(1, decoded=False)
 
     def block(self) -> Made:
         """Some steps for all lanes, at least one."""
@@ -219,20 +223,20 @@ class Lanes:
                 self._advance(size, self._compute(*self._inputs(size)))
         graph.replay()
 
-    def _collect(self, steps: int) -> Made:
+    def _collect(self, steps: int, decoded: bool = True) -> Made:
         for run in self.running:
             run.launched += steps
         self._step.zero_()
-        return self._on_its_way(tuple(self.running), self._made[:steps, : len(self.running)])
+        return self._on_its_way(tuple(self.running), self._made[:steps, : len(self.running)], decoded)
 
-    def _on_its_way(self, runs: tuple[Run, ...], tokens: Tensor) -> Made:
+    def _on_its_way(self, runs: tuple[Run, ...], tokens: Tensor, decoded: bool) -> Made:
         if self._device.type != "cuda":
-            return Made(runs, tokens.clone(), None)
+            return Made(runs, tokens.clone(), None, decoded)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens.contiguous(), non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return Made(runs, host, copied)
+        return Made(runs, host, copied, decoded)
 
 
 def uniform(seed: int, count: int) -> Tensor:

@@ -266,7 +266,8 @@ class TransformersRunner:
     def stats(self) -> dict[str, float]:
         """Tokens and seconds of prefill and of decoding so far, and the bytes that a token takes in the cache.
 
-        A pass of prompts with steps of running sequences counts as prefill, their tokens too.
+        A pass of prompts with steps of running sequences counts as prefill, their tokens too. What was decoded after
+        the end of an answer takes seconds and counts no tokens.
         """
         sizes = {"kv_bytes_per_token": self._caches[0].bytes_per_token} if self._caches else {}
         return {**self._clock.totals(), **sizes}
@@ -405,9 +406,8 @@ class TransformersRunner:
                     pending.extend(made)
                     idle = False
                 elif lanes.running:
-                    with self._clock.decode() as counted:
+                    with self._clock.decode():
                         pending.append(lanes.block())
-                        counted(pending[-1].tokens.numel())
                     idle = False
                 # on a GPU the newest tokens are still being computed
                 while len(pending) > (0 if idle or self.device.type != "cuda" else 1):
@@ -453,32 +453,39 @@ class TransformersRunner:
         return self._logits(self._forward(tokens, positions, [_Part(batch, self._caches[0], self._caches[:1])]))
 
     def _answer(self, made: Made, answers: list[Generation | None]) -> None:
-        """Gives each run its new tokens, and answers those that ended: by an end token, a stop string or in length."""
+        """Gives each run its new tokens, and answers those that ended."""
         for run, new in zip(made.runs, made.columns(), strict=True):
             if run.answered:
                 continue
-            request, before = run.request, len(run.tokens)
-            for token in new:
-                if token in self._ends or len(run.tokens) == request.max_new_tokens:
-                    run.answered = True
-                    break
-                run.tokens.append(token)
-            run.answered |= len(run.tokens) == request.max_new_tokens
-            if not run.answered and not request.stop:
-                continue
-            text = self._text(run.tokens)
-            if any(stop in text for stop in request.stop):
-                run.answered = True
-                # what was made after the first stop string is no part of the answer
-                for count in range(before + 1, len(run.tokens)):
-                    if any(stop in self._text(run.tokens[:count]) for stop in request.stop):
-                        del run.tokens[count:]
-                        text = self._text(run.tokens)
-                        break
-            if run.answered:
-                for stop in request.stop:
+            before = len(run.tokens)
+            text = self._extend(run, new)
+            if made.decoded:
+                self._clock.decoded += len(run.tokens) - before
+            if text is not None:
+                for stop in run.request.stop:
                     text = text.split(stop)[0]
                 answers[run.index] = Generation(text, tuple(run.tokens))
+
+    def _extend(self, run: Run, new: Sequence[int]) -> str | None:
+        """Gives a run its new tokens; its text, if an end token, a stop string or its length ended it."""
+        request, before = run.request, len(run.tokens)
+        for token in new:
+            if token in self._ends or len(run.tokens) == request.max_new_tokens:
+                run.answered = True
+                break
+            run.tokens.append(token)
+        run.answered |= len(run.tokens) == request.max_new_tokens
+        if not run.answered and not request.stop:
+            return None
+        text = self._text(run.tokens)
+        if any(stop in text for stop in request.stop):
+            run.answered = True
+            # what was made after the first stop string is no part of the answer
+            for count in range(before + 1, len(run.tokens)):
+                if any(stop in self._text(run.tokens[:count]) for stop in request.stop):
+                    del run.tokens[count:]
+                    return self._text(run.tokens)
+        return text if run.answered else None
 
     def _text(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -663,11 +670,12 @@ def _free_memory(device: torch.device) -> int:
 
 
 class _Clock:
-    """Tokens and seconds of prefill and of decoding; on a GPU by its own events, so that nothing waits."""
+    """Seconds of prefill and of decoding, on a GPU by its own events, so that nothing waits; and their tokens."""
 
     def __init__(self, device: torch.device) -> None:
+        self.decoded = 0
         self._gpu = device.type == "cuda"
-        self._tokens = {"prefill": 0, "decode": 0}
+        self._prefilled = 0
         self._spans: dict[str, list[tuple[Any, Any]]] = {"prefill": [], "decode": []}
 
     def _now(self) -> Any:
@@ -679,32 +687,32 @@ class _Clock:
 
     @contextmanager
     def prefill(self, tokens: int) -> Iterator[None]:
-        """Counts the block as a pass of prompt tokens."""
-        begin = self._now()
-        yield
-        self._spans["prefill"].append((begin, self._now()))
-        self._tokens["prefill"] += tokens
+        """Counts the block as a pass of so many prompt tokens."""
+        self._prefilled += tokens
+        with self._timed("prefill"):
+            yield
 
     @contextmanager
-    def decode(self) -> Iterator[Callable[[int], None]]:
-        """Counts the block as decoding; the block says how many tokens."""
+    def decode(self) -> Iterator[None]:
+        """Counts the block as decoding; its tokens are counted when the host has seen them."""
+        with self._timed("decode"):
+            yield
 
-        def counted(tokens: int) -> None:
-            self._tokens["decode"] += tokens
-
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         begin = self._now()
-        yield counted
-        self._spans["decode"].append((begin, self._now()))
+        yield
+        self._spans[name].append((begin, self._now()))
 
     def totals(self) -> dict[str, float]:
         """Tokens and seconds; what did not happen is left out."""
         if self._gpu:
             torch.cuda.synchronize()
         found: dict[str, float] = {}
-        for name, spans in self._spans.items():
+        for (name, spans), tokens in zip(self._spans.items(), (self._prefilled, self.decoded), strict=True):
             if spans:
                 seconds = [a.elapsed_time(b) / 1e3 if self._gpu else b - a for a, b in spans]
-                found |= {f"{name}_tokens": self._tokens[name], f"{name}_seconds": sum(seconds)}
+                found |= {f"{name}_tokens": tokens, f"{name}_seconds": sum(seconds)}
         return found
 
 

@@ -408,3 +408,18 @@ def test_an_exact_prefill_reads_the_cache_only_after_the_context(name):
     alone = [loaded.runner(scheme, page_size=64, scoring="prefill_exact").score([r])[0] for r in requests[:4]]
     for a, b in zip(alone, scores, strict=False):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-6)
+
+
+def test_stats_count_what_was_computed():
+    """
+    A shared prefix counts once, decoding counts the tokens that are part of answers, and bytes are those of the cache.
+    """
+    runner = tiny("llama").runner(Scheme.parse("int8"), page_size=4)
+    prefix = tokens(20, 1)
+    answers = runner.generate([GenerateRequest(prefix + tokens(9, i), 5) for i in (2, 3)])
+    stats = runner.stats()
+
+    assert stats["prefill_tokens"] == 20 + 9 + 9
+    assert stats["decode_tokens"] == sum(len(answer.tokens) - 1 for answer in answers)
+    assert min(stats["prefill_seconds"], stats["decode_seconds"]) > 0
+    assert stats["kv_bytes_per_token"] == kv_bytes_per_token(runner.info.layers, runner.scheme)
