@@ -401,16 +401,22 @@ def kernel(
     from kvbench.timing import KernelRequest, Shape, as_record, load_requests, parse_grid, render, run, shape_of_model
 
     try:
+        gpu = torch.cuda.is_available()
         if config:
+            if dtype or rotation or model or prefix:
+                raise ValueError("the file states the grids: leave out --dtype, --rotation, --model and --prefix")
             requests = load_requests(config)
         else:
+            if prefix and op.value not in ("prefill", "mixed"):
+                raise ValueError("--prefix is of a prefill: add --op prefill or --op mixed")
             query_heads, _, kv_heads = heads.partition("/")
             if not (query_heads.isdigit() and kv_heads.isdigit()):
                 raise ValueError(f"heads are QUERY/KV, such as 32/8, not '{heads}'")
             given = Shape(int(query_heads), int(kv_heads), head_dim, page_size)
             requests = [
                 KernelRequest(
-                    dtypes=tuple(dtype or [name for name in all_dtypes() if name != "auto"]),
+                    # Triton's interpreter gets bf16 wrong
+                    dtypes=tuple(dtype or [n for n in all_dtypes() if n != "auto" and (gpu or n != "bf16")]),
                     rotations=tuple(rotation or ()),
                     op=op.value,
                     batches=parse_grid(batch),
@@ -420,7 +426,9 @@ def kernel(
                     peers=peers,
                 )
             ]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error, BAD_INPUT)
+    except ValueError as error:
         fail(error, BAD_INPUT)
     environment = {**describe(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
 

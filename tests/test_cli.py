@@ -455,7 +455,7 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
         (["--dtype", "int3"], 2, "error: unknown dtype 'int3': did you mean int2?"),
         (["--heads", "32"], 2, "error: heads are QUERY/KV, such as 32/8, not '32'"),
         (["--heads", "9/4"], 2, "error: 9 query heads are no multiple of 4 KV heads"),
-        (["--batch", "many"], 2, "error: 'many' is no number: write 32768 or 32k"),
+        (["--batch", "many"], 2, "error: 'many' is no number from 1 on: write 32768 or 32k"),
         (["nowhere.yaml"], 2, "error: "),
     ],
 )

@@ -17,6 +17,8 @@ from kvbench_kernels.unpack import E4M3, FLOAT, UNSIGNED, channels, exp2, unpack
 _LOG2E = tl.constexpr(1.4426950408889634)
 # query rows of a KV head, per sequence on average, from which on a cache is first spread in memory, once for all
 SPREAD_ROWS = 512
+# tokens spread, padded to the longest sequence, for each query token at most: the copy's memory has a limit
+SPREAD_RATIO = 16
 
 
 @triton.jit
@@ -576,6 +578,7 @@ def prefill(
     spread = (
         packed
         and tokens * group >= SPREAD_ROWS * seq_lens.shape[0]
+        and page_table.numel() * page_size <= SPREAD_RATIO * max(tokens, page_size)
         and (head_dim <= 256 or k_turn.block == v_turn.block == 1)
     )
     tuning = tuning or choose_prefill_tuning(head_dim)

@@ -30,7 +30,7 @@ def choose(
     # imported here, for Triton decides on import whether it interprets
     from kvbench.attention import triton
 
-    lacking = triton.lacking(scheme.resolve(compute_dtype), compute_dtype)
+    lacking = triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device)
     if lacking and wanted == "triton":
         raise ValueError(f"attention: triton can't serve this cell: {lacking}")
     return "reference" if lacking else "triton"

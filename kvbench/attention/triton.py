@@ -83,8 +83,10 @@ def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Te
     )
 
 
-def lacking(scheme: Scheme, compute_dtype: torch.dtype) -> str:
+def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernels can't serve this resolved scheme with queries of this dtype; empty where they can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "the kernels use instructions of compute capability 9.0 (Hopper), which this GPU does not have"
     if compute_dtype not in (torch.float16, torch.bfloat16):
         return f"the kernels multiply in 16 bits, and the model computes in {str(compute_dtype).removeprefix('torch.')}"
     try:

@@ -35,8 +35,8 @@ class GenerateRequest:
     """Tokens after `prompt`, until a stop string, an end token or `max_new_tokens`.
 
     temperature: 0 takes the most likely token; otherwise tokens are drawn, from the `top_k` most likely (0: all) that
-    hold `top_p` of the probability, by a generator seeded with `seed` alone: a request's tokens do not depend on its
-    batch.
+    hold `top_p` of the probability, by a generator seeded with `seed` alone: a request's draws do not depend on its
+    batch. prompt: one token at least.
     """
 
     prompt: tuple[int, ...]

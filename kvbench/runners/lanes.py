@@ -105,7 +105,7 @@ class Lanes:
 
     @property
     def free(self) -> int:
-        """Lanes without a sequence."""
+        """How many lanes have no sequence."""
         return self.most - len(self.running)
 
     def admit(self, runs: Sequence[Run], logits: Tensor) -> Made:
@@ -126,8 +126,8 @@ class Lanes:
             self._top_k[lanes] = to_device([r.top_k for r in requests], torch.int64, self._device)
             self._temperature[lanes] = to_device([r.temperature for r in requests], torch.float32, self._device)
             self._top_p[lanes] = to_device([r.top_p for r in requests], torch.float32, self._device)
-            drawn = [uniform(r.seed, self._draws.shape[1]) for r in requests]
-            self._draws[lanes] = torch.stack(drawn).to(self._device)
+            drawn = torch.stack([uniform(r.seed, self._draws.shape[1]) for r in requests])
+            self._draws[lanes] = to_device(drawn.flatten().tolist(), torch.float32, self._device).view(drawn.shape)
         self.running += runs
         for run in runs:
             run.launched += 1
@@ -144,7 +144,7 @@ class Lanes:
         return self._collect(1, decoded=False)
 
     def block(self) -> Made:
-        """Some steps for all lanes, at least one."""
+        """Some steps for all lanes, at least one; a run's tokens after its end are to be ignored."""
         size = len(self.running)
         if not self.graphed:
             self._advance(size, self._compute(*self._inputs(size)))
@@ -201,9 +201,12 @@ class Lanes:
             return likeliest
         temperature = self._temperature[lanes, None]
         p, order = (logits.float() / temperature.clamp_min(1e-6)).softmax(-1).sort(descending=True, stable=True)
-        keep = p.cumsum(-1) - p < self._top_p[lanes, None]  # the smallest set that holds top_p
         top_k = self._top_k[lanes, None]
-        keep &= (torch.arange(p.shape[-1], device=p.device) < top_k) | (top_k == 0)
+        p = p.where((torch.arange(p.shape[-1], device=p.device) < top_k) | (top_k == 0), 0)
+        # of what top_k left, the smallest set that holds top_p: one token at least
+        before = p.cumsum(-1) - p
+        keep = before < self._top_p[lanes, None] * p.sum(-1, keepdim=True)
+        keep[:, 0] = True
         mass = (p * keep).cumsum(-1)
         drawn = self._draws[lanes].gather(1, self._count[lanes, None].clamp_max(self._draws.shape[1] - 1))
         rank = (mass <= drawn * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)

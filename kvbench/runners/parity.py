@@ -32,7 +32,7 @@ class Parity:
 def parity(loaded: TransformersModel, tokens: list[int]) -> Iterator[Parity]:
     """For each dtype × rotation that kernels write, how the model's own keys and values of `tokens` are stored.
 
-    The keys and values are those of the exact cache. Written are they by the kernels, on the model's device, and by
+    The keys and values are those of the exact cache. The kernels write them on the model's device, and
     PagedCache.append on the CPU.
 
     Raises:

@@ -108,6 +108,10 @@ class Prefill:
             if piece.completes:
                 self._stack += [Work(child) for child in reversed(piece.segment.children)]
 
+    def pages(self, segment: Segment) -> list[int]:
+        """The pages of a computed segment's sequence."""
+        return self._open[segment].table.pages
+
     def claim(self, segment: Segment) -> tuple[PageTable, Copies]:
         """The sequence of one request that ends with a computed segment: the caller's to write to and to release.
 

@@ -254,7 +254,12 @@ class TransformersRunner:
         """One Generation a request, in the order of the requests.
 
         Sequences come and go in one batch: a pass of prompts takes a step of every running sequence along, and where no
-        prompt waits, steps follow each other without the host. Requests for which no page is free wait.
+        prompt waits, steps follow each other (with the kernels on a GPU without the host). Requests for which no page
+        is free wait.
+
+        Raises:
+            ValueError: a prompt without tokens.
+            OutOfPages: the cache can't hold one of them alone.
         """
         return self._halving(lambda: self._generate(requests, progress))
 
@@ -354,6 +359,8 @@ class TransformersRunner:
         if not requests:
             return []
         prompts = [r.prompt for r in requests]
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         each = 2 * (-(-longest // self.page_size)) + 2
         self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)))
@@ -382,8 +389,8 @@ class TransformersRunner:
         with paged_attention(self.model), self._cleared_pool(), torch.inference_mode():
             while True:
                 idle = True
-                if waiting and lanes.free:
-                    pending.append(self._admit(lanes, waiting, requests, prefill))
+                if waiting and lanes.free and (admitted := self._admit(lanes, waiting, requests, prefill)):
+                    pending.append(admitted)
                     idle = False
                 for run in lanes.retire():
                     self._pool.release(run.table)
@@ -393,8 +400,9 @@ class TransformersRunner:
                     pieces, copies = prefill.take(room, others=len(lanes.running))
                     if not (pieces or lanes.running or waiting):
                         raise OutOfPages(f"the cache is too small for prompts and answers of {longest} tokens")
-                if pieces:
+                    # a segment whose own pages must wait may have its parent's last one already
                     self._copy_pages(copies)
+                if pieces:
                     with self._clock.prefill(sum(len(piece.tokens) for piece in pieces) + len(lanes.running)):
                         hidden, made = self._mixed_pass(pieces, lanes)
                     prefill.computed(pieces)
@@ -409,8 +417,8 @@ class TransformersRunner:
                     with self._clock.decode():
                         pending.append(lanes.block())
                     idle = False
-                # on a GPU the newest tokens are still being computed
-                while len(pending) > (0 if idle or self.device.type != "cuda" else 1):
+                # the newest tokens of graphs are still being computed
+                while len(pending) > (1 if lanes.graphed and not idle else 0):
                     self._answer(pending.popleft(), answers)
                     if progress is not None:
                         progress(sum(answer is not None for answer in answers), len(requests))
@@ -425,18 +433,25 @@ class TransformersRunner:
         waiting: deque[tuple[int, Segment, Tensor]],
         requests: Sequence[GenerateRequest],
         prefill: Prefill,
-    ) -> Made:
-        """Gives as many computed prompts a lane as there are lanes."""
+    ) -> Made | None:
+        """Gives computed prompts a lane, as many as there are lanes and pages for."""
         runs: list[Run] = []
         hidden: list[Tensor] = []
         while waiting and len(runs) < lanes.free:
-            index, segment, last = waiting.popleft()
+            index, segment, last = waiting[0]
+            wanted = len(requests[index].prompt) + requests[index].max_new_tokens
+            # its pages, and one more for a copy of the last that others share
+            if self._pool.pages_for(wanted) - len(prefill.pages(segment)) + 1 > self._pool.free_pages:
+                if runs or lanes.running:
+                    break  # it waits for those to end
+                raise OutOfPages(f"the cache is too small for a prompt and an answer of {wanted} tokens")
+            waiting.popleft()
             table, copies = prefill.claim(segment)
             self._copy_pages(copies)
-            self._pool.reserve(table, len(requests[index].prompt) + requests[index].max_new_tokens)
+            self._pool.reserve(table, wanted)
             runs.append(Run(index, requests[index], table))
             hidden.append(last)
-        return lanes.admit(runs, self._logits(torch.cat(hidden)))
+        return lanes.admit(runs, self._logits(torch.cat(hidden))) if runs else None
 
     def _mixed_pass(self, pieces: list[Piece], lanes: Lanes) -> tuple[Tensor, list[Made]]:
         """The hidden states of the pieces' tokens, and a token more of every running sequence."""
@@ -606,11 +621,13 @@ class TransformersRunner:
         if self.limits.memory:
             page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)
             held = sum(cache.nbytes for cache in self._caches)
-            pages = min(max(wanted, least), int(self.limits.memory * (_free_memory(self.device) + held)) // page_bytes)
-            if pages < least:
+            free = (_free_memory(self.device) + held) // page_bytes
+            # a share of the memory, or what one sequence needs: it may be shared and copied while it is computed
+            pages = min(max(wanted, least), max(int(self.limits.memory * free), least))
+            if pages > free:
                 raise OutOfPages(
-                    f"the device's free memory holds {pages * self.page_size} tokens of {schemes[0].dtype_name}, "
-                    f"too few for a sequence of {longest}"
+                    f"the device's free memory holds {free * self.page_size} tokens of {schemes[0].dtype_name}, "
+                    f"and a sequence of {longest} takes {least * self.page_size} with what is copied beside it"
                 )
         if self._caches and pages <= self._caches[0].pages:
             return
@@ -645,11 +662,13 @@ class TransformersRunner:
     def _halving(self, call: Callable[[], Answer]) -> Answer:
         """What `call` gives, with half as much computed at once for as long as the device's memory is too small."""
         while True:
+            counted = self._clock.copy()
             try:
                 return call()
             except torch.OutOfMemoryError:
                 if self.limits.tokens // 2 < SMALLEST_BATCH:
                     raise
+            self._clock = counted  # what was thrown away is not counted
             half = Limits(
                 self.limits.tokens // 2,
                 max(1, self.limits.sequences // 2),
@@ -677,6 +696,13 @@ class _Clock:
         self._gpu = device.type == "cuda"
         self._prefilled = 0
         self._spans: dict[str, list[tuple[Any, Any]]] = {"prefill": [], "decode": []}
+
+    def copy(self) -> _Clock:
+        """As it stands now."""
+        made = _Clock.__new__(_Clock)
+        made.decoded, made._gpu, made._prefilled = self.decoded, self._gpu, self._prefilled
+        made._spans = {name: list(spans) for name, spans in self._spans.items()}
+        return made
 
     def _now(self) -> Any:
         if not self._gpu:

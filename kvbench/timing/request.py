@@ -83,7 +83,7 @@ def _number(text: str) -> int:
     factor = 1024 if text.endswith("k") else 1
     digits = text.removesuffix("k")
     if not digits.isdigit() or int(digits) == 0:
-        raise ValueError(f"'{text}' is no number: write 32768 or 32k")
+        raise ValueError(f"'{text}' is no number from 1 on: write 32768 or 32k")
     return int(digits) * factor
 
 
@@ -93,7 +93,11 @@ def shape_of_model(config: Path, page_size: int = 64) -> Shape:
     Raises:
         ValueError: a config without attention heads.
     """
-    data = json.loads((config / "config.json" if config.is_dir() else config).read_text())
+    file = config / "config.json" if config.is_dir() else config
+    try:
+        data = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
     data = data.get("text_config", data)
     if "num_attention_heads" not in data:
         raise ValueError(f"{config} states no num_attention_heads")
@@ -108,9 +112,13 @@ def load_requests(path: Path) -> list[KernelRequest]:
     Raises:
         ValueError: an unknown field or a wrong value, with the file and the grid.
     """
-    grids = yaml.safe_load(path.read_text()).get("grids")
-    if not isinstance(grids, list):
-        raise ValueError(f"{path}: 'grids' is a list of grids, not {grids!r}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    grids = data.get("grids") if isinstance(data, dict) else None
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise ValueError(f"{path}: expected 'grids:', a list of grids as in configs/kernels.yaml")
     known = {field.name for field in fields(KernelRequest)}
     requests = []
     for index, grid in enumerate(grids):

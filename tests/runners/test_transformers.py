@@ -9,6 +9,7 @@ from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.dtypes import all_dtypes
 from kvbench.rotations import all_rotations
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
+from kvbench.runners.lanes import Lanes
 from kvbench.runners.transformers import Limits, TransformersModel, TransformersRunner
 from kvbench.schemes import Scheme
 
@@ -268,7 +269,7 @@ def test_sampling_depends_on_the_seed_alone():
     assert [runner.generate([request])[0] for request in requests] == together
     assert len({answer.tokens for answer in together}) == 6
     greedy = GenerateRequest(tokens(9, 3), 12)
-    for narrow in ({"top_k": 1}, {"top_p": 1e-9}):
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}):
         sampled = GenerateRequest(tokens(9, 3), 12, temperature=1.5, **narrow)
         assert runner.generate([sampled]) == runner.generate([greedy])
 
@@ -383,7 +384,7 @@ def test_pages_come_from_the_memory_there_is(monkeypatch):
             for a, b in zip(runner.score(scored), scores, strict=True):
                 torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
     assert pages["auto"] <= 60 < pages["int4"]
-    with pytest.raises(OutOfPages, match="the device's free memory holds 240 tokens"):
+    with pytest.raises(OutOfPages, match="free memory holds 480 tokens of auto, and a sequence of 250 takes 512"):
         loaded.runner(Scheme.parse("auto"), page_size=4).generate([GenerateRequest(tokens(240, 1), 10)])
 
 
@@ -423,3 +424,44 @@ def test_stats_count_what_was_computed():
     assert stats["decode_tokens"] == sum(len(answer.tokens) - 1 for answer in answers)
     assert min(stats["prefill_seconds"], stats["decode_seconds"]) > 0
     assert stats["kv_bytes_per_token"] == kv_bytes_per_token(runner.info.layers, runner.scheme)
+
+
+class EagerBlocks(Lanes):
+    """Blocks of steps over padded lanes, looked at one block late, as on a GPU; but each step runs at once."""
+
+    def __init__(self, *args, graphed, **options):
+        super().__init__(*args, graphed=True, **options)
+
+    def _run_graph(self, size):
+        self._advance(size, self._compute(*self._inputs(size)))
+
+
+@pytest.mark.parametrize("most", [1, 3, 64])
+def test_blocks_of_steps_change_no_answer(monkeypatch, most):
+    """
+    Tokens seen a block of steps late, idle lanes and lanes that move give the answers of one step at a time, whether
+    they end by length, by an end token or by a stop string; and no page is lost.
+    """
+    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, most, 2**24, 0.0))
+    loaded = tiny("llama", torch.float64)
+    prompts = [request.context for request in score_requests()]
+    requests = [GenerateRequest(prompt, 3 + 7 * i, stop=(" 5",) if i % 2 else ()) for i, prompt in enumerate(prompts)]
+    requests += [GenerateRequest(prompts[1], 20, temperature=1.2, top_k=9, top_p=0.8, seed=3)]
+    one = loaded.runner(Scheme.parse("int4"), page_size=4).generate(requests)
+    monkeypatch.setattr("kvbench.runners.transformers.Lanes", EagerBlocks)
+    runner = loaded.runner(Scheme.parse("int4"), page_size=4)
+
+    assert runner.generate(requests) == one
+    assert runner._pool.free_pages == runner.stored.pages
+    assert {len(answer.tokens) < request.max_new_tokens for answer, request in zip(one, requests, strict=True)} == {
+        True,
+        False,
+    }
+
+
+def test_a_prompt_without_tokens_is_refused():
+    """
+    The message says what to give.
+    """
+    with pytest.raises(ValueError, match="a prompt has no tokens: give it one"):
+        tiny("llama").runner(Scheme.parse("auto")).generate([GenerateRequest((), 3)])
