@@ -14,6 +14,7 @@ from kvbench.cli import app
 from kvbench.results import Store
 from kvbench.sweep import command
 
+ROOT = Path(__file__).parents[1]
 TOY = Path(__file__).parent / "sweep" / "toy.py"
 
 
@@ -456,7 +457,12 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
         (["--heads", "32"], 2, "error: heads are QUERY/KV, such as 32/8, not '32'"),
         (["--heads", "9/4"], 2, "error: 9 query heads are no multiple of 4 KV heads"),
         (["--batch", "many"], 2, "error: 'many' is no number from 1 on: write 32768 or 32k"),
-        (["nowhere.yaml"], 2, "error: "),
+        (["--batch", "0"], 2, "error: '0' is no number from 1 on"),
+        (["--prefix", "4k"], 2, "error: --prefix is of a prefill"),
+        (["nowhere.yaml"], 2, "error: nowhere.yaml: No such file or directory"),
+        ([str(ROOT / "README.md")], 2, f"error: {ROOT / 'README.md'} is no YAML"),
+        ([str(ROOT / "configs/kernels.yaml"), "--dtype", "int4"], 2, "error: the file states the grids"),
+        (["--model", str(ROOT / "README.md")], 2, f"error: {ROOT / 'README.md'} is no JSON"),
     ],
 )
 def test_bad_kernel_options_are_one_line(kvbench, arguments, code, message):

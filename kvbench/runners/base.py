@@ -111,7 +111,8 @@ class Measuring(Protocol):
         """What was measured since the runner was made; a name that was not measured is absent.
 
         kv_bytes_per_token: of the cache as allocated, see PagedCache.bytes_per_token.
-        prefill_tokens, prefill_seconds: of prompts, a shared prefix once. decode_tokens, decode_seconds: of answers.
+        prefill_tokens, prefill_seconds: of prompts, a shared prefix once, and of what was decoded in the same passes.
+        decode_tokens, decode_seconds: of answers.
         """
         ...
 
