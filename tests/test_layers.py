@@ -49,7 +49,7 @@ PLANTED = {
     "results load torch": ("kvbench/results.py", "import torch", "load without torch"),
     "a report loads torch far away": ("kvbench/report/__init__.py", "import kvbench.schemes", "load without torch"),
     "a kernel knows kvbench": ("kernels/kvbench_kernels/__init__.py", "import kvbench.registry", "Kernels stand alone"),
-    "a runner calls a kernel": ("kvbench/runners/base.py", "import kvbench_kernels", "meet the kernels"),
+    "a runner calls a kernel": ("kvbench/runners/base.py", "import kvbench_kernels", "meets the kernels"),
 }
 
 
