@@ -11,8 +11,8 @@ from typing import Any
 
 from kvbench.environment import describe
 from kvbench.measured import of_records
-from kvbench.results import Contents, Store
-from kvbench.sweep.canary import judge_all
+from kvbench.results import Contents, Record, Store
+from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.document import ConfigError
 from kvbench.sweep.execute import (
@@ -143,6 +143,8 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
     display.say(_header(sweep, len(cells), before, environment))
     _write_run(planned, [])
+    if _unmoved(planned, contents.records):
+        return _conclude(planned, display)
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
         setting = Setting(store, sweep.baseline_scheme, sweep.page_size, sweep.attention, device, environment, parts)
@@ -176,6 +178,12 @@ def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list
     """The cells without a record, and with `retry_failed` those that failed."""
     kept = {name for name, record in contents.records.items() if record.status == "done" or not retry_failed}
     return [cell for cell in cells if cell.name not in kept]
+
+
+def _unmoved(planned: Planned, records: dict[str, Record]) -> list[Judgement]:
+    """The canaries of the sweep that were measured and not wrecked."""
+    judgements = judge_all([records[cell.name] for cell in planned.every if cell.name in records])
+    return [one for one in judgements if one.verdict == "unmoved"]
 
 
 def _header(sweep: Sweep, cells: int, before: Sequence[str], environment: dict[str, Any]) -> str:
@@ -217,7 +225,7 @@ def _conclude(planned: Planned, display: Display) -> int:
     here = [records[cell.name] for cell in planned.cells if cell.name in records]
     failed = [record for record in here if record.status == "failed"]
     undecided = [one for one in judgements if one.verdict == "undecided"]
-    unmoved = [one for one in judgements if one.verdict == "unmoved"]
+    unmoved = _unmoved(planned, records)
     for one in undecided:
         display.say(f"canary undecided: {one.model}, {one.task}: {one.why}", "yellow")
     if failed:

@@ -187,9 +187,25 @@ def test_a_living_canary_stops_the_sweep(config, run, store, monkeypatch, capsys
     assert run(path) == 1
     assert {record.dtype for record in store.load().records.values()} == {"fp16", "canary"}
     assert "error: quantization not in effect" in capsys.readouterr().err
-    # and it is not forgotten by the next run
+    # and it is not forgotten by the next run, which measures no further cell until it starts over
     monkeypatch.delenv("TOY_IGNORES_CACHE")
+    before = store.done()
     assert run(path) == 1
+    assert store.done() == before
+    assert "error: quantization not in effect" in capsys.readouterr().err
+    assert run(path, fresh=True) == 0
+
+
+def test_a_canary_without_its_baseline_is_judged_once_there_is_one(config, run, store, monkeypatch):
+    """
+    Where the canary is measured first, the baseline's cells are what stops the sweep.
+    """
+    monkeypatch.setenv("TOY_IGNORES_CACHE", "1")
+    path = config()
+
+    assert run(path, only=["dtype=canary"]) == 0
+    assert run(path) == 1
+    assert {record.dtype for record in store.load().records.values()} == {"fp16", "canary"}
 
 
 def test_only_what_can_run_here_is_begun(config, run, store):
