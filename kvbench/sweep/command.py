@@ -12,6 +12,7 @@ from typing import Any
 from kvbench.environment import describe
 from kvbench.measured import of_records
 from kvbench.results import Contents, Record, Store
+from kvbench.stats import parse_margin
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.document import ConfigError
@@ -124,6 +125,7 @@ def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
 def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
+    _check_margin(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
     lacking = absent + missing_data(todo) + _missing_devices(options.devices)
     if lacking:
@@ -154,6 +156,19 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         else:
             _execute_here(todo, setting, display)
     return _conclude(planned, display)
+
+
+def _check_margin(planned: Planned, contents: Contents, fresh: bool) -> None:
+    """Raises ConfigError where records stay that were measured under another margin: it is fixed before them."""
+    if fresh and len(planned.cells) == len(planned.every):
+        return
+    fixed, wanted = planned.store.run().get("config", {}).get("margin"), planned.sweep.margin
+    stays = contents.records.keys() - {cell.name for cell in planned.cells if fresh}
+    if stays and fixed and parse_margin(fixed) != parse_margin(wanted):
+        raise ConfigError(
+            f"margin {wanted}: {planned.store.folder} was measured under margin {fixed}, fixed before its first cell; "
+            f"keep that, start over with --fresh, or take another --output. compare --margin {wanted} changes nothing"
+        )
 
 
 def _missing_devices(devices: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.sweep.command import Options, UnusableError, prepare, run_sweep
+from kvbench.sweep.document import ConfigError
 
 
 @pytest.fixture
@@ -110,6 +111,23 @@ def test_fresh_starts_over(config, run, store, tmp_path):
     run(path, fresh=True)
     assert len(logged(log)) == 2 * len(before) + 1
     assert len(store.done()) == 6
+
+
+def test_the_margin_stays_as_it_was_fixed(config, run, store):
+    """
+    Another margin is refused while a result is there, and run.json keeps the first; --fresh takes it.
+    """
+    path = config(tasks=["toy_a"])
+    assert run(path) == 0
+
+    for options in ({}, {"fresh": True, "only": ["dtype=int8"]}):
+        with pytest.raises(ConfigError, match=r"measured under margin 1pp, fixed before its first cell; .*--fresh"):
+            run(path, settings=["margin=90pp"], **options)
+    assert store.run()["config"]["margin"] == "1pp"
+    assert len(store.done()) == 6
+    assert run(path, settings=["margin=1.0pp"]) == 0
+    assert run(path, settings=["margin=90pp"], fresh=True) == 0
+    assert store.run()["config"]["margin"] == "90pp"
 
 
 def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
