@@ -242,9 +242,9 @@ def compare(
             print(title)
             _print_rows(comparing.HEADERS, table, comparing.NUMERIC)
             print()
-        print("\n".join([comparing.LEGEND, *comparing.summary(second or first, found)]))
+        print("\n".join([comparing.LEGEND, *comparing.summary(first, found, second)]))
     elif as_format == ReportFormat.MD:
-        print(comparing.markdown(second or first, found), end="")
+        print(comparing.markdown(first, found, second), end="")
     else:
         print(
             comparing.rows_json(found.rows) if as_format == ReportFormat.JSON else comparing.rows_csv(found.rows),

@@ -85,9 +85,13 @@ class _Paired:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """All comparisons of one report; what Holm corrects for is their number. notes: a line each, for a person."""
+    """All comparisons of one report; what Holm corrects for is their number.
+
+    again: the A/A cells' rows, of the first folder where there are two. notes: a line each, for a person.
+    """
 
     rows: list[Comparison]
+    again: list[Comparison]
     margin: str
     notes: list[str]
 
@@ -128,7 +132,22 @@ def compare(
                 notes[f"not compared: {cell.task} {metric}: {cell.absent[metric]}"] = None
                 continue
             found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen)))
-    return Comparisons(judge(found), chosen, list(notes))
+    notes |= dict.fromkeys(_margin_notes(measured, other, chosen))
+    rows = judge(found)
+    # between two runs like for like no A/A cell is a row, but what moves by chance is the first's all the same
+    again = [row for row in (compare(measured, margin=chosen).rows if like_for_like else rows) if row.again]
+    return Comparisons(rows, again, chosen, list(notes))
+
+
+def _margin_notes(measured: Measured, other: Measured | None, chosen: str) -> Iterator[str]:
+    """A line where the margin is not what was fixed before the cells were measured."""
+    limit = parse_margin(chosen)
+    if measured.margin is None:
+        yield f"margin {chosen}: the sweep's YAML fixed none before it ran"
+    elif parse_margin(measured.margin) != limit:
+        yield f"margin {chosen} given afterwards; the sweep fixed {measured.margin}"
+    if other and other.margin and parse_margin(other.margin) != limit:
+        yield f"margin {chosen}; the sweep of {other.path} fixed {other.margin}"
 
 
 def _pairs(
@@ -138,13 +157,15 @@ def _pairs(
     for cell in cells.cells:
         if cell.dtype == "canary" or (cells is measured and cell.scheme == scheme) or (scheme is None and cell.control):
             continue
-        there = [base for base in measured.cells if base.scheme == (scheme or cell.scheme) and base.task == cell.task]
+        # what the A/A cell repeats is the baseline of its own sweep, whatever the others are compared with
+        source, wanted = (cells, cells.baseline or scheme) if cell.dtype == "again" else (measured, scheme)
+        wanted = wanted or cell.scheme
+        there = [base for base in source.cells if base.scheme == wanted and base.task == cell.task]
         base = next((base for base in there if base.key == cell.key), None)
         if base is None and there:  # the nearest, for the reason
             base = min(there, key=lambda base: (base.model != cell.model, len(identity_differences(cell, base))))
         if base is None:
-            name = " · ".join(scheme or cell.scheme)
-            yield cell, None, f"{name} has no finished cell of {cell.task} in {measured.path}"
+            yield cell, None, f"{' · '.join(wanted)} has no finished cell of {cell.task} in {source.path}"
         else:
             yield cell, base, "; ".join(reasons(cell, base)[:REASONS])
 
@@ -356,12 +377,13 @@ def tables(found: Comparisons) -> list[tuple[str, list[list[str]]]]:
     made = []
     for model in dict.fromkeys(row.model for row in found.rows):
         of_model = [row for row in found.rows if row.model == model]
-        against = ", ".join(dict.fromkeys(row.against for row in of_model if row.against))
-        made.append((f"{model} against {against} · margin {found.margin}", [_cells(row) for row in of_model]))
+        compared = [row for row in of_model if not row.again] or of_model
+        against = ", ".join(dict.fromkeys(row.against for row in compared if row.against))
+        made.append((f"{model} against {against} · margin {found.margin}", [_cells(row, against) for row in of_model]))
     return made
 
 
-def _cells(row: Comparison) -> list[str]:
+def _cells(row: Comparison, against: str) -> list[str]:
     flips = row.test == "McNemar" or row.unit == "share"
     return [
         row.dtype,
@@ -376,7 +398,7 @@ def _cells(row: Comparison) -> list[str]:
         _number(row.n),
         row.test or "-",
         "-" if row.p_holm is None else f"{row.p_holm:.2g}",
-        shown_verdict(row),
+        shown_verdict(row) + (f" against {row.against}" if row.again and row.against != against else ""),
     ]
 
 
@@ -423,9 +445,9 @@ def _number(value: float | None) -> str:
 def noise_floor(found: Comparisons) -> list[str]:
     """A line a model on the A/A cells: their flips, or how far a number moved."""
     lines = []
-    for model in dict.fromkeys(row.model for row in found.rows if row.again):
+    for model in dict.fromkeys(row.model for row in found.again):
         parts = []
-        for row in (row for row in found.rows if row.again and row.model == model):
+        for row in (row for row in found.again if row.model == model):
             if row.verdict == "INVALID":
                 parts.append(f"{row.task} {row.metric} INVALID: {row.reason}")
             elif row.unit == "share":
@@ -436,39 +458,41 @@ def noise_floor(found: Comparisons) -> list[str]:
     return lines
 
 
-def control_notes(measured: Measured, found: Comparisons) -> list[str]:
+def control_notes(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:
     """The noise floor, or why it is unknown."""
     if lines := noise_floor(found):
         return lines
+    if other is not None:
+        return [f"A/A: not shown: no such cell in {measured.path}"]
     if measured.without("again"):
         return ["A/A: turned off (again: false), so the noise floor was not measured"]
     return ["A/A: no cell, so the noise floor was not measured"]
 
 
-def summary(measured: Measured, found: Comparisons) -> list[str]:
-    """Lines below the tables."""
+def summary(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:
+    """Lines below the tables; measured, other: as `compare` took them."""
     counts = {verdict: sum(row.verdict == verdict for row in found.rows) for verdict in VERDICTS}
     counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    environments = {cell.environment for cell in measured.cells}
-    lines = [f"{len(found.family)} comparisons (Holm over all): {counted}", *control_notes(measured, found)]
+    cells = [*measured.cells, *(other.cells if other else [])]
+    environments = {cell.environment for cell in cells}
+    lines = [f"{len(found.family)} comparisons (Holm over all): {counted}", *control_notes(measured, found, other)]
     edges = dict.fromkeys((row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == EDGE_VERDICT)
     lines += [f"{EDGE_VERDICT}: {what}: {reason}" for reason, what in edges]
-    if measured.margin is None:
-        lines.append(f"margin {found.margin}: the sweep's YAML fixed none before it ran")
     if len(environments) > 1:
         lines.append(f"cells of {len(environments)} environments: {'; '.join(sorted(environments))}")
-    limits = sorted({cell.identity["limit"] for cell in measured.cells if cell.identity.get("limit")})
+    limits = sorted({cell.identity["limit"] for cell in cells if cell.identity.get("limit")})
     if limits:
         lines.append(f"NOT A REAL SCORE: --limit {', '.join(map(str, limits))}, the first documents of each task alone")
     return [*lines, *found.notes]
 
 
-def markdown(measured: Measured, found: Comparisons) -> str:
-    """The comparison as Markdown."""
-    lines = [f"# {measured.run.get('sweep') or measured.path.name}: against the baseline", ""]
+def markdown(measured: Measured, found: Comparisons, other: Measured | None = None) -> str:
+    """The comparison as Markdown; measured, other: as `compare` took them."""
+    shown = other or measured
+    lines = [f"# {shown.run.get('sweep') or shown.path.name}: against the baseline", ""]
     for title, rows in tables(found):
         lines += [f"## {title}", "", *markdown_table(HEADERS, rows, NUMERIC), ""]
-    lines += [LEGEND, "", *(f"- {line}" for line in summary(measured, found))]
+    lines += [LEGEND, "", *(f"- {line}" for line in summary(measured, found, other))]
     return "\n".join(lines) + "\n"
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from kvbench.environment import describe
 from kvbench.measured import of_records
-from kvbench.results import Contents, Store
-from kvbench.sweep.canary import judge_all
+from kvbench.results import Contents, Record, Store
+from kvbench.stats import parse_margin
+from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.document import ConfigError
 from kvbench.sweep.execute import (
@@ -124,6 +125,7 @@ def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
 def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
+    _check_margin(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
     lacking = absent + missing_data(todo) + _missing_devices(options.devices)
     if lacking:
@@ -143,6 +145,8 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
     display.say(_header(sweep, len(cells), before, environment))
     _write_run(planned, [])
+    if _unmoved(planned, contents.records):
+        return _conclude(planned, display)
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
         setting = Setting(store, sweep.baseline_scheme, sweep.page_size, sweep.attention, device, environment, parts)
@@ -152,6 +156,19 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         else:
             _execute_here(todo, setting, display)
     return _conclude(planned, display)
+
+
+def _check_margin(planned: Planned, contents: Contents, fresh: bool) -> None:
+    """Raises ConfigError where records stay that were measured under another margin: it is fixed before them."""
+    if fresh and len(planned.cells) == len(planned.every):
+        return
+    fixed, wanted = planned.store.run().get("config", {}).get("margin"), planned.sweep.margin
+    stays = contents.records.keys() - {cell.name for cell in planned.cells if fresh}
+    if stays and fixed and parse_margin(fixed) != parse_margin(wanted):
+        raise ConfigError(
+            f"margin {wanted}: {planned.store.folder} was measured under margin {fixed}, fixed before its first cell; "
+            f"keep that, start over with --fresh, or take another --output. compare --margin {wanted} changes nothing"
+        )
 
 
 def _missing_devices(devices: Sequence[str]) -> list[str]:
@@ -176,6 +193,12 @@ def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list
     """The cells without a record, and with `retry_failed` those that failed."""
     kept = {name for name, record in contents.records.items() if record.status == "done" or not retry_failed}
     return [cell for cell in cells if cell.name not in kept]
+
+
+def _unmoved(planned: Planned, records: dict[str, Record]) -> list[Judgement]:
+    """The canaries of the sweep that were measured and not wrecked."""
+    judgements = judge_all([records[cell.name] for cell in planned.every if cell.name in records])
+    return [one for one in judgements if one.verdict == "unmoved"]
 
 
 def _header(sweep: Sweep, cells: int, before: Sequence[str], environment: dict[str, Any]) -> str:
@@ -217,7 +240,7 @@ def _conclude(planned: Planned, display: Display) -> int:
     here = [records[cell.name] for cell in planned.cells if cell.name in records]
     failed = [record for record in here if record.status == "failed"]
     undecided = [one for one in judgements if one.verdict == "undecided"]
-    unmoved = [one for one in judgements if one.verdict == "unmoved"]
+    unmoved = _unmoved(planned, records)
     for one in undecided:
         display.say(f"canary undecided: {one.model}, {one.task}: {one.why}", "yellow")
     if failed:

@@ -138,7 +138,7 @@ def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
     for index, cell in enumerate(cells):
         bench.run(cell)
         raise_if_stopped()
-        if cell.canary and not any(one.canary and one.model == cell.model for one in cells[index + 1 :]):
+        if cell.judged and not any(one.judged and one.model == cell.model for one in cells[index + 1 :]):
             stop_unless_wrecked(setting.store, cell)
 
 
@@ -314,12 +314,12 @@ def keep(store: Store, watcher: Watcher, cell: Cell, record: Record, outcome: Ou
     watcher.finished(cell, record)
 
 
-def stop_unless_wrecked(store: Store, canary: Cell) -> None:
-    """Raises NotInEffectError where a canary of this cell's model left the scores where they were."""
+def stop_unless_wrecked(store: Store, cell: Cell) -> None:
+    """Raises NotInEffectError where a canary of the cell's model left the scores where they were."""
     unmoved = [
         judgement
         for judgement in judge_all(list(store.load().records.values()))
-        if judgement.verdict == "unmoved" and judgement.model == canary.model.name
+        if judgement.verdict == "unmoved" and judgement.model == cell.model.name
     ]
     if unmoved:
         raise NotInEffectError(not_in_effect(unmoved))

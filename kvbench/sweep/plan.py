@@ -77,6 +77,11 @@ class Cell:
         return name_of(f"{model}-{self.dtype}-{self.rotation}-{self.task.name}", self.identity)
 
     @property
+    def judged(self) -> bool:
+        """Whether it says, with others of its model, that quantization is in effect."""
+        return self.baseline or self.canary
+
+    @property
     def dtype(self) -> str:
         """What tables call its dtype."""
         return "canary" if self.canary else "again" if self.again else self.scheme.dtype_name

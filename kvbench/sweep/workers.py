@@ -178,7 +178,7 @@ def execute_on(seats: Sequence[Seat], cells: Sequence[Cell]) -> None:
             for connection in wait(list(busy)):
                 ended = busy[connection].hear()  # type: ignore[index]  # wait also takes sockets
                 running = [seat.cell for seat in seats if seat.cell]
-                if ended and ended.canary and not any(c.canary and c.model == ended.model for c in left + running):
+                if ended and ended.judged and not any(c.judged and c.model == ended.model for c in left + running):
                     stop_unless_wrecked(seats[0].setting.store, ended)
             raise_if_stopped()
     finally:

@@ -294,6 +294,60 @@ def test_the_noise_floor_stands_beside(folder):
     assert any("turned off" in line for line in summary(read(folder), compare(read(folder))))
 
 
+def test_the_noise_floor_is_the_sweep_s_own_baseline_s(folder):
+    """
+    Against another baseline the A/A cell still stands against what it repeats, and its row says so.
+    """
+    save(folder, "int4", changed(40))
+    save(folder, "again", changed(1, 2))
+    measured = read(folder)
+    found = compare(measured, baseline=("int4", "none"))
+
+    (row,) = found.again
+    assert (row.against, row.worse, row.better) == ("fp16 · none", 1, 2)
+    assert noise_floor(found)[0].endswith("qa acc 3 of 400 flipped")
+    text = markdown(measured, found)
+    assert "## toy against int4 · none · margin" in text
+    assert "A/A against fp16 · none |" in text
+
+
+def test_two_folders_have_the_floor_and_the_margin_of_the_first(folder, tmp_path):
+    """
+    Like for like the noise floor is the first folder's, or not shown; a margin that another sweep fixed is named.
+    """
+    run = {"baseline": {"dtype": "fp16", "rotation": "none"}}
+    other = tmp_path / "other"
+    for path, margin in ((folder, "2pp"), (other, "3pp")):
+        save(path, "fp16")
+        save(path, "int4", changed(40))
+        Store(path).write_run({**run, "config": {"margin": margin}})
+    save(other, "again", changed(5, 5))
+    first, second = read(folder), read(other)
+    lines = summary(first, compare(first, second), second)
+    assert f"A/A: not shown: no such cell in {folder}" in lines
+    assert f"margin 2pp; the sweep of {other} fixed 3pp" in lines
+    assert not any("fixed none" in line or "afterwards" in line for line in lines)
+
+    save(folder, "again", changed(1, 2))
+    first = read(folder)
+    found = compare(first, second)
+    assert noise_floor(found) == ["A/A (the baseline again, other batches and seed), toy: qa acc 3 of 400 flipped"]
+    assert not any(row.again for row in found.rows)
+
+
+def test_a_margin_given_afterwards_is_said(folder):
+    """
+    `--margin` other than what the sweep fixed stands below the table; the same one, and none, add no line.
+    """
+    Store(folder).write_run({"baseline": {"dtype": "fp16", "rotation": "none"}, "config": {"margin": "1pp"}})
+    save(folder, "int4", changed(3, 3))
+    measured = read(folder)
+
+    given = compare(measured, margin="5pp")
+    assert "margin 5pp given afterwards; the sweep fixed 1pp" in summary(measured, given)
+    assert compare(measured, margin="1.0pp").notes == compare(measured).notes == []
+
+
 def test_another_baseline_by_its_short_name(folder):
     """
     --baseline takes DTYPE or DTYPE/ROTATION, and refuses what was not measured.

@@ -14,6 +14,7 @@ import pytest
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.sweep.command import Options, UnusableError, prepare, run_sweep
+from kvbench.sweep.document import ConfigError
 
 
 @pytest.fixture
@@ -112,6 +113,23 @@ def test_fresh_starts_over(config, run, store, tmp_path):
     assert len(store.done()) == 6
 
 
+def test_the_margin_stays_as_it_was_fixed(config, run, store):
+    """
+    Another margin is refused while a result is there, and run.json keeps the first; --fresh takes it.
+    """
+    path = config(tasks=["toy_a"])
+    assert run(path) == 0
+
+    for options in ({}, {"fresh": True, "only": ["dtype=int8"]}):
+        with pytest.raises(ConfigError, match=r"measured under margin 1pp, fixed before its first cell; .*--fresh"):
+            run(path, settings=["margin=90pp"], **options)
+    assert store.run()["config"]["margin"] == "1pp"
+    assert len(store.done()) == 6
+    assert run(path, settings=["margin=1.0pp"]) == 0
+    assert run(path, settings=["margin=90pp"], fresh=True) == 0
+    assert store.run()["config"]["margin"] == "90pp"
+
+
 def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
     """
     A half-written record costs one line and one cell.
@@ -187,9 +205,25 @@ def test_a_living_canary_stops_the_sweep(config, run, store, monkeypatch, capsys
     assert run(path) == 1
     assert {record.dtype for record in store.load().records.values()} == {"fp16", "canary"}
     assert "error: quantization not in effect" in capsys.readouterr().err
-    # and it is not forgotten by the next run
+    # and it is not forgotten by the next run, which measures no further cell until it starts over
     monkeypatch.delenv("TOY_IGNORES_CACHE")
+    before = store.done()
     assert run(path) == 1
+    assert store.done() == before
+    assert "error: quantization not in effect" in capsys.readouterr().err
+    assert run(path, fresh=True) == 0
+
+
+def test_a_canary_without_its_baseline_is_judged_once_there_is_one(config, run, store, monkeypatch):
+    """
+    Where the canary is measured first, the baseline's cells are what stops the sweep.
+    """
+    monkeypatch.setenv("TOY_IGNORES_CACHE", "1")
+    path = config()
+
+    assert run(path, only=["dtype=canary"]) == 0
+    assert run(path) == 1
+    assert {record.dtype for record in store.load().records.values()} == {"fp16", "canary"}
 
 
 def test_only_what_can_run_here_is_begun(config, run, store):
