@@ -277,8 +277,8 @@ def check(
         typer.Option(
             "--fail-on",
             metavar="WHAT",
-            help="worse (by the test), drop (by more than the margin), inconclusive, skipped; repeatable.  "
-            "[default: worse and drop]",
+            help="worse (by the test), drop (by more than the margin), missing (a cell), inconclusive, skipped; "
+            "repeatable.  [default: worse, drop and missing]",
         ),
     ] = None,
     margin: Margin = None,

@@ -58,7 +58,9 @@ def compare_answers(difference: Array, groups: Sequence[Any] | None = None) -> D
     clusters = None if groups is None else [*map(str, groups), *pseudo]
     wide = compare_means(np.append(difference, PSEUDO_FLIPS), clusters)
     low, high = _clipped((wide.ci_low, wide.ci_high))
-    return replace(plain, ci_low=low, ci_high=high, spread=plain.spread or wide.spread)
+    # differences without any spread would make a t without bound, and a p of 0 of two documents
+    p = plain.p if plain.spread or plain.p is None else wide.p
+    return replace(plain, p=p, ci_low=low, ci_high=high, spread=plain.spread or wide.spread)
 
 
 @lru_cache(maxsize=100_000)

@@ -246,6 +246,17 @@ def test_equal_numbers_are_equal():
     assert compare_means(np.full(8, 0.1)).p == 0
 
 
+def test_two_equal_losses_prove_nothing():
+    """
+    Two documents that both lose half a point have an interval around 0 and a p that says the same.
+    """
+    both = compare_answers(np.array([-0.5, -0.5]), ["a", "b"])
+
+    assert both.ci_low < 0 < both.ci_high
+    assert both.p is not None
+    assert both.p > 0.05
+
+
 def test_so_many_documents_decide():
     """
     With as many as `documents_to_decide` says, no difference is called EQUIVALENT and a loss of the margin WORSE, each

@@ -11,8 +11,8 @@ from kvbench.report.compare import Comparison, compare, shown_difference, shown_
 from kvbench.results import shown_number
 
 # what may fail a check: a verdict, a drop, or a comparison that could not be made
-FAILURES = ("worse", "drop", "inconclusive", "skipped")
-DEFAULT_FAILURES = ("worse", "drop")
+FAILURES = ("worse", "drop", "missing", "inconclusive", "skipped")
+DEFAULT_FAILURES = ("worse", "drop", "missing")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ def check(
 
     fail_on: of FAILURES. "worse": the paired test says so. "drop": the number itself got worse by more than the margin,
     and more moved than between the two baseline cells of one run. On the same documents and the same machine
-    such a drop is no luck of the documents, so it needs no test; on another machine it is not held against the cell. A
-    metric that its samples no longer give fails always.
+    such a drop is no luck of the documents, so it needs no test; on another machine it is not held against the cell.
+    "missing": a cell of the earlier run that is not finished here. A metric that its samples no longer give fails
+    always.
     """
     found = compare(against, measured, margin=margin or against.margin)
     floor = {(row.model, row.task, row.metric): _moved(row) for row in compare(measured).rows if row.again}
@@ -61,11 +62,15 @@ def check(
             failed.append(f"{cell} {row.metric}: {_numbers(row)}: {', '.join(why)}")
     skipped = [f"{cell} {', '.join(metrics)}: {reason}" for (cell, reason), metrics in refused.items()]
     there = {(cell.model, cell.scheme, cell.task) for cell in measured.cells}
-    skipped += [
+    missing = [
         " ".join((old.model, *old.scheme, old.task)) + ": no finished cell here"
         for old in against.cells
         if not old.control and (old.model, old.scheme, old.task) not in there
     ]
+    if "missing" in fail_on:
+        failed += missing
+    else:
+        skipped += missing
     if "skipped" in fail_on:
         failed += [f"{line} (skipped)" for line in skipped]
     compared = sum(row.verdict not in ("INVALID", None) for row in found.rows)

@@ -421,6 +421,7 @@ def test_a_drop_within_the_noise_or_on_another_machine_needs_the_test(folder, tm
     assert check(read(tmp_path / "drop"), against).failed == []
     other = {"cpu": "Other CPU", "versions": {"torch": "2.12"}}
     save(tmp_path / "elsewhere", "int4", changed(5), environment=other)
+    save(tmp_path / "elsewhere", "fp16", environment=other)
     found = check(read(tmp_path / "elsewhere"), against)
     assert found.failed == []
     assert any("another environment: Other CPU, torch 2.12 / Toy CPU" in line for line in found.notes)
@@ -428,7 +429,7 @@ def test_a_drop_within_the_noise_or_on_another_machine_needs_the_test(folder, tm
 
 def test_what_is_not_comparable_is_named(folder, tmp_path):
     """
-    Other documents and missing cells are skipped by name, and fail where that is asked for.
+    Other documents are skipped by name, and fail where that is asked for; a cell that is gone fails unless told not to.
     """
     save(folder, "int4")
     save(folder, "int8")
@@ -437,12 +438,11 @@ def test_what_is_not_comparable_is_named(folder, tmp_path):
 
     found = check(read(other), read(folder))
 
-    assert (found.compared, found.failed) == (0, [])
-    assert found.skipped == [
-        "toy int4 none qa acc: 1 of 400 documents differ, first doc_id 3 (another document)",
-        "toy fp16 none qa: no finished cell here",
-        "toy int8 none qa: no finished cell here",
-    ]
+    altered = "toy int4 none qa acc: 1 of 400 documents differ, first doc_id 3 (another document)"
+    gone = ["toy fp16 none qa: no finished cell here", "toy int8 none qa: no finished cell here"]
+    assert (found.compared, found.skipped, found.failed) == (0, [altered], gone)
+    lenient = check(read(other), read(folder), ["worse"])
+    assert (lenient.failed, lenient.skipped) == ([], [altered, *gone])
     assert len(check(read(other), read(folder), ["skipped"]).failed) == 3
 
 
@@ -470,6 +470,7 @@ def test_a_number_without_its_samples_fails(folder, tmp_path):
     copy = tmp_path / "copy"
     save(copy, "int4")
     path = copy / "cells/int4-none-qa/record.json"
+    save(copy, "fp16")
     path.write_text(path.read_text().replace('"value": 0.7', '"value": 0.73'))
 
     (line,) = check(read(copy), read(folder)).failed
