@@ -7,6 +7,7 @@ or whose rotary frequencies depend on the longest position of a pass, run one se
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import time
@@ -699,8 +700,7 @@ class _Clock:
 
     def copy(self) -> _Clock:
         """As it stands now."""
-        made = _Clock.__new__(_Clock)
-        made.decoded, made._gpu, made._prefilled = self.decoded, self._gpu, self._prefilled
+        made = copy.copy(self)
         made._spans = {name: list(spans) for name, spans in self._spans.items()}
         return made
 

@@ -15,11 +15,10 @@ LOTS = 2  # a runner may sort what it gets at once, so another order alone could
 
 
 @dataclass
-class Shuffled:
-    """A runner that gets its requests in a seeded order and in lots; answers come in the order of the requests."""
+class Around:
+    """A runner around another one, which gives all that a subclass does not."""
 
     runner: Runner
-    seed: int
     info: ModelInfo = field(init=False)
     tokenizer: Any = field(init=False)
 
@@ -29,6 +28,13 @@ class Shuffled:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
+
+
+@dataclass
+class Shuffled(Around):
+    """A runner that gets its requests in a seeded order and in lots; answers come in the order of the requests."""
+
+    seed: int
 
     def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
         """As the runner's."""

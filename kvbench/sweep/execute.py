@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from kvbench.runners.base import (
     ScoreRequest,
 )
 from kvbench.schemes import Scheme
-from kvbench.sweep.again import Shuffled
+from kvbench.sweep.again import Around, Shuffled
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import ModelSpec
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
@@ -40,22 +40,12 @@ class NotInEffectError(RuntimeError):
 
 
 @dataclass
-class Timed:
+class Timed(Around):
     """A runner that counts what it is asked for. Everything else is the runner's own."""
 
-    runner: Runner
     seconds: float = 0.0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    info: ModelInfo = field(init=False)
-    tokenizer: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.info = self.runner.info
-        self.tokenizer = self.runner.tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
