@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import SCALE_BYTES, Affine, Codebook, Dtype, Rows
+from kvbench.dtypes.base import SCALE_BYTES, Codebook, Dtype, Rows
 from kvbench.rotations import Rotation
 
 
@@ -50,8 +50,8 @@ def import_rows(stored: Tensor, dtype: Dtype, rotation: Rotation, head_dim: int)
 
 
 def _check(dtype: Dtype) -> None:
-    if dtype.granularity != "per_token_head" or not isinstance(dtype.decode, Affine | Codebook):
-        raise ValueError(f"the seed's byte layout is defined for the int8, int4 and int2 caches, not for {dtype.name}")
+    if dtype.granularity != "per_token_head":
+        raise ValueError(f"the seed's byte layout is defined for per-token-head caches, not for {dtype.name}")
 
 
 def _scale_factor(dtype: Dtype, rotation: Rotation, head_dim: int) -> float:

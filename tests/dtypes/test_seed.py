@@ -4,6 +4,7 @@ The seed turns rows with the ±1 matrix, without a factor. Rows here are small i
 float32 whatever its order, and the bytes have nothing to hide behind.
 """
 
+import bisect
 import math
 import struct
 
@@ -18,7 +19,7 @@ from kvbench.rotations import all_rotations
 
 F = np.float32
 
-SEED_DTYPES = ["int8_per_token_head", "int4_per_token_head", "int2_per_token_head"]
+SEED_DTYPES = ["fp8_per_token_head", "int8_per_token_head", "int4_per_token_head", "int2_per_token_head"]
 every_dtype = pytest.mark.parametrize("name", SEED_DTYPES)
 every_rotation = pytest.mark.parametrize("rotation", all_rotations())
 
@@ -45,6 +46,22 @@ def seed_int8(y: list[float]) -> bytes:
     return struct.pack(f"<{len(y)}bf", *codes, scale)
 
 
+# of codes 0 to 126: subnormals of 2^-9, then three bits of mantissa; 127 is NaN
+E4M3 = [2 ** max(code // 8 - 7, -6) * ((code >= 8) + code % 8 / 8) for code in range(127)]
+
+
+def e4m3(v: float) -> int:
+    """The nearest code, the even one of two as near; the sign is the highest bit."""
+    above = min(bisect.bisect_left(E4M3, abs(v)), 126)
+    code = min((max(above - 1, 0), above), key=lambda code: (abs(E4M3[code] - abs(v)), code % 2))
+    return code | (128 if math.copysign(1, v) < 0 else 0)
+
+
+def seed_fp8(y: list[float]) -> bytes:
+    scale = max(F(max(map(abs, y))) / F(448), F(1e-6))
+    return bytes(e4m3(float(F(v) * (F(1) / scale))) for v in y) + struct.pack("<f", scale)
+
+
 def seed_int4(y: list[float]) -> bytes:
     """Byte i is channel 2i in the low nibble and 2i+1 in the high one; the zero-point is the scale's low four bits."""
     scale = max((F(max(y)) - F(min(y))) / F(15), F(1e-6))
@@ -68,6 +85,8 @@ def seed_row(name: str, x: list[float], rotation: str) -> bytes:
     y = turned(x, rotation)
     if name == "int8_per_token_head":
         return seed_int8(y)
+    if name == "fp8_per_token_head":
+        return seed_fp8(y)
     if name == "int4_per_token_head":
         return seed_int4(y)
     return seed_int2(y, 1 if rotation == "none" else len(x) & -len(x))
@@ -124,7 +143,7 @@ def test_the_seed_s_reader_sees_our_values(name, rotation, head_dim):
     """
     What the seed decodes from the exported bytes, turned back as the seed does, is what we read.
 
-    The seed multiplies int8's and int4's outputs with the matrix and then by 1/D; int2's scale has the 1/D already.
+    The seed multiplies all but int2's outputs with the matrix and then by 1/D; int2's scale has the 1/D already.
     """
     dtype, turn = all_dtypes()[name], all_rotations()[rotation]
     rows = dtype.quantize(turn.rotate(torch.randn(5, head_dim)))
@@ -136,6 +155,8 @@ def test_the_seed_s_reader_sees_our_values(name, rotation, head_dim):
         (scale,) = struct.unpack("<f", raw[code_bytes:])
         if name == "int8_per_token_head":
             y = [code * scale for code in struct.unpack(f"<{head_dim}b", raw[:code_bytes])]
+        elif name == "fp8_per_token_head":
+            y = [math.copysign(E4M3[byte & 127], 64 - (byte & 128)) * scale for byte in raw[:code_bytes]]
         elif name == "int4_per_token_head":
             (bits,) = struct.unpack("<i", raw[code_bytes:])
             (clean,) = struct.unpack("<f", struct.pack("<i", bits & ~15))
@@ -166,14 +187,14 @@ def test_a_row_of_the_wrong_size_is_refused(name):
         import_rows(torch.zeros(2, size + 1, dtype=torch.uint8), dtype, turn, 64)
 
 
-@pytest.mark.parametrize("name", ["fp16", "bf16", "fp8_per_tensor", "fp8_per_token_head"])
+@pytest.mark.parametrize("name", ["fp16", "bf16", "fp8_per_tensor"])
 def test_what_the_seed_does_not_store_is_refused(name):
     """
-    Only int8, int4 and int2 rows have a layout of the seed's.
+    Only per-token-head rows have a layout of the seed's.
     """
     dtype, turn = all_dtypes()[name], all_rotations()["none"]
 
-    with pytest.raises(ValueError, match=f"int8, int4 and int2 caches, not for {name}"):
+    with pytest.raises(ValueError, match=f"per-token-head caches, not for {name}"):
         export_rows(dtype.quantize(torch.randn(2, 64)), dtype, turn, 64)
 
 
