@@ -377,7 +377,9 @@ def kernel(
     model: Annotated[
         Path | None, typer.Option("--model", metavar="CONFIG", help="Heads and head_dim of a model's config.json.")
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also time torch's 16-bit attention.")] = True,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Also time torch, and FlashInfer and vLLM where installed.")
+    ] = True,
     timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
     as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
     output: Annotated[

@@ -15,7 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "lm_eval", "datasets", "gguf", "numpy", "pandas")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "lm_eval",
+    "datasets",
+    "gguf",
+    "numpy",
+    "pandas",
+    # peers of `kvbench kernel`, where installed
+    "vllm",
+    "flashinfer-python",
+)
 
 # settings that change numbers or timings; none of them is a path
 VARIABLES = (

@@ -11,6 +11,7 @@ from kvbench.report.table import Header, Table
 from kvbench.results import Record
 
 NOT_RUN = "- (not run)"
+SAME_DTYPE = ("same_dtype_speedup", "same_dtype_peer", "same_dtype_us")  # older records have none
 SHAPE = ("query_heads", "kv_heads", "head_dim", "page_size")
 
 
@@ -19,12 +20,19 @@ def kernel_tables(records: Sequence[Record]) -> list[Table]:
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         groups[_setting(record)].append(record)
-    names = ("dtype", "rotation", "batch", "context", "read MB", "µs [p10, p90]", "GB/s", "of copy", "vs 16-bit")
-    headers = [Header((name,), numeric=name not in ("dtype", "rotation")) for name in (*names, "rel. error")]
     return [
-        Table(" · ".join(map(str, setting)), headers, [_row(record.facts) for record in sorted(group, key=_order)])
+        _table(" · ".join(map(str, setting)), [record.facts for record in sorted(group, key=_order)])
         for setting, group in groups.items()
     ]
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    names = ["dtype", "rotation", "batch", "context", "read MB", "µs [p10, p90]", "GB/s", "of copy", "vs 16-bit"]
+    # a column only where such a peer was timed
+    compared = any(row.get("same_dtype_speedup") for row in rows)
+    names += [*(["vs same dtype"] if compared else []), "rel. error"]
+    headers = [Header((name,), numeric=name not in ("dtype", "rotation")) for name in names]
+    return Table(title, headers, [_row(row, compared) for row in rows])
 
 
 def _setting(record: Record) -> tuple[Any, ...]:
@@ -39,9 +47,8 @@ def _order(record: Record) -> tuple[Any, ...]:
     return row["batch"], row["context"] or 0, -(record.bits_per_value or 0), record.dtype, record.rotation
 
 
-def _row(row: dict[str, Any]) -> list[str]:
+def _row(row: dict[str, Any], compared: bool) -> list[str]:
     timed = row["us"] is not None
-    peer = f"{row['speedup']:.2f} × ({row['best_16bit_peer']} {row['best_16bit_us']:.0f})" if row["speedup"] else "-"
     return [
         row["dtype"],
         row["rotation"],
@@ -51,9 +58,14 @@ def _row(row: dict[str, Any]) -> list[str]:
         f"{row['us']:.1f} [{row['us_p10']:.1f}, {row['us_p90']:.1f}]" if timed else "-",
         f"{row['gbps']:.0f}" if timed else "-",
         f"{row['share_of_copy']:.0%}" if timed else "-",
-        peer,
+        _ratio(row["speedup"], row["best_16bit_peer"], row["best_16bit_us"]),
+        *([_ratio(*map(row.get, SAME_DTYPE))] if compared else []),
         f"{row['rel_error']:.1e} {row['gate']}",
     ]
+
+
+def _ratio(speedup: float | None, peer: str | None, us: float | None) -> str:
+    return f"{speedup:.2f} × ({peer} {us:.0f})" if speedup else "-"
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def speed_column(
         Header((name, "µs (× 16-bit)", f"n={shown}")),
         {(record.dtype, record.rotation): _speed(record.facts) for record in chosen},
         f"{name}: median time of one layer's attention kernel, {batch} sequences of {context} tokens, "
-        f"{', '.join(setting[1:])}; × is against the best 16-bit attention of torch in the same run",
+        f"{', '.join(setting[1:])}; × is against the best 16-bit attention timed in the same run",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,11 +16,14 @@ from kvbench.attention import attend as reference
 from kvbench.cache import PagedCache
 from kvbench.schemes import Scheme
 from kvbench.timing.clock import cold_copies, copy_bandwidth, throttle_reasons, time_calls
-from kvbench.timing.peers import time_peers
+from kvbench.timing.peers import SIXTEEN_BITS, Peer, peers_of
 from kvbench.timing.request import KernelRequest
+from kvbench.timing.work import Work, make_work
 
-APPEND_CHUNK = 65536  # tokens written at once when a cache is filled
+REASON = 160  # characters of a peer's refusal that are kept
 GATED_QUERIES = 128  # of the last sequence, those compared with the oracle
+COMPARED = ("decode", "prefill")  # the operations that peers are timed in
+PEER_SCHEME = Scheme.parse("bf16", "none")  # what the 16-bit peers read
 # the gate of a machine without a GPU: the interpreter takes about 4 ms a program
 SMALL_BATCH, SMALL_CONTEXT = 2, 80
 
@@ -29,7 +32,9 @@ SMALL_BATCH, SMALL_CONTEXT = 2, 80
 class Timings:
     """Rows of a request, and what they were measured on.
 
-    rows: JSON-ready; `us` and what follows from it are None where nothing was timed or the gate failed.
+    rows: JSON-ready; `us` and what follows from it are None where nothing was timed or the gate failed. `peers` has
+        the microseconds of each 16-bit peer, `same_dtype_us` those of a peer that reads the row's own dtype, and
+        `peers_skipped` why a peer has no time.
     device: the GPU's name, or None where the gates ran in the interpreter and nothing was timed.
     break_even: for each dtype, rotation and batch, the context from which on it beats the best 16-bit peer.
     """
@@ -60,16 +65,17 @@ def run(request: KernelRequest, progress: Callable[[dict[str, Any]], None] = lam
         raise RuntimeError("there is no GPU: set TRITON_INTERPRET=1 to run the correctness gates in the interpreter")
     schemes = [Scheme.parse(d, r).resolve(torch.bfloat16) for d in request.dtypes for r in request.rotations or (None,)]
     copy_gbps = copy_bandwidth() if timed else None
-    peers: dict[tuple[int, int], dict[str, float]] = {}
+    compared = timed and request.peers and request.op in COMPARED
     rows = []
     for batch, context in _sizes(request, timed):
+        peers = Peers()
+        if compared:
+            make = partial(make_work, request, PEER_SCHEME, batch, context, timed)
+            peers = time_peers(PEER_SCHEME, _cold(make(), make), request.samples)
         for scheme in schemes:
             row = _row(request, scheme, batch, context, copy_gbps)
-            if timed and request.peers and request.op in ("decode", "prefill") and (batch, context) not in peers:
-                new = context - request.prefix if request.op == "prefill" else 1
-                peers[batch, context] = time_peers(request.shape, batch, context, new, request.samples)
             _measure(row, request, scheme, batch, context, timed)
-            _compare(row, peers.get((batch, context), {}))
+            _compare(row, peers)
             rows.append(row)
             progress(row)
     device = torch.cuda.get_device_name() if timed else None
@@ -109,6 +115,11 @@ def _row(request: KernelRequest, scheme: Scheme, batch: int, context: int, copy_
         "best_16bit_us": None,
         "best_16bit_peer": None,
         "speedup": None,
+        "peers": {},
+        "peers_skipped": {},
+        "same_dtype_us": None,
+        "same_dtype_peer": None,
+        "same_dtype_speedup": None,
         "rel_error": None,
         "gate": None,
         "throttled": None,
@@ -116,28 +127,17 @@ def _row(request: KernelRequest, scheme: Scheme, batch: int, context: int, copy_
     }
 
 
-@dataclass
-class _Work:
-    """A filled cache, a batch over it, and its queries, or its new keys and values."""
-
-    cache: PagedCache
-    batch: Batch
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    nbytes: int
-
-
 def _measure(
     row: dict[str, Any], request: KernelRequest, scheme: Scheme, batch: int, context: int, timed: bool
 ) -> None:
     """Fills in the gate's verdict and, behind it, the times."""
-    work = _make(request, scheme, batch, context, timed)
+    make = partial(make_work, request, scheme, batch, context, timed)
+    work = make()
     row["read_bytes"] = work.nbytes
-    row["rel_error"], row["gate"] = _gate_write(work) if request.op == "write" else _gate_attention(work)
+    row["rel_error"], row["gate"] = _gate_write(work) if request.op == "write" else _gate_attention(work, _attend(work))
     if not timed or row["gate"] != "ok":
         return
-    works = [work] + [_make(request, scheme, batch, context, timed) for _ in range(cold_copies(work.nbytes) - 1)]
+    works = _cold(work, make)
     sampled = time_calls([partial(_call, request, each) for each in works], request.samples)
     throttled = throttle_reasons()
     row.update(
@@ -150,79 +150,42 @@ def _measure(
         throttled=None if throttled is None else list(throttled),
         samples_us=list(sampled.samples_us),
     )
+    if request.peers and request.op in COMPARED and (scheme.dtype_name, scheme.rotation_name) not in SIXTEEN_BITS:
+        same = time_peers(scheme, works, request.samples)
+        row["peers_skipped"] = {f"{name} {scheme.dtype_name}": why for name, why in same.skipped.items()}
+        if same.best:
+            row.update(same_dtype_us=same.us[same.best], same_dtype_peer=same.best)
+            row["same_dtype_speedup"] = same.us[same.best] / sampled.median
 
 
-def _make(request: KernelRequest, scheme: Scheme, batch: int, context: int, timed: bool) -> _Work:
-    """Caches of normal numbers, pages in random order, bf16 (fp16 where the kernels are interpreted)."""
-    shape, op = request.shape, request.op
-    device = torch.device("cuda" if timed else "cpu")
-    dtype = torch.bfloat16 if timed else torch.float16
-    prefix = min(request.prefix, context // 2) if not timed else request.prefix
-    if op == "write":
-        news, lengths = [batch], [batch]
-    else:
-        chunk = context - prefix
-        news = {"decode": [1] * batch, "prefill": [chunk] * batch, "mixed": [chunk] + [1] * (batch - 1)}[op]
-        lengths = [context] * batch
-    width = -(-max(lengths) // shape.page_size)
-    pages = width * len(lengths)
-    cache = PagedCache(
-        [(shape.kv_heads, shape.head_dim)],
-        scheme,
-        pages=pages,
-        page_size=shape.page_size,
-        model_dtype=dtype,
-        device=device,
-    )
-    table = torch.randperm(pages, device=device).to(torch.int32).view(len(lengths), width)
-    slots = (table[:, :, None] * shape.page_size + torch.arange(shape.page_size, device=device)).flatten(1)
-    slots = slots[:, : max(lengths)].to(torch.int64)
-
-    def rows(tokens: int, heads: int) -> Tensor:
-        return torch.randn(tokens, heads, shape.head_dim, device=device).to(dtype)
-
-    if op != "write":
-        for part in slots.flatten().split(APPEND_CHUNK):
-            triton.append(cache, 0, rows(len(part), shape.kv_heads), rows(len(part), shape.kv_heads), part)
-    total = sum(news)
-    k, v = (rows(total if op == "write" else 0, shape.kv_heads) for _ in range(2))
-    made = Batch(
-        torch.tensor([0, *news], device=device).cumsum(0).to(torch.int32),
-        torch.tensor(lengths, dtype=torch.int32, device=device),
-        table,
-        torch.cat([own[length - new : length] for own, length, new in zip(slots, lengths, news, strict=True)]),
-        shape.page_size,
-    )
-    stored = scheme.row_bytes(shape.head_dim) * shape.kv_heads
-    if op == "write":  # new keys and values in, codes and scales out
-        nbytes = total * (stored + 2 * shape.kv_heads * shape.head_dim * dtype.itemsize)
-    else:  # codes, scales and page table, each once
-        nbytes = sum(lengths) * stored + table.nbytes
-    return _Work(cache, made, rows(total if op != "write" else 0, shape.query_heads), k, v, nbytes)
+def _cold(first: Work, make: Callable[[], Work]) -> list[Work]:
+    """This work and others like it: so many that none is found in the L2 cache when its turn comes."""
+    return [first, *(make() for _ in range(cold_copies(first.nbytes) - 1))]
 
 
-def _call(request: KernelRequest, work: _Work) -> None:
+def _call(request: KernelRequest, work: Work) -> None:
     if request.op == "write":
         triton.append(work.cache, 0, work.k, work.v, work.batch.slot_mapping)
     else:
         _attend(work)
 
 
-def _attend(work: _Work) -> Tensor:
+def _attend(work: Work) -> Tensor:
     scaling = work.q.shape[-1] ** -0.5
     return triton.attend(
         work.q, work.cache, 0, work.batch, scaling=scaling, sliding_window=None, softcap=None, sinks=None
     )
 
 
-def _gate_attention(work: _Work) -> tuple[float, str]:
+def _gate_attention(work: Work, out: Tensor) -> tuple[float, str]:
     """The relative L2 error against float64, and "ok" if it is within twice that of torch in the same precision.
 
-    Compared are the last queries of the last sequence, whose whole context they read.
+    out: [T, HQ, D], what attention gave. Compared are the last queries of the last sequence, whose whole context they
+    read.
     """
     start, end, length = work.batch.spans[-1]
     new = min(end - start, GATED_QUERIES)
-    got = _attend(work)[end - new : end]
+    got = out[end - new : end]
     last = Batch(
         torch.tensor([0, new], dtype=torch.int32, device=got.device),
         work.batch.seq_lens[-1:],
@@ -239,7 +202,7 @@ def _gate_attention(work: _Work) -> tuple[float, str]:
     return error, "ok" if error <= budget else f"failed: {error:.1e} > {budget:.1e}"
 
 
-def _same_precision(q: Tensor, work: _Work, last: Batch, length: int) -> Tensor:
+def _same_precision(q: Tensor, work: Work, last: Batch, length: int) -> Tensor:
     """Attention as torch computes it in q's dtype from keys and values decoded to it."""
     scheme = work.cache.scheme
     pages = last.page_table[0].to(torch.int64)
@@ -258,7 +221,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def _gate_write(work: _Work) -> tuple[float, str]:
+def _gate_write(work: Work) -> tuple[float, str]:
     """The share of bytes that differ from what plain torch writes, and "ok" if none does."""
     want = PagedCache(
         [(work.k.shape[1], work.k.shape[2])],
@@ -281,12 +244,46 @@ def _gate_write(work: _Work) -> tuple[float, str]:
     return wrong / total, "ok" if wrong == 0 else f"failed: {wrong} of {total} differ"
 
 
-def _compare(row: dict[str, Any], peers: dict[str, float]) -> None:
-    if peers:
-        name = min(peers, key=peers.__getitem__)
-        row.update(best_16bit_us=peers[name], best_16bit_peer=name)
+@dataclass(frozen=True)
+class Peers:
+    """Median microseconds of each peer that could be timed, and for each other one the reason."""
+
+    us: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str | None:
+        """The name of the fastest."""
+        return min(self.us, key=self.us.__getitem__, default=None)
+
+
+def time_peers(scheme: Scheme, works: Sequence[Work], samples: int) -> Peers:
+    """The times of all peers that read this scheme. What a peer computes passes the gate of our own kernels first."""
+    found = Peers()
+    for peer in peers_of(scheme):
+        try:
+            if why := peer.missing or _fault(peer, works):
+                found.skipped[peer.name] = why
+            else:
+                found.us[peer.name] = time_calls(peer.prepare(works), samples).median
+        except Exception as error:  # with what it refuses a shape is up to each peer
+            found.skipped[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())[:REASON]
+    return found
+
+
+def _fault(peer: Peer, works: Sequence[Work]) -> str | None:
+    """What is wrong with a peer's output, or None."""
+    (call,) = peer.prepare(works[:1])
+    _, verdict = _gate_attention(works[0], call().flatten(0, -3))
+    return None if verdict == "ok" else f"wrong output, gate {verdict}"
+
+
+def _compare(row: dict[str, Any], peers: Peers) -> None:
+    row.update(peers=peers.us, peers_skipped={**peers.skipped, **row["peers_skipped"]})
+    if peers.best:
+        row.update(best_16bit_us=peers.us[peers.best], best_16bit_peer=peers.best)
         if row["us"] is not None:
-            row["speedup"] = peers[name] / row["us"]
+            row["speedup"] = peers.us[peers.best] / row["us"]
 
 
 def _break_even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ class KernelRequest:
         the first sequence, one token for the others) or "write" (`batch` tokens, quantized and stored).
     contexts: tokens of a sequence, the new ones included; "write" ignores them.
     prefix: tokens that are cached before a prefill.
-    peers: also time torch's 16-bit attention, each backend by name.
+    peers: also time what others compute, each by name: torch's attention, and FlashInfer's and vLLM's where installed.
     samples: timings kept for each row.
     """
 

@@ -20,6 +20,7 @@ HEADER = (
     "GB/s",
     "of copy",
     "vs 16-bit",
+    "vs same dtype",
     "rel. error",
 )
 
@@ -33,7 +34,9 @@ def render(timings: Timings, how: str) -> str:
         columns = [name for name in timings.rows[0] if name != "samples_us"] if timings.rows else []
         writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(timings.rows)
+        for row in timings.rows:
+            nested = {name: json.dumps(value) for name, value in row.items() if isinstance(value, dict)}
+            writer.writerow({**row, **nested})
         return out.getvalue().rstrip("\n")
     cells = [_cells(row) for row in timings.rows]
     if how == "md":
@@ -57,11 +60,6 @@ def _title(timings: Timings) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     time = "-" if row["us"] is None else f"{row['us']:.1f} [{row['us_p10']:.1f}, {row['us_p90']:.1f}]"
-    peer = (
-        "-"
-        if row["speedup"] is None
-        else f"{row['speedup']:.2f} × ({row['best_16bit_peer']} {row['best_16bit_us']:.0f})"
-    )
     return [
         row["dtype"],
         row["rotation"],
@@ -71,17 +69,31 @@ def _cells(row: dict[str, Any]) -> list[str]:
         time,
         "-" if row["gbps"] is None else f"{row['gbps']:.0f}",
         "-" if row["share_of_copy"] is None else f"{row['share_of_copy']:.0%}",
-        peer,
+        _ratio(row["speedup"], row["best_16bit_peer"], row["best_16bit_us"]),
+        _ratio(row["same_dtype_speedup"], row["same_dtype_peer"], row["same_dtype_us"]),
         f"{row['rel_error']:.1e} {row['gate']}",
     ]
 
 
+def _ratio(speedup: float | None, peer: str | None, us: float | None) -> str:
+    """`3.22 × (sdpa-cudnn 350)`: how many times faster than a peer of so many microseconds; `-` for None."""
+    return "-" if speedup is None else f"{speedup:.2f} × ({peer} {us:.0f})"
+
+
 def _notes(timings: Timings) -> list[str]:
+    sizes = {(row["batch"], row["context"]): row["peers"] for row in timings.rows if row["peers"]}
     notes = [
+        f"16 bits at {batch} × {context}, µs: "
+        + ", ".join(f"{name} {us:.1f}" for name, us in sorted(peers.items(), key=lambda peer: peer[1]))
+        for (batch, context), peers in sizes.items()
+    ]
+    notes += [
         f"{entry['dtype']} ({entry['rotation']}), batch {entry['batch']}: "
         + (f"faster than 16 bits from {entry['context']} tokens on" if entry["context"] else "not faster than 16 bits")
         for entry in timings.break_even
     ]
+    reasons = dict.fromkeys((name, why) for row in timings.rows for name, why in row["peers_skipped"].items())
+    notes += [f"{name} was not timed: {why}" for name, why in reasons]
     held = sorted({reason for row in timings.rows for reason in row["throttled"] or ()})
     if held:
         notes.append(f"the GPU's clocks were held back in some rows: {', '.join(held)}")

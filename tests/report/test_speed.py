@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.report.speed import NOT_RUN, speed_column
+from kvbench.report.speed import NOT_RUN, kernel_tables, speed_column
 from kvbench.report.tables import Report
 from kvbench.results import Record, Store
 from kvbench.schemes import Scheme
@@ -45,6 +45,20 @@ def test_the_model_s_own_shape_comes_first(kernels):
     A model of 8 KV heads of 256 channels is shown the time of that shape.
     """
     assert "D 256" in speed_column(kernels, SCHEMES, [(8, 256)]).note
+
+
+def test_a_peer_of_the_same_dtype_has_a_column_where_one_was_timed(kernels):
+    """
+    In its own table alone; the rows beside it, and records that know no such peer, show a dash.
+    """
+    timed = {"same_dtype_us": 1050.0, "same_dtype_peer": "vllm-triton", "same_dtype_speedup": 9.72}
+    one = next(each for each in kernels if each.dtype == "int4_per_token_head" and each.facts["op"] == "decode")
+    tables = kernel_tables([replace(one, facts={**one.facts, **timed}), *(each for each in kernels if each != one)])
+
+    (with_column,) = [table for table in tables if ("vs same dtype",) in [header.lines for header in table.headers]]
+    column = [header.lines for header in with_column.headers].index(("vs same dtype",))
+    shown = [row[column] for row in with_column.rows]
+    assert sorted(shown, key=len) == ["-"] * (len(shown) - 1) + ["9.72 × (vllm-triton 1050)"]
 
 
 def test_no_column_where_nothing_was_timed(kernels):
