@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,6 +154,7 @@ def _prepare_vllm(works: Sequence[Work]) -> list[Call]:
 
     Its int4 turns queries and outputs by itself, in launches of their own, which are timed with it.
     """
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # it logs to stdout, which is for results
     import_module("vllm._custom_ops")  # registers the compiled operators, by which its int4 turns queries
     attend: Any = import_module("vllm.v1.attention.ops.triton_unified_attention").unified_attention
     kv_heads = works[0].cache.keys[0].codes.shape[1]
