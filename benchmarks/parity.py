@@ -1,21 +1,24 @@
-"""How far kvbench with the exact cache is from lm-eval's own HFLM, task by task, on the same weights in float32.
+"""How far kvbench with the exact cache is from lm-eval's own HFLM on the same weights, and both from float64.
 
-The data is the offline mirror's (`--data`, or KVBENCH_DATA).
+Largest differences of a request's log-likelihood, and how many documents' answers flip. "HFLM again" is HFLM against
+itself in batches of another size: the noise of its arithmetic, which nothing can be nearer to it than. The data is the
+offline mirror's (`--data`, or KVBENCH_DATA).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from lm_eval.models.huggingface import HFLM
 
+from kvbench.environment import describe
 from kvbench.runners import models
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
@@ -30,44 +33,81 @@ TASKS: tuple[dict[str, Any], ...] = (
 )
 
 
+def apart(ours: Any, theirs: Any) -> dict[str, Any]:
+    """The largest differences of a log-likelihood and of a metric, flipped answers, and how many texts are equal."""
+    pairs = list(zip(ours.samples, theirs.samples, strict=True))
+    found: dict[str, Any] = {
+        "metric": max(abs(a.value - b.value) for a, b in zip(ours.metrics, theirs.metrics, strict=True))
+    }
+    if "logprobs" in ours.samples[0]:
+        found["largest"] = max(abs(x - y) for a, b in pairs for x, y in zip(a["logprobs"], b["logprobs"], strict=True))
+    if "acc" in ours.samples[0]:
+        found["flips"] = sum(a["acc"] != b["acc"] for a, b in pairs)
+    if "resps" in ours.samples[0]:
+        found["equal_texts"] = sum(a["resps"] == b["resps"] for a, b in pairs)
+    return found
+
+
+def cell(found: dict[str, Any]) -> str:
+    """A comparison as the table shows it."""
+    parts = [f"{found['largest']:.1e}"] if "largest" in found else []
+    parts += [f"{found['flips']} flips"] if "flips" in found else []
+    parts += [f"{found['equal_texts']} equal"] if "equal_texts" in found else []
+    return ", ".join(parts)
+
+
 def main() -> None:
-    """Runs each task both ways, and prints the largest differences."""
+    """Runs each task on all sides, and prints how far they are apart."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("KVBENCH_DATA"), help="the offline mirror's folder")
     parser.add_argument("--documents", type=int, default=36, help="of the tasks with short documents")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", action="append", help="compute dtype; repeatable; float32 when not given")
+    parser.add_argument("--batch-size", type=int, default=8, help="HFLM's; its second run takes three quarters of it")
+    parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     options = parser.parse_args()
     if options.data is None:
         sys.exit("error: no data: name the offline mirror's folder with --data or KVBENCH_DATA")
     logging.disable(logging.WARNING)
 
-    loaded = TransformersModel.load(models.resolve(options.model), "float32")
-    runner = loaded.runner(Scheme.parse("auto"))
+    tasks = [make_task({"limit": options.documents, **spec}, options.data) for spec in TASKS]
+    source = models.resolve(options.model)
     context = RunContext(lambda *_: {}, lambda *_: None)
-    hflm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8, device="cpu")
-    hflm.truncated = 0  # what our own model class counts
-    print(f"{'task':<16} documents  largest |Δ log-likelihood|  equal texts  largest |Δ metric|  kvbench s  HFLM s")
-    for spec in TASKS:
-        task = make_task({"limit": options.documents, **spec}, options.data)
-        start = time.perf_counter()
-        ours = task.run(runner, context)
-        middle = time.perf_counter()
-        with mock.patch("kvbench.tasks.runner_lm.RunnerLM", return_value=hflm):
-            theirs = task.run(runner, context)
-        end = time.perf_counter()
-        pairs = list(zip(ours.samples, theirs.samples, strict=True))
-        apart = [
-            abs(x - y) for a, b in pairs for x, y in zip(a.get("logprobs", []), b.get("logprobs", []), strict=True)
-        ]
-        texts = [a["resps"] == b["resps"] for a, b in pairs if "resps" in a]
-        metric = max(abs(a.value - b.value) for a, b in zip(ours.metrics, theirs.metrics, strict=True))
-        log_likelihood = f"{max(apart):.1e}" if apart else "-"
-        equal = f"{sum(texts)}/{len(texts)}" if texts else "-"
-        print(
-            f"{task.name:<16} {ours.facts['documents']:>9}  {log_likelihood:>26}  {equal:>11}  {metric:>18.1e}  "
-            f"{middle - start:>9.1f}  {end - middle:>6.1f}",
-            flush=True,
-        )
+
+    def run(dtype: str, *batch_sizes: int) -> list[list[Any]]:
+        """Each task's outcomes: kvbench's, and HFLM's with each batch size."""
+        made = "float32" if dtype == "float64" else dtype
+        loaded = TransformersModel.load(source, made, options.device)  # type: ignore[arg-type]
+        if dtype == "float64":
+            loaded.model.double()
+        runner = loaded.runner(Scheme.parse("auto"))
+        outcomes = [[task.run(runner, context)] for task in tasks]
+        loaded.model.set_attn_implementation("sdpa")
+        for batch_size in batch_sizes:
+            hflm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+            hflm.truncated = 0  # what our own model class counts
+            with mock.patch("kvbench.tasks.runner_lm.RunnerLM", return_value=hflm):
+                for task, found in zip(tasks, outcomes, strict=True):
+                    found.append(task.run(runner, context))
+        return outcomes
+
+    exact = [outcomes[0] for outcomes in run("float64")]
+    columns = {"kvbench - HFLM": (0, 1), "HFLM again": (1, 2), "kvbench - float64": (0, -1), "HFLM - float64": (1, -1)}
+    print(f"{'dtype':<9} {'task':<15} {'documents':>9}  {'  '.join(f'{name:>20}' for name in columns)}")
+    rows = []
+    for dtype in options.dtype or ["float32"]:
+        outcomes = run(dtype, options.batch_size, max(1, options.batch_size * 3 // 4))
+        for task, reference, found in zip(tasks, exact, outcomes, strict=True):
+            sides = [*found, reference]
+            row = {name: apart(sides[a], sides[b]) for name, (a, b) in columns.items()}
+            documents = found[0].facts["documents"]
+            rows.append({"dtype": dtype, "task": task.name, "documents": documents, **row})
+            cells = "  ".join(f"{cell(each):>20}" for each in row.values())
+            print(f"{dtype:<9} {task.name:<15} {documents:>9}  {cells}", flush=True)
+    if options.output:
+        environment = {**describe(), "command": f"benchmarks/parity.py {' '.join(sys.argv[1:])}"}
+        options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
