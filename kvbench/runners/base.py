@@ -113,6 +113,7 @@ class Measuring(Protocol):
         kv_bytes_per_token: of the cache as allocated, see PagedCache.bytes_per_token.
         prefill_tokens, prefill_seconds: of prompts, a shared prefix once, and of what was decoded in the same passes.
         decode_tokens, decode_seconds: of answers.
+        capture_seconds: of compiling and capturing the CUDA graphs that decode.
         """
         ...
 
