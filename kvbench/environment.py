@@ -98,6 +98,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def visible_gpu(index: int) -> str:
+    """The number or the UUID by which nvidia-smi knows the GPU that CUDA_VISIBLE_DEVICES shows us as `index`."""
+    shown = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")
+    return shown[index].strip() if shown != [""] and index < len(shown) else str(index)
+
+
+def device_name(devices: Sequence[str]) -> str:
+    """What kernels run on: the names of these GPUs (by index, as `visible_gpu` takes it), each once, or "cpu"."""
+    gpus, _ = _gpus()
+    names: dict[str, None] = {}
+    for one in devices:
+        names |= dict.fromkeys(
+            ["cpu"] if one == "cpu" else [gpu["name"] for gpu in own_gpus(gpus, visible_gpu(int(one)))]
+        )
+    return " + ".join(names) or "GPU"
+
+
+def own_gpus(gpus: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Of all GPUs, that of this number; all where it can't be told which one is meant."""
+    return [gpus[int(name)]] if name.isdigit() and int(name) < len(gpus) else gpus
+
+
 def _gpus() -> tuple[list[dict[str, Any]], str | None]:
     """Name and memory of each GPU, and the driver's version, without starting CUDA."""
     query = "--query-gpu=name,memory.total,driver_version"

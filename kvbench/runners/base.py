@@ -124,3 +124,7 @@ class Paged(Protocol):
     scheme: Scheme
     page_size: int
     device: torch.device | str
+
+    def longest_sequence(self, pages: int) -> int:
+        """Tokens of the longest sequence that it takes with so many pages."""
+        ...

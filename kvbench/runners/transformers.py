@@ -285,6 +285,14 @@ class TransformersRunner:
         """What the last call wrote. Only a sequence that was run alone lies there in the order of its tokens."""
         return self._caches[0]
 
+    def longest_sequence(self, pages: int) -> int:
+        """Tokens of the longest sequence that so many pages are enough for, whatever it shares with others."""
+        return max(0, (pages - 2) // 2 * self.page_size)
+
+    def _pages_for(self, tokens: int) -> int:
+        """Pages for a sequence: its own, and as many again, for it may be shared and copied while it is computed."""
+        return 2 * -(-tokens // self.page_size) + 2
+
     # ---- scoring
 
     def _score(self, requests: Sequence[ScoreRequest], progress: Progress | None) -> list[Score]:
@@ -365,7 +373,7 @@ class TransformersRunner:
         if not all(prompts):
             raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        each = 2 * (-(-longest // self.page_size)) + 2
+        each = self._pages_for(longest)
         self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)))
         # so many that neither their prompts nor their answers can take each other's last page
         most = 1 if self._alone else max(1, min(self.limits.sequences, self._pool.free_pages // each))
@@ -628,7 +636,7 @@ class TransformersRunner:
         schemes = [self.scheme.resolve(self.model.dtype)]
         if self.scoring == "prefill_exact":
             schemes.append(Scheme.parse("auto").resolve(self.model.dtype))
-        least = 2 * (-(-longest // self.page_size)) + 2
+        least = self._pages_for(longest)
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
             page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)

@@ -17,13 +17,13 @@ from kvbench.tasks.base import Options, RunContext
 if TYPE_CHECKING:
     from kvbench.runners.base import GenerateRequest, Paged, Runner
 
-VERSION = 1
+VERSION = 2
 # left free beside the longest context; what a forward pass took more is subtracted
 RESERVE_BYTES = 2**30
 
 
 class Throughput(Options):
-    """Prefill and decode tokens per second on random tokens, and on a GPU the longest context that fits.
+    """Prefill and decode tokens per second on random tokens, and on a GPU how many tokens its memory holds.
 
     prompt, new: tokens of each request. batch: requests at once. repeats: of each time; the medians count.
     seed: of the tokens, not of the sweep.
@@ -35,6 +35,11 @@ class Throughput(Options):
     batch: PositiveInt = 8
     repeats: PositiveInt = 3
     seed: int = 0
+
+    @property
+    def timed(self) -> bool:
+        """See Task."""
+        return True
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -67,7 +72,7 @@ class Throughput(Options):
                 f"{self.prompt} + {self.new} tokens are more than the model's {runner.info.max_length}; ask for fewer"
             )
         memory = _Memory(runner)
-        self._seconds(runner, -1)  # compiles, captures, allocates
+        runner.generate(self._requests(runner, "before", self.new))  # compiles, captures, allocates
         repeats = min(self.repeats, self.limit or self.repeats)
         samples = []
         for repeat in range(repeats):
@@ -83,8 +88,11 @@ class Throughput(Options):
             "decode": tokens / (all_seconds - prefill_seconds),
         }
         metrics = [Metric(name, rate, None, repeats, "tokens/s") for name, rate in rates.items()]
-        if (longest := memory.longest_context()) is not None:
+        if (tokens_held := memory.tokens()) is not None:
+            longest, limit = _longest(cast("Paged", runner), tokens_held, runner.info.max_length)
+            metrics.append(Metric("memory_holds", tokens_held, None, 1, "tokens"))
             metrics.append(Metric("longest_context", longest, None, 1, "tokens"))
+            memory.facts["longest_context_limit"] = limit
         return Outcome(tuple(metrics), samples, memory.facts)
 
     def _seconds(self, runner: Runner, repeat: int) -> dict[str, Any]:
@@ -114,6 +122,12 @@ class Throughput(Options):
         ]
 
 
+def _longest(runner: Paged, held: int, positions: int) -> tuple[int, str]:
+    """The longest sequence that a runner takes where memory holds so many tokens, and which of the two limits it."""
+    by_memory = runner.longest_sequence(held // runner.page_size)
+    return (positions, "the model's positions") if positions <= by_memory else (by_memory, "memory")
+
+
 class _Memory:
     """What a runner's GPU has room for. Made before the runner has a cache; on a CPU it knows nothing."""
 
@@ -136,7 +150,7 @@ class _Memory:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    def longest_context(self) -> int | None:
+    def tokens(self) -> int | None:
         """Tokens whose keys and values were allocated, less those whose room a forward pass has shown to need."""
         import torch
 
