@@ -114,6 +114,7 @@ class Measuring(Protocol):
         prefill_tokens, prefill_seconds: of prompts, a shared prefix once, and of what was decoded in the same passes.
         decode_tokens, decode_seconds: of answers.
         capture_seconds: of compiling and capturing the CUDA graphs that decode.
+        pass_tokens: computed at once at most.
         """
         ...
 

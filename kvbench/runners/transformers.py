@@ -275,10 +275,10 @@ class TransformersRunner:
 
         A pass of prompts with steps of running sequences counts as prefill, their tokens too. What was decoded after
         the end of an answer takes seconds and counts no tokens. The seconds in which CUDA graphs for decoding were made
-        are counted apart.
+        are counted apart. And the tokens of a pass at most, for they are halved where memory is too small.
         """
         sizes = {"kv_bytes_per_token": self._caches[0].bytes_per_token} if self._caches else {}
-        return {**self._clock.totals(), **sizes}
+        return {**self._clock.totals(), **sizes, "pass_tokens": self.limits.tokens}
 
     @property
     def stored(self) -> PagedCache:

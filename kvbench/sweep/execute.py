@@ -155,6 +155,8 @@ class Bench:
             self.watcher.started(cell)
             record = failed(cell, self.session, self.setting.environment, 0.0)
             keep(self.setting.store, self.watcher, cell, record, None)
+            if is_broken():
+                raise BrokenDeviceError(str(self.session)) from self.session
 
     def _open(self, cell: Cell) -> None:
         self.session = None

@@ -16,8 +16,10 @@ import pytest
 
 from kvbench.report.tables import Report
 from kvbench.results import Store
-from kvbench.sweep import command
+from kvbench.sweep import command, execute
 from kvbench.sweep.command import Options, run_sweep
+from kvbench.sweep.execute import Setting
+from kvbench.sweep.progress import Clock, Display, Lane
 from kvbench.sweep.workers import Seat
 
 
@@ -124,6 +126,26 @@ def test_a_fault_of_the_gpu_costs_one_cell(sweep, tmp_path):
     assert set(statuses.values()) == {("done", None)}
     assert len(statuses) == 5
     assert (tmp_path / "log of the processes").read_text().split() == [first] * 4 + [second] * 2
+
+
+def test_a_fault_while_a_model_is_loaded_costs_one_cell(toy, tmp_path, monkeypatch):
+    """
+    The cell that needed it is kept as failed, and the next is not tried on the same GPU context.
+    """
+
+    def fails(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(execute, "is_broken", lambda: True)
+    parts = toy.Parts(toy.find_model, toy.fetch_model, fails, toy.make_task)
+    path = toy.write_config(tmp_path / "toys.yaml")
+    planned = command.prepare(path, Options(output=tmp_path / "run"), parts)
+    setting = Setting(planned.store, planned.sweep.baseline_scheme, 16, "auto", "cpu", {}, parts)
+    watcher = Lane(Display(planned.cells, Clock([]), planned.store.cells))
+    with pytest.raises(execute.BrokenDeviceError, match="device-side assert"):
+        execute.execute(planned.cells, setting, watcher)
+
+    assert [one.status for one in cells(tmp_path).values()] == ["failed"]
 
 
 def test_on_a_gpu_cells_never_run_in_the_parent(tmp_path, toy, monkeypatch):
