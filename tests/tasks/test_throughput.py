@@ -46,35 +46,37 @@ def shape(tmp_path):
 
 
 class Recorder(ToyRunner):
-    """A toy that keeps what it is asked, and never ends early."""
+    """A toy that keeps what it is asked, and says that it took ever longer."""
 
     def __init__(self):
         super().__init__()
         self.asked = []
+        self.counted = dict.fromkeys(("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"), 0)
 
     def generate(self, requests, progress=None):
         self.asked.append(requests)
+        self.counted["prefill_tokens"] += sum(len(request.prompt) for request in requests)
+        self.counted["prefill_seconds"] += 2 ** len(self.asked)
+        self.counted["decode_tokens"] += sum(request.max_new_tokens - 1 for request in requests)
+        self.counted["decode_seconds"] += 10 * len(self.asked)
         return super().generate(requests, progress)
+
+    def stats(self):
+        return {**self.counted, "kv_bytes_per_token": 7}
 
 
 def test_a_rate_is_tokens_over_seconds():
     """
-    Prefill: all prompts over the time of their first tokens. Decode: the later tokens over the time beyond that.
+    Those that the runner counted in each repeat, and none of the pass before; the median of the repeats.
     """
     task = make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3, "repeats": 3})
     outcome = task.run(Recorder(), CONTEXT)
-    prefill, decode = outcome.metrics
-    first, whole, tokens = (
-        sorted(row[name] for row in outcome.samples)[1] for name in ("prefill_seconds", "all_seconds", "decode_tokens")
-    )
 
-    assert [(metric.name, metric.unit, metric.n) for metric in outcome.metrics] == [
-        ("prefill", "tokens/s", 3),
-        ("decode", "tokens/s", 3),
+    assert [(metric.name, metric.unit, metric.n, metric.value) for metric in outcome.metrics] == [
+        ("prefill", "tokens/s", 3, 3 * 20 / 2**3),
+        ("decode", "tokens/s", 3, 3 * 63 / 30),
     ]
-    assert prefill.value == pytest.approx(3 * 20 / first)
-    assert decode.value == pytest.approx(tokens / (whole - first))
-    assert 0 < tokens <= 3 * 63
+    assert [row["decode_seconds"] for row in outcome.samples] == [20, 30, 40]
 
 
 def test_no_prompt_is_asked_twice():
@@ -85,8 +87,16 @@ def test_no_prompt_is_asked_twice():
     make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3, "repeats": 2}).run(runner, CONTEXT)
     prompts = [request.prompt for requests in runner.asked for request in requests]
 
-    assert len(prompts) == len({prompt[:10] for prompt in prompts}) == 3 * 5  # once before, twice a repeat
+    assert len(prompts) == len({prompt[:10] for prompt in prompts}) == 3 * 3
     assert {len(prompt) for prompt in prompts} == {20}
+
+
+def test_a_runner_that_counts_nothing_is_refused():
+    """
+    No rate is made up from other times.
+    """
+    with pytest.raises(ValueError, match="counts no tokens and seconds"):
+        make_task({"task": "throughput", "prompt": 20}).run(ToyRunner(), CONTEXT)
 
 
 def test_a_request_beyond_the_model_is_refused():
