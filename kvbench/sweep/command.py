@@ -175,7 +175,8 @@ def _devices(options: Options) -> Sequence[str]:
 
     A GPU always has a process: after a fault, its memory is free again only when that process has ended.
     """
-    return options.devices or ([] if default_device() == "cpu" else ["0"])
+    device = default_device()
+    return options.devices or ([] if device == "cpu" else [device])
 
 
 def _missing_devices(devices: Sequence[str]) -> list[str]:

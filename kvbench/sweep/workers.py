@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
 from kvbench.environment import own_gpus, visible_gpu
 from kvbench.results import Record
 from kvbench.sweep.execute import (
@@ -77,7 +79,7 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
     os.environ.update(variables)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        setting: Setting = connection.recv()
+        setting: Setting = _on_its_gpu(connection.recv())
         sender = Sender(connection)
         bench = Bench(setting, sender)
         while True:
@@ -90,6 +92,18 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
             sender.send("finished")
     except EOFError:
         return
+
+
+def _on_its_gpu(setting: Setting) -> Setting:
+    """The setting with this process's GPU alone in its environment, as CUDA names it."""
+    gpus = setting.environment.get("gpus") or []
+    if setting.device == "cpu" or len(gpus) < 2:
+        return setting
+    with contextlib.suppress(RuntimeError):  # a GPU that can't be used is the first cell's error
+        name = torch.cuda.get_device_name()
+        own = [gpu for gpu in gpus if gpu["name"] == name][:1]
+        return replace(setting, environment={**setting.environment, "gpus": own or gpus})
+    return setting
 
 
 def _end_with_parent() -> None:
@@ -224,13 +238,13 @@ def _next(left: list[Cell], seat: Seat, seats: Sequence[Seat]) -> Cell:
 
 
 def seat_for(device: str, setting: Setting, watcher: Watcher) -> Seat:
-    """A seat on "cpu" or on the GPU of this number, counted as CUDA_VISIBLE_DEVICES shows them to this process."""
+    """A seat on "cpu", on a GPU by its number among those that CUDA_VISIBLE_DEVICES shows, or on "cuda", the first."""
     if device == "cpu":
         environment = {**setting.environment, "device": "cpu"}
         return Seat(replace(setting, device="cpu", environment=environment), {"CUDA_VISIBLE_DEVICES": ""}, watcher)
-    number = visible_gpu(int(device))
+    number = visible_gpu(device)
     own = own_gpus(setting.environment.get("gpus") or [], number)
     environment = {**setting.environment, "device": "cuda", "gpus": own}
     # numbered as nvidia-smi does, whose names the environment has
-    variables = {"CUDA_VISIBLE_DEVICES": number, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    variables = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": number, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return Seat(replace(setting, device="cuda", environment=environment), variables, watcher)

@@ -20,7 +20,7 @@ from kvbench.sweep import command, execute
 from kvbench.sweep.command import Options, run_sweep
 from kvbench.sweep.execute import Setting
 from kvbench.sweep.progress import Clock, Display, Lane
-from kvbench.sweep.workers import Seat
+from kvbench.sweep.workers import Seat, _on_its_gpu, seat_for
 
 
 @pytest.fixture
@@ -155,13 +155,38 @@ def test_on_a_gpu_cells_never_run_in_the_parent(tmp_path, toy, monkeypatch):
     seats = []
     monkeypatch.setattr(command, "default_device", lambda: "cuda")
     monkeypatch.setattr(command, "execute_on", lambda given, cells: seats.extend(given))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5e2f,0")
     path = toy.write_config(tmp_path / "toys.yaml")
     assert run_sweep(path, Options(output=tmp_path / "run"), toy.PARTS) == 0
 
     [seat] = seats
     assert seat.setting.device == seat.setting.environment["device"] == "cuda"
-    assert seat.variables == {"CUDA_VISIBLE_DEVICES": "GPU-5e2f", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert seat.variables == {}
+
+
+@pytest.mark.parametrize(
+    ("shown", "device", "seen", "own"),
+    [
+        (None, "1", {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["B"]),
+        ("1,0", "0", {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["B"]),
+        ("GPU-5e2f, 0", "0", {"CUDA_VISIBLE_DEVICES": "GPU-5e2f", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["A", "B"]),
+        ("1", "cuda", {}, ["B"]),
+        (None, "cuda", {}, ["A", "B"]),
+    ],
+)
+def test_a_process_sees_the_gpu_that_was_meant(monkeypatch, shown, device, seen, own):
+    """
+    Numbers count what CUDA_VISIBLE_DEVICES shows, UUIDs included; where no number says which GPU, CUDA will name it.
+    """
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    gpus = [{"name": "A"}, {"name": "B"}]
+    seat = seat_for(device, Setting(None, None, 16, "auto", "cpu", {"gpus": gpus}), None)
+
+    assert seat.variables == seen
+    assert [gpu["name"] for gpu in seat.setting.environment["gpus"]] == own
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "B")
+    assert _on_its_gpu(seat.setting).environment["gpus"] == [{"name": "B"}]
 
 
 def test_a_process_that_died_between_two_cells_costs_none(monkeypatch):
