@@ -1,6 +1,8 @@
 """Transformers models through the paged cache, against the same models through transformers' own attention."""
 
+import gc
 import time
+import weakref
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -536,6 +538,24 @@ def test_an_error_drops_the_graphs(captures, monkeypatch):
     runner.generate(requests)
 
     assert len(captures) == 2
+
+
+def test_nothing_keeps_a_runner_but_its_user(captures, monkeypatch):
+    """
+    With its last name go its cache and its graphs, which hold most of a GPU's memory, and wait for no collector.
+    """
+    monkeypatch.setattr(EagerBlocks, "_captured", lambda *_: SimpleNamespace(replay=lambda: None))
+    runner = tiny("llama").runner(Scheme.parse("int4"))
+    runner.score(score_requests())
+    runner.generate([GenerateRequest(tokens(9, 3), 5)])
+    held = [weakref.ref(one) for one in (runner, runner._caches[0], *runner._lanes.values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del runner
+        assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_few_pages_more_are_not_worth_a_new_cache(captures, monkeypatch):
