@@ -111,6 +111,32 @@ def _version(package: str) -> str | None:
         return None
 
 
+def visible_gpu(device: str) -> str:
+    """The number or the UUID by which nvidia-smi knows a GPU, as far as CUDA_VISIBLE_DEVICES says it.
+
+    device: its number among those that are visible, or "cuda" for the first in CUDA's own order.
+    """
+    shown = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if device == "cuda":
+        return shown[0] if shown else ""
+    return shown[int(device)] if int(device) < len(shown) else device
+
+
+def device_name(devices: Sequence[str]) -> str:
+    """What cells run on: the names of these devices ("cpu", or as `visible_gpu` takes them), each once."""
+    gpus, _ = _gpus()
+    names: dict[str, None] = {}
+    for one in devices:
+        own = ["cpu"] if one == "cpu" else [gpu["name"] for gpu in own_gpus(gpus, visible_gpu(one))]
+        names |= dict.fromkeys(own or ["GPU"])
+    return " + ".join(names)
+
+
+def own_gpus(gpus: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Of all GPUs, that of this number; all where it can't be told which one is meant."""
+    return [gpus[int(name)]] if name.isdigit() and int(name) < len(gpus) else gpus
+
+
 def _gpus() -> tuple[list[dict[str, Any]], str | None]:
     """Name and memory of each GPU, and the driver's version, without starting CUDA."""
     query = "--query-gpu=name,memory.total,driver_version"

@@ -52,7 +52,7 @@ class Series:
 class Cell:
     """One measured cell. environment: processor and versions, without kvbench's own; series: by name of metric.
 
-    absent: why a metric has no series.
+    absent: why a metric has no series. values: of all metrics, of records alone.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Cell:
     environment: str
     series: dict[str, Series]
     absent: dict[str, str] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
 
     @property
     def scheme(self) -> tuple[str, str]:
@@ -186,6 +187,7 @@ def _cell(store: Store, record: Record) -> Cell:
         platform(record.environment),
         series,
         absent,
+        {metric.name: metric.value for metric in shown},
     )
 
 

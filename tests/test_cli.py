@@ -33,6 +33,7 @@ def toy():
 def kvbench(tmp_path, monkeypatch, toy):
     """`kvbench ARGUMENTS` over the toy model, in an empty folder."""
     monkeypatch.setattr(command, "REAL", toy.PARTS)
+    monkeypatch.setattr(command, "default_device", lambda: "cpu")  # a process of its own could not import the toys
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

@@ -255,3 +255,18 @@ def test_too_little_room_is_a_warning(disk, memory, names, tmp_path, monkeypatch
     monkeypatch.setattr(environment, "_memory_gib", lambda: memory)
 
     assert {name for name in ("cache", "memory") if statuses()[name] == "warn"} == names
+
+
+def test_devices_have_names(monkeypatch):
+    """Those that cells run on, each once; all where it can't be told which one is meant."""
+    monkeypatch.setattr(environment, "_gpus", lambda: ([{"name": "A"}, {"name": "B"}, {"name": "B"}], "1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+
+    assert environment.device_name(["cpu"]) == "cpu"
+    assert environment.device_name(["0"]) == environment.device_name(["cuda"]) == "B"
+    assert environment.device_name(["0", "1"]) == "B + A"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert environment.device_name(["1", "2"]) == "B"
+    assert environment.device_name(["cuda"]) == "A + B"
+    monkeypatch.setattr(environment, "_gpus", lambda: ([], None))
+    assert environment.device_name(["0"]) == "GPU"

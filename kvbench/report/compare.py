@@ -129,6 +129,8 @@ def compare(
         floor = next((canary for canary in canaries if base and canary.key == base.key), None)
         for metric in dict.fromkeys([*cell.series, *cell.absent, *(base.series if base else ())]):
             if not wrong and metric in cell.absent and base and metric in base.absent:
+                if cell.dtype == "again" and base.values.get(metric):
+                    found.append(_moved(cell, base, metric))
                 notes[f"not compared: {cell.task} {metric}: {cell.absent[metric]}"] = None
                 continue
             found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen)))
@@ -262,6 +264,15 @@ def _compared(
     )
     edge = at_edge(there, canary.series.get(metric) if canary else None)
     return _Paired(row, difference, limit, edge)
+
+
+def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
+    """How far a number without documents, such as a speed, moved when it was measured again."""
+    here, there = cell.values[metric], base.values[metric]
+    place = (cell.model, cell.dtype, cell.rotation, cell.task, metric, " · ".join(base.scheme))
+    return Comparison(
+        *place, baseline=there, value=here, difference=_finite(here / there - 1), unit="relative", cell=cell.name
+    )
 
 
 def at_edge(base: Series, canary: Series | None) -> str:
@@ -454,7 +465,7 @@ def noise_floor(found: Comparisons) -> list[str]:
                 parts.append(f"{row.task} {row.metric} {(row.worse or 0) + (row.better or 0)} of {row.n} flipped")
             else:
                 parts.append(f"{row.task} {row.metric} {shown_difference(row.difference, row.unit)}")
-        lines.append(f"A/A (the baseline again, other batches and seed), {model}: " + "; ".join(parts))
+        lines.append(f"A/A (the baseline again; other batches and seed, but for speeds), {model}: " + "; ".join(parts))
     return lines
 
 

@@ -391,6 +391,13 @@ def _notes(records: Sequence[Record]) -> list[str]:
         for record in records
         if record.limit is None and isinstance(limit := record.identity.get("task", {}).get("limit"), int)
     }
+    limits: dict[str, dict[str, None]] = defaultdict(dict)
+    for record in records:
+        if limit := record.facts.get("longest_context_limit"):
+            limits[limit][record.dtype] = None
+    if limits:
+        by = "; ".join(f"{limit} ({', '.join(dtypes)})" for limit, dtypes in limits.items())
+        notes.append(f"longest context: what the runner takes, limited by {by}")
     if cut:
         notes.append("first documents only: " + ", ".join(f"{task} {limit}" for task, limit in cut.items()))
     return notes

@@ -113,6 +113,8 @@ class Measuring(Protocol):
         kv_bytes_per_token: of the cache as allocated, see PagedCache.bytes_per_token.
         prefill_tokens, prefill_seconds: of prompts, a shared prefix once, and of what was decoded in the same passes.
         decode_tokens, decode_seconds: of answers.
+        capture_seconds: of compiling and capturing the CUDA graphs that decode.
+        pass_tokens: computed at once at most.
         """
         ...
 
@@ -123,3 +125,7 @@ class Paged(Protocol):
     scheme: Scheme
     page_size: int
     device: torch.device | str
+
+    def longest_sequence(self, pages: int) -> int:
+        """Tokens of the longest sequence that it takes with so many pages."""
+        ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from kvbench.cache import PageTable, to_device
 from kvbench.runners.base import GenerateRequest
 
 BLOCK_STEPS = 16  # between two looks of the host, on a GPU
-GRAPH_SIZES = (4, 32, 256)  # lanes of a graph; a step runs the smallest that holds all
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # lanes of a graph; a step runs the smallest that holds all
 
 # next-token logits [T, V] of new tokens [T] at positions [T], the batch that they are
 Compute = Callable[[Tensor, Tensor, Batch], Tensor]
@@ -56,18 +57,18 @@ class Made:
 
 
 class Lanes:
-    """At most `most` sequences of at most `longest` tokens; `running` are those in lanes 0, 1, ...
+    """At most `most` sequences of at most `pages` pages each; `running` are those in lanes 0, 1, ...
 
-    compute: one step of the model. graphed: steps are CUDA graphs, over padded batches of GRAPH_SIZES lanes.
     draws: random numbers that a request's sampling takes at most; 0 where all are greedy.
+    graphed: steps are CUDA graphs, over padded batches of GRAPH_SIZES lanes. A graph reads and writes the cache that it
+    was captured with, so it is of use as long as that one; `most` may change while nothing runs.
     """
 
     def __init__(
         self,
-        compute: Compute,
         *,
         most: int,
-        longest: int,
+        pages: int,
         page_size: int,
         draws: int,
         device: torch.device,
@@ -76,7 +77,7 @@ class Lanes:
         self.most = most
         self.running: list[Run] = []
         self.graphed = graphed
-        self._compute = compute
+        self.graph_bytes = 0  # of the device's memory, which only the graphs can use
         self._page_size = page_size
         self._device = device
         self._sampled = draws > 0
@@ -88,7 +89,7 @@ class Lanes:
         self._tokens = integers(room)  # the next input
         self._positions = integers(room)  # where its key and value are written
         self._ends = integers(room)  # the position from which on nothing is written: an idle lane's is 0
-        self._pages = integers(room, -(-longest // page_size), dtype=torch.int32)
+        self._pages = integers(room, pages, dtype=torch.int32)
         self._count = integers(room)  # tokens chosen so far
         self._top_k = integers(room)
         self._temperature = torch.zeros(room, device=device)
@@ -101,7 +102,8 @@ class Lanes:
         self._made = integers(BLOCK_STEPS, room)
         self._step = integers(1)
         self._starts = torch.arange(room + 1, dtype=torch.int32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graph_memory: Any = None  # what the graphs, of which one runs at a time, take in turn
 
     @property
     def free(self) -> int:
@@ -143,16 +145,42 @@ class Lanes:
         self._advance(len(self.running), logits)
         return self._collect(1, decoded=False)
 
-    def block(self) -> Made:
-        """Some steps for all lanes, at least one; a run's tokens after its end are to be ignored."""
-        size = len(self.running)
+    @property
+    def _size(self) -> int:
+        """Lanes of the next step, idle ones included."""
+        running = len(self.running)
+        return next(count for count in GRAPH_SIZES if count >= running) if self.graphed else running
+
+    @property
+    def ready(self) -> bool:
+        """Whether `block` can run at once; if not, `capture` comes first."""
+        return not self.graphed or self._size in self._graphs
+
+    def capture(self, compute: Compute) -> None:
+        """Makes the graph of the next steps; the sequences stay where they are. compute: one step of the model."""
+        size = self._size
+        # what a step changes; the key and value that it writes, the next step writes again
+        changed = (self._tokens, self._positions, self._count)
+        before = [tensor[:size].clone() for tensor in changed]
+        # the first step compiles kernels, which a capture can't
+        self._advance(size, compute(*self._inputs(size)))
+        for tensor, old in zip(changed, before, strict=True):
+            tensor[:size] = old
+        self._step.zero_()
+        self._graphs[size] = self._captured(size, compute)
+
+    def block(self, compute: Compute) -> Made:
+        """Some steps for all lanes, at least one; a run's tokens after its end are to be ignored.
+
+        compute: one step of the model; not called where a graph has it.
+        """
+        size = self._size
         if not self.graphed:
-            self._advance(size, self._compute(*self._inputs(size)))
+            self._advance(size, compute(*self._inputs(size)))
             return self._collect(1)
-        size = next(count for count in GRAPH_SIZES if count >= size)
         steps = min(BLOCK_STEPS, max(run.request.max_new_tokens - run.launched for run in self.running))
         for _ in range(steps):
-            self._run_graph(size)
+            self._graphs[size].replay()
         return self._collect(steps)
 
     def retire(self) -> list[Run]:
@@ -213,18 +241,14 @@ class Lanes:
         self._count[lanes] += 1
         return torch.where(temperature[:, 0] > 0, order.gather(1, rank)[:, 0], likeliest)
 
-    def _run_graph(self, size: int) -> None:
-        graph = self._graphs.get(size)
-        if graph is None:
-            if size not in self._graphs:
-                # the first step compiles kernels, which a capture can't
-                self._graphs[size] = None
-                self._advance(size, self._compute(*self._inputs(size)))
-                return
-            graph = self._graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._advance(size, self._compute(*self._inputs(size)))
-        graph.replay()
+    def _captured(self, size: int, compute: Compute) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._graph_memory):
+            before = torch.cuda.memory_reserved(self._device)
+            self._advance(size, compute(*self._inputs(size)))
+        self.graph_bytes += torch.cuda.memory_reserved(self._device) - before
+        return graph
 
     def _collect(self, steps: int, decoded: bool = True) -> Made:
         for run in self.running:

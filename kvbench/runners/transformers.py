@@ -216,6 +216,7 @@ class TransformersRunner:
     limits: Limits = field(init=False)
     _caches: tuple[PagedCache, ...] = field(init=False, default=())
     _pool: PagePool = field(init=False)
+    _lanes: dict[tuple[int, int], Lanes] = field(init=False, default_factory=dict)  # whose graphs read `_caches`
     _state: DynamicCache | None = field(init=False, default=None)  # of a sequence that runs alone
 
     def __post_init__(self) -> None:
@@ -273,15 +274,24 @@ class TransformersRunner:
         """Tokens and seconds of prefill and of decoding so far, and the bytes that a token takes in the cache.
 
         A pass of prompts with steps of running sequences counts as prefill, their tokens too. What was decoded after
-        the end of an answer takes seconds and counts no tokens.
+        the end of an answer takes seconds and counts no tokens. The seconds in which CUDA graphs for decoding were made
+        are counted apart. And the tokens of a pass at most, for they are halved where memory is too small.
         """
         sizes = {"kv_bytes_per_token": self._caches[0].bytes_per_token} if self._caches else {}
-        return {**self._clock.totals(), **sizes}
+        return {**self._clock.totals(), **sizes, "pass_tokens": self.limits.tokens}
 
     @property
     def stored(self) -> PagedCache:
         """What the last call wrote. Only a sequence that was run alone lies there in the order of its tokens."""
         return self._caches[0]
+
+    def longest_sequence(self, pages: int) -> int:
+        """Tokens of the longest sequence that so many pages are enough for, whatever it shares with others."""
+        return max(0, (pages - 2) // 2 * self.page_size)
+
+    def _pages_for(self, tokens: int) -> int:
+        """Pages for a sequence: its own, and as many again, for it may be shared and copied while it is computed."""
+        return 2 * -(-tokens // self.page_size) + 2
 
     # ---- scoring
 
@@ -363,7 +373,7 @@ class TransformersRunner:
         if not all(prompts):
             raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        each = 2 * (-(-longest // self.page_size)) + 2
+        each = self._pages_for(longest)
         self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)))
         # so many that neither their prompts nor their answers can take each other's last page
         most = 1 if self._alone else max(1, min(self.limits.sequences, self._pool.free_pages // each))
@@ -373,15 +383,7 @@ class TransformersRunner:
                 segment.exact = True
         prefill = self._plan(roots, longest)
         sampled = [r for r in requests if r.temperature > 0]
-        lanes = Lanes(
-            self._lane_logits,
-            most=most,
-            longest=longest,
-            page_size=self.page_size,
-            draws=max((r.max_new_tokens for r in sampled), default=0),
-            device=self.device,
-            graphed=self.attention == "triton" and self.device.type == "cuda" and not self._alone,
-        )
+        lanes = self._lanes_for(most, longest, max((r.max_new_tokens for r in sampled), default=0))
         answers: list[Generation | None] = [None] * len(requests)
         waiting: deque[tuple[int, Segment, Tensor]] = deque()  # computed prompts, with their last hidden state
         pending: deque[Made] = deque()
@@ -415,8 +417,11 @@ class TransformersRunner:
                     pending.extend(made)
                     idle = False
                 elif lanes.running:
+                    if not lanes.ready:
+                        with self._clock.capture():
+                            lanes.capture(self._lane_logits)
                     with self._clock.decode():
-                        pending.append(lanes.block())
+                        pending.append(lanes.block(self._lane_logits))
                     idle = False
                 # the newest tokens of graphs are still being computed
                 while len(pending) > (1 if lanes.graphed and not idle else 0):
@@ -427,6 +432,20 @@ class TransformersRunner:
                     break
         assert all(answer is not None for answer in answers)
         return [answer for answer in answers if answer is not None]
+
+    def _lanes_for(self, most: int, longest: int, draws: int) -> Lanes:
+        """Lanes for so many sequences of so many tokens. Where they have graphs, those that an earlier call left."""
+        # rounded up, so that similar calls share them, and a call's graphs do not depend on what came before it
+        pages, draws = _power_of_two(self._pool.pages_for(longest)), _power_of_two(draws) if draws else 0
+        lanes = self._lanes.get((pages, draws))
+        if lanes is None:
+            graphed = self.attention == "triton" and self.device.type == "cuda" and not self._alone
+            options: dict[str, Any] = {"page_size": self.page_size, "device": self.device, "graphed": graphed}
+            lanes = Lanes(most=most, pages=pages, draws=draws, **options)
+            if lanes.graphed:
+                self._lanes[pages, draws] = lanes
+        lanes.most = most
+        return lanes
 
     def _admit(
         self,
@@ -617,12 +636,13 @@ class TransformersRunner:
         schemes = [self.scheme.resolve(self.model.dtype)]
         if self.scoring == "prefill_exact":
             schemes.append(Scheme.parse("auto").resolve(self.model.dtype))
-        least = 2 * (-(-longest // self.page_size)) + 2
+        least = self._pages_for(longest)
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
             page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)
             held = sum(cache.nbytes for cache in self._caches)
-            free = (_free_memory(self.device) + held) // page_bytes
+            graphs = sum(lanes.graph_bytes for lanes in self._lanes.values())
+            free = (_free_memory(self.device) - graphs + held) // page_bytes
             # a share of the memory, or what one sequence needs: it may be shared and copied while it is computed
             pages = min(max(wanted, least), max(int(self.limits.memory * free), least))
             if pages > free:
@@ -630,9 +650,11 @@ class TransformersRunner:
                     f"the device's free memory holds {free * self.page_size} tokens of {schemes[0].dtype_name}, "
                     f"and a sequence of {longest} takes {least * self.page_size} with what is copied beside it"
                 )
-        if self._caches and pages <= self._caches[0].pages:
+        there = self._caches[0].pages if self._caches else 0
+        # where memory is what limits them, a few pages more are not worth new graphs
+        if pages <= there or (self.limits.memory and least <= there and pages < min(wanted, 1.25 * there)):
             return
-        self._caches = ()  # freed before the larger ones are made
+        self._release()  # before the larger ones are made
         self._pool = PagePool(pages, self.page_size)
         self._caches = tuple(
             PagedCache(
@@ -647,6 +669,11 @@ class TransformersRunner:
             for i, scheme in enumerate(schemes)
         )
 
+    def _release(self) -> None:
+        """Gives up the cache, and the graphs that read it."""
+        self._lanes.clear()
+        self._caches = ()
+
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         for cache in self._caches:
             cache.copy_pages(copies)
@@ -657,7 +684,7 @@ class TransformersRunner:
         try:
             yield
         except BaseException:
-            self._caches = ()
+            self._release()
             raise
 
     def _halving(self, call: Callable[[], Answer]) -> Answer:
@@ -678,7 +705,7 @@ class TransformersRunner:
             )
             logger.warning("out of memory with %d tokens a pass: trying %d", self.limits.tokens, half.tokens)
             self.limits = half
-            self._caches = ()
+            self._release()
             gc.collect()  # the failed call's tensors hang on its traceback
             torch.cuda.empty_cache()
 
@@ -689,6 +716,11 @@ def _free_memory(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def _power_of_two(count: int) -> int:
+    """The smallest that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
 class _Clock:
     """Seconds of prefill and of decoding, on a GPU by its own events, so that nothing waits; and their tokens."""
 
@@ -696,7 +728,7 @@ class _Clock:
         self.decoded = 0
         self._gpu = device.type == "cuda"
         self._prefilled = 0
-        self._spans: dict[str, list[tuple[Any, Any]]] = {"prefill": [], "decode": []}
+        self._spans: dict[str, list[tuple[Any, Any]]] = {"prefill": [], "decode": [], "capture": []}
 
     def copy(self) -> _Clock:
         """As it stands now."""
@@ -725,6 +757,12 @@ class _Clock:
             yield
 
     @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Counts the block as making a CUDA graph, which is no decoding."""
+        with self._timed("capture"):
+            yield
+
+    @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         begin = self._now()
         yield
@@ -735,10 +773,12 @@ class _Clock:
         if self._gpu:
             torch.cuda.synchronize()
         found: dict[str, float] = {}
-        for (name, spans), tokens in zip(self._spans.items(), (self._prefilled, self.decoded), strict=True):
+        tokens = {"prefill": self._prefilled, "decode": self.decoded}
+        for name, spans in self._spans.items():
             if spans:
-                seconds = [a.elapsed_time(b) / 1e3 if self._gpu else b - a for a, b in spans]
-                found |= {f"{name}_tokens": tokens, f"{name}_seconds": sum(seconds)}
+                if name in tokens:
+                    found[f"{name}_tokens"] = tokens[name]
+                found[f"{name}_seconds"] = sum(a.elapsed_time(b) / 1e3 if self._gpu else b - a for a, b in spans)
         return found
 
 

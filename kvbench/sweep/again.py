@@ -1,4 +1,7 @@
-"""The A/A cell: the baseline once more, in other batches and under another seed. What then moves is noise."""
+"""The A/A cell: the baseline once more, in other batches and under another seed. What then moves is noise.
+
+A timed task is repeated as it was: what other batches take says nothing of what these take.
+"""
 
 from __future__ import annotations
 

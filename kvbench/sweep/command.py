@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.environment import describe
+from kvbench.environment import describe, device_name
 from kvbench.measured import of_records
 from kvbench.results import Contents, Record, Store
 from kvbench.stats import parse_margin
@@ -17,7 +17,6 @@ from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.document import ConfigError
 from kvbench.sweep.execute import (
-    BrokenDeviceError,
     NotInEffectError,
     Setting,
     execute,
@@ -28,7 +27,7 @@ from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
 from kvbench.sweep.plan import Cell, choose, missing_data, plan
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
-from kvbench.sweep.workers import Seat, execute_on, seat_for
+from kvbench.sweep.workers import execute_on, seat_for
 
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
 
@@ -72,7 +71,7 @@ def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned
     if options.limit is not None:
         settings.append(f"limit={options.limit}")
     sweep = load_sweep(path, settings, parts=parts)
-    every = plan(sweep, parts=parts)
+    every = plan(sweep, parts=parts, device=lambda: device_name(_devices(options) or ["cpu"]))
     cells = choose(every, options.only, options.skip)
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")
@@ -137,9 +136,9 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         store.remove(None if len(cells) == len(planned.every) else [cell.name for cell in cells])
         contents = store.load()
 
-    device = default_device()
-    environment = {**describe(), "device": device}
-    display = Display(todo, Clock(contents.records.values()), store.cells, lanes=len(options.devices) or 1)
+    devices = _devices(options)
+    environment = {**describe(), "device": default_device()}
+    display = Display(todo, Clock(contents.records.values()), store.cells, lanes=len(devices) or 1)
     for problem in contents.problems:
         display.say(problem, "yellow")
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
@@ -149,12 +148,12 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         return _conclude(planned, display)
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
-        setting = Setting(store, sweep.baseline_scheme, sweep.page_size, sweep.attention, device, environment, parts)
-        if options.devices:
-            seats = zip(options.devices, display.lanes, strict=True)
+        setting = Setting(store, sweep.baseline_scheme, sweep.page_size, sweep.attention, "cpu", environment, parts)
+        if devices:
+            seats = zip(devices, display.lanes, strict=True)
             execute_on([seat_for(one, setting, lane) for one, lane in seats], todo)
         else:
-            _execute_here(todo, setting, display)
+            execute(todo, setting, display.lanes[0])
     return _conclude(planned, display)
 
 
@@ -171,22 +170,21 @@ def _check_margin(planned: Planned, contents: Contents, fresh: bool) -> None:
         )
 
 
+def _devices(options: Options) -> Sequence[str]:
+    """Where cells run in processes of their own; empty where they run in this one, on the CPU.
+
+    A GPU always has a process: after a fault, its memory is free again only when that process has ended.
+    """
+    device = default_device()
+    return options.devices or ([] if device == "cpu" else [device])
+
+
 def _missing_devices(devices: Sequence[str]) -> list[str]:
     """A line for each GPU that is asked for and not here."""
     import torch
 
     count = torch.cuda.device_count() if any(one != "cpu" for one in devices) else 0
     return [f"GPU {one}: there are {count} here" for one in devices if one != "cpu" and int(one) >= count]
-
-
-def _execute_here(cells: list[Cell], setting: Setting, display: Display) -> None:
-    """Runs the cells in this process; after a fault that leaves it no GPU, the rest in another."""
-    (lane,) = display.lanes
-    try:
-        execute(cells, setting, lane)
-    except BrokenDeviceError as error:
-        display.say(f"the GPU failed this process ({error}); the other cells run in a new one", "yellow")
-        execute_on([Seat(setting, {}, lane)], display.remaining)
 
 
 def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list[Cell]:

@@ -155,6 +155,8 @@ class Bench:
             self.watcher.started(cell)
             record = failed(cell, self.session, self.setting.environment, 0.0)
             keep(self.setting.store, self.watcher, cell, record, None)
+            if is_broken():
+                raise BrokenDeviceError(str(self.session)) from self.session
 
     def _open(self, cell: Cell) -> None:
         self.session = None
@@ -192,28 +194,30 @@ class Session:
         self.watcher.started(cell)
         began = time.perf_counter()
         environment, on_gpu = self.setting.environment, self.setting.device != "cpu"
-        if on_gpu:
-            torch.cuda.empty_cache()  # what the last cell's cache held is another process's too
-            torch.cuda.reset_peak_memory_stats()
         try:
-            seed = cell.seed + 1 if cell.again else cell.seed
+            if on_gpu:
+                gc.collect()  # the last cell's cache
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            other = cell.again and not cell.task.timed
+            seed = cell.seed + 1 if other else cell.seed
             runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary))
             context = RunContext(self._baseline(cell), self.watcher.advanced, seed)
-            outcome = cell.task.run(Shuffled(runner, seed) if cell.again else runner, context)
+            outcome = cell.task.run(Shuffled(runner, seed) if other else runner, context)
+            timings = {
+                "seconds": round(time.perf_counter() - began, 3),
+                "model_load_seconds": round(self.load_seconds, 3),
+                **runner.timings(),
+            }
+            if on_gpu:
+                timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         except Exception as error:
             raise_if_stopped()
             record = failed(cell, error, environment, time.perf_counter() - began)
             keep(self.setting.store, self.watcher, cell, record, None)
-            if on_gpu and is_broken():
+            if is_broken():
                 raise BrokenDeviceError(str(error)) from error
             return
-        timings = {
-            "seconds": round(time.perf_counter() - began, 3),
-            "model_load_seconds": round(self.load_seconds, 3),
-            **runner.timings(),
-        }
-        if on_gpu:
-            timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         record = Record(
             status="done",
             model=asdict(self.model.info),
@@ -263,6 +267,8 @@ def odd_size(cell: Cell, timings: dict[str, float]) -> dict[str, str]:
 
 def is_broken() -> bool:
     """Whether this process can't use its GPU any more, as after an illegal access of a kernel."""
+    if not torch.cuda.is_initialized():
+        return False
     try:
         torch.cuda.synchronize()
     except RuntimeError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -23,12 +23,21 @@ IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another
 
 
 @dataclass(frozen=True)
+class Place:
+    """What decides a speed besides model, scheme and task. device: the GPUs' name, or "cpu"."""
+
+    device: str
+    attention: str
+    page_size: int
+
+
+@dataclass(frozen=True)
 class Cell:
     """One number-giving unit: a model under a scheme, measured by a task.
 
     baseline: its scheme is what the others are compared with. canary: its cache is destroyed. again: the baseline once
-    more, in other batches and with the next seed.
-    limit: documents that `--limit` leaves of every task.
+    more, in other batches and with the next seed, or where it is timed just as it was.
+    limit: documents that `--limit` leaves of every task. place: of a timed task, else None.
     """
 
     spec: ModelSpec
@@ -41,14 +50,16 @@ class Cell:
     baseline: bool = False
     canary: bool = False
     again: bool = False
+    place: Place | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """All that decides its numbers.
 
-        Not among it: the page size, the device and the versions of torch and transformers. The first changes nothing (a
-        test holds that), the others change the last digits, and an upgrade should not throw a night's work away; they
-        stand in the record's environment, and the report says where cells of several environments meet.
+        Not among it: the page size, the device and the versions of torch and transformers. The first changes no score
+        (a test holds that), the others change the last digits, and an upgrade should not throw a night's work away;
+        they stand in the record's environment, and the report says where cells of several environments meet. A timed
+        task's numbers are those of a device, a page size and an attention, so these are part of its options.
         """
         return {
             "version": IDENTITY_VERSION,
@@ -62,7 +73,7 @@ class Cell:
                 "rotation": self.scheme.rotation_name,
                 "destroyed": self.canary,
             },
-            "task": self.task.identity(),
+            "task": {**self.task.identity(), **(asdict(self.place) if self.place else {})},
             "scoring": self.scoring,
             "seed": self.seed,
             "limit": self.limit,
@@ -116,8 +127,10 @@ class Cell:
         return 8 * self.kv_bytes_per_token / sum(2 * heads * head_dim for heads, head_dim in self.model.layers)
 
 
-def plan(sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL) -> list[Cell]:
-    """The cells of a sweep that are not `done`, in the order they run.
+def plan(
+    sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL, device: Callable[[], str] = lambda: "cpu"
+) -> list[Cell]:
+    """The cells of a sweep that are not `done`, in the order they run. device: names what they run on, if one is timed.
 
     The cells of a model follow each other, so that it is loaded once: first the baseline's, then the canary's (a sweep
     whose quantization is not in effect stops there), the baseline's once more, then the others, task by task within a
@@ -129,18 +142,20 @@ def plan(sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL) -> list[
     cells: dict[str, Cell] = {}
     tasks = [parts.make_task(sweep.cut(spec), sweep.data_folder()) for spec in sweep.tasks]
     baseline = sweep.baseline_scheme
+    place = Place(device(), sweep.attention, sweep.page_size) if any(task.timed for task in tasks) else None
     for spec in sweep.all_models:
         facts = parts.find_model(spec)
-        schemes = [(baseline, True, False, False)]
+        schemes = [(baseline, (True, False, False))]
         if sweep.canary:
-            schemes.append((baseline, False, True, False))
+            schemes.append((baseline, (False, True, False)))
         if sweep.again:
-            schemes.append((baseline, False, False, True))
-        schemes += [(scheme, False, False, False) for scheme in sweep.schemes()]
-        for scheme, *controls in schemes:
+            schemes.append((baseline, (False, False, True)))
+        schemes += [(scheme, (False, False, False)) for scheme in sweep.schemes()]
+        for scheme, controls in schemes:
             check_head_dims(facts, scheme)
             for task in tasks:
-                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, *controls)
+                own = place if task.timed else None
+                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, *controls, place=own)
                 cells.setdefault(cell.name, cell)
     return [cell for name, cell in cells.items() if name not in done]
 

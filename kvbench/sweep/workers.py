@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
+from kvbench.environment import own_gpus, visible_gpu
 from kvbench.results import Record
 from kvbench.sweep.execute import (
     Bench,
@@ -25,6 +31,7 @@ from kvbench.sweep.plan import Cell
 from kvbench.sweep.progress import Watcher
 
 ADVANCE_SECONDS = 0.1  # between two messages about the same cell
+END_SECONDS = 20.0  # that a process which hangs up has to end: one whose GPU failed may hang
 
 
 class WorkerDiedError(RuntimeError):
@@ -70,8 +77,9 @@ class Sender:
 def work(connection: Connection, variables: dict[str, str]) -> None:
     """Runs the cells that come through the connection, until it closes. variables: of the environment, before CUDA."""
     os.environ.update(variables)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        setting: Setting = connection.recv()
+        setting: Setting = _on_its_gpu(connection.recv())
         sender = Sender(connection)
         bench = Bench(setting, sender)
         while True:
@@ -84,6 +92,26 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
             sender.send("finished")
     except EOFError:
         return
+
+
+def _on_its_gpu(setting: Setting) -> Setting:
+    """The setting with this process's GPU alone in its environment, as CUDA names it."""
+    gpus = setting.environment.get("gpus") or []
+    if setting.device == "cpu" or len(gpus) < 2:
+        return setting
+    with contextlib.suppress(RuntimeError):  # a GPU that can't be used is the first cell's error
+        name = torch.cuda.get_device_name()
+        own = [gpu for gpu in gpus if gpu["name"] == name][:1]
+        return replace(setting, environment={**setting.environment, "gpus": own or gpus})
+    return setting
+
+
+def _end_with_parent() -> None:
+    """Ends this process with its parent, in the middle of a cell too: an orphan would keep its GPU busy."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 # ---- in the parent
@@ -99,23 +127,34 @@ class Seat:
     cell: Cell | None = None
     model: Any = None
     began: float = 0.0
+    since: str = ""  # the same, as records say it
     process: BaseProcess | None = None
     connection: Connection = field(init=False)
 
     def give(self, cell: Cell) -> None:
         """Runs a cell here, in a new process where there is none."""
-        if self.process is None or not self.process.is_alive():
-            context = multiprocessing.get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=work, args=(theirs, self.variables), daemon=True)
-            # Ctrl-C goes to the whole group; the parent alone heeds it, and a new process inherits what is ignored
-            heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            self.process.start()
-            signal.signal(signal.SIGINT, heeded)
-            theirs.close()  # so that its end is the connection's
-            self.connection.send(self.setting)
         self.cell, self.model, self.began = cell, cell.model, time.monotonic()
-        self.connection.send(cell)
+        self.since = datetime.now(UTC).isoformat(timespec="seconds")
+        if self.process is not None:
+            with contextlib.suppress(OSError):  # it died while it had nothing to do
+                self.connection.send(cell)
+                return
+        self._start()
+        with contextlib.suppress(OSError):  # it died already: `hear` will say so
+            self.connection.send(self.setting)
+            self.connection.send(cell)
+
+    def _start(self) -> None:
+        """A new process here, in place of the old one."""
+        self.end()
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, self.variables), daemon=True)
+        # Ctrl-C goes to the whole group; the parent alone heeds it, and a new process inherits what is ignored
+        heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.process.start()
+        signal.signal(signal.SIGINT, heeded)
+        theirs.close()  # so that its end is the connection's
 
     def hear(self) -> Cell | None:
         """Takes one message; returns the cell if it has come to its end, its record in the run folder."""
@@ -141,11 +180,14 @@ class Seat:
 
     def _died(self, cell: Cell) -> None:
         assert self.process is not None
-        self.process.join()
-        code = self.process.exitcode or 0
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.process.join(END_SECONDS)
+        code = self.process.exitcode
+        how = "it hung up" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"killed by {signal.Signals(-code).name}"
         store = self.setting.store
-        if cell.name not in store.done():  # it may have been kept just before
+        kept = store.load().records.get(cell.name)
+        if kept is None or kept.finished < self.since:  # it may have been kept just before
             seconds = time.monotonic() - self.began
             record = failed(cell, WorkerDiedError(f"its process ended: {how}"), self.setting.environment, seconds)
             store.save(record, [])
@@ -196,15 +238,13 @@ def _next(left: list[Cell], seat: Seat, seats: Sequence[Seat]) -> Cell:
 
 
 def seat_for(device: str, setting: Setting, watcher: Watcher) -> Seat:
-    """A seat on "cpu" or on the GPU of this number, counted as CUDA_VISIBLE_DEVICES shows them to this process."""
+    """A seat on "cpu", on a GPU by its number among those that CUDA_VISIBLE_DEVICES shows, or on "cuda", the first."""
     if device == "cpu":
         environment = {**setting.environment, "device": "cpu"}
         return Seat(replace(setting, device="cpu", environment=environment), {"CUDA_VISIBLE_DEVICES": ""}, watcher)
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    number = shown.split(",")[int(device)].strip() if shown else device
-    gpus = setting.environment.get("gpus") or []
-    own = [gpus[int(number)]] if number.isdigit() and int(number) < len(gpus) else gpus
+    number = visible_gpu(device)
+    own = own_gpus(setting.environment.get("gpus") or [], number)
     environment = {**setting.environment, "device": "cuda", "gpus": own}
     # numbered as nvidia-smi does, whose names the environment has
-    variables = {"CUDA_VISIBLE_DEVICES": number, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    variables = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": number, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return Seat(replace(setting, device="cuda", environment=environment), variables, watcher)

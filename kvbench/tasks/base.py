@@ -38,6 +38,11 @@ class Task(Protocol):
         """What tables and records call it."""
         ...
 
+    @property
+    def timed(self) -> bool:
+        """Whether its numbers are of speed: the machine decides them too, and its A/A cell repeats the same run."""
+        ...
+
     def identity(self) -> dict[str, Any]:
         """All that decides its numbers besides model, scheme and seed, as JSON: needs no model and no network.
 
@@ -70,3 +75,8 @@ class Options(BaseModel):
 
     name: str
     limit: PositiveInt | None = None
+
+    @property
+    def timed(self) -> bool:
+        """See Task."""
+        return False

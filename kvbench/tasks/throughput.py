@@ -17,13 +17,13 @@ from kvbench.tasks.base import Options, RunContext
 if TYPE_CHECKING:
     from kvbench.runners.base import GenerateRequest, Paged, Runner
 
-VERSION = 1
+VERSION = 2
 # left free beside the longest context; what a forward pass took more is subtracted
 RESERVE_BYTES = 2**30
 
 
 class Throughput(Options):
-    """Prefill and decode tokens per second on random tokens, and on a GPU the longest context that fits.
+    """Prefill and decode tokens per second on random tokens, and on a GPU how many tokens its memory holds.
 
     prompt, new: tokens of each request. batch: requests at once. repeats: of each time; the medians count.
     seed: of the tokens, not of the sweep.
@@ -35,6 +35,11 @@ class Throughput(Options):
     batch: PositiveInt = 8
     repeats: PositiveInt = 3
     seed: int = 0
+
+    @property
+    def timed(self) -> bool:
+        """See Task."""
+        return True
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -55,63 +60,67 @@ class Throughput(Options):
         return None
 
     def run(self, runner: Runner, context: RunContext) -> Outcome:
-        """Rates from the medians over the repeats, each on tokens of its own, so that no prompt is known before.
-
-        Prefill is timed by requests for one token, decode by what requests for all tokens take longer.
+        """The medians of the rates of the repeats, each on tokens of its own, so that no prompt is known before.
 
         Raises:
-            ValueError: prompt and answer are longer than the model's positions, or decoding was too short to time.
+            ValueError: prompt and answer are longer than the model's positions, the runner measures nothing, or nothing
+                was decoded after the prompts.
         """
         if self.prompt + self.new > runner.info.max_length:
             raise ValueError(
                 f"{self.prompt} + {self.new} tokens are more than the model's {runner.info.max_length}; ask for fewer"
             )
+        if not hasattr(runner, "stats"):
+            raise ValueError(f"{runner.info.name} is run by what counts no tokens and seconds: take another runner")
         memory = _Memory(runner)
-        self._seconds(runner, -1)  # compiles, captures, allocates
+        runner.generate(self._requests(runner, "before"))  # compiles, captures, allocates
         repeats = min(self.repeats, self.limit or self.repeats)
         samples = []
         for repeat in range(repeats):
-            samples.append({"doc_id": repeat, **self._seconds(runner, repeat)})
+            samples.append({"doc_id": repeat, **self._sample(runner, repeat)})
             context.progress(repeat + 1, repeats)
-        prefill_seconds, all_seconds, tokens = (
-            median(row[name] for row in samples) for name in ("prefill_seconds", "all_seconds", "decode_tokens")
-        )
-        if tokens <= 0 or all_seconds <= prefill_seconds:
-            raise ValueError(f"decoding {tokens} tokens took no time beside the prompts'; ask for more new tokens")
-        rates = {
-            "prefill": self.batch * self.prompt / prefill_seconds,
-            "decode": tokens / (all_seconds - prefill_seconds),
-        }
-        metrics = [Metric(name, rate, None, repeats, "tokens/s") for name, rate in rates.items()]
-        if (longest := memory.longest_context()) is not None:
+        metrics = []
+        for name in ("prefill", "decode"):
+            if not all(row[f"{name}_tokens"] for row in samples):
+                raise ValueError(f"no {name} could be timed by itself; ask for more new tokens, or a smaller batch")
+            rate = median(row[f"{name}_tokens"] / row[f"{name}_seconds"] for row in samples)
+            metrics.append(Metric(name, rate, None, repeats, "tokens/s"))
+        if (held := memory.tokens()) is not None:
+            longest, limit = _longest(cast("Paged", runner), held, runner.info.max_length)
+            metrics.append(Metric("memory_holds", held, None, 1, "tokens"))
             metrics.append(Metric("longest_context", longest, None, 1, "tokens"))
+            memory.facts["longest_context_limit"] = limit
         return Outcome(tuple(metrics), samples, memory.facts)
 
-    def _seconds(self, runner: Runner, repeat: int) -> dict[str, Any]:
-        """One measurement, as a sample."""
-        first, second = self._requests(runner, f"{repeat}/first", 1), self._requests(runner, f"{repeat}/all", self.new)
-        began = time.perf_counter()
-        runner.generate(first)
-        between = time.perf_counter()
-        made = runner.generate(second)
-        ended = time.perf_counter()
+    def _sample(self, runner: Any, repeat: int) -> dict[str, Any]:
+        """One measurement: what the runner counted while it answered, and the seconds that passed in all."""
+        requests = self._requests(runner, str(repeat))
+        before, began = runner.stats(), time.perf_counter()
+        runner.generate(requests)
+        seconds, after = time.perf_counter() - began, runner.stats()
+        counted = ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds")
         return {
             "doc_hash": text.sha256(f"{self.seed}/{repeat}"),
-            "prompt_hash": text.sha256(" ".join(str(token) for request in second for token in request.prompt)),
+            "prompt_hash": text.sha256(" ".join(str(token) for request in requests for token in request.prompt)),
             "filter": "none",
-            "prefill_seconds": between - began,
-            "all_seconds": ended - between,
-            "decode_tokens": sum(len(generation.tokens) for generation in made) - self.batch,
+            "seconds": seconds,
+            **{name: after.get(name, 0) - before.get(name, 0) for name in counted},
         }
 
-    def _requests(self, runner: Runner, key: str, new: int) -> list[GenerateRequest]:
+    def _requests(self, runner: Runner, key: str) -> list[GenerateRequest]:
         from kvbench.runners.base import GenerateRequest
 
         draw, vocabulary = random.Random(f"{self.seed}/{key}"), len(runner.tokenizer)
         return [
-            GenerateRequest(tuple(draw.randrange(vocabulary) for _ in range(self.prompt)), new)
+            GenerateRequest(tuple(draw.randrange(vocabulary) for _ in range(self.prompt)), self.new)
             for _ in range(self.batch)
         ]
+
+
+def _longest(runner: Paged, held: int, positions: int) -> tuple[int, str]:
+    """The longest sequence that a runner takes where memory holds so many tokens, and which of the two limits it."""
+    by_memory = runner.longest_sequence(held // runner.page_size)
+    return (positions, "the model's positions") if positions <= by_memory else (by_memory, "memory")
 
 
 class _Memory:
@@ -136,7 +145,7 @@ class _Memory:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    def longest_context(self) -> int | None:
+    def tokens(self) -> int | None:
         """Tokens whose keys and values were allocated, less those whose room a forward pass has shown to need."""
         import torch
 

@@ -111,6 +111,23 @@ def test_decoded_tokens_are_the_likeliest(model, scheme):
             assert (reference.log_probs(hidden[-1:])[0].amax() - reference.log_probs(hidden[-1:])[0, 0]) < 0.1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_hold_over_calls(model):
+    """
+    Graphs of an earlier call, whose pages other prompts and scores have had since, give the answers of a new runner.
+    """
+    requests = [GenerateRequest(r.context, 9) for r in REQUESTS]
+    drawn = [GenerateRequest(r.context, 9, temperature=1.2, seed=5) for r in REQUESTS]
+    expected = [model.runner(Scheme.parse("int4"), attention="triton").generate(own) for own in (requests, drawn)]
+    runner = model.runner(Scheme.parse("int4"), attention="triton")
+    runner.generate(requests[::-1] + drawn)
+    runner.generate(drawn[::-1])
+    runner.score(REQUESTS)
+
+    assert [runner.generate(own) for own in (requests, drawn)] == expected
+    assert runner.stats()["capture_seconds"] > 0
+
+
 def test_answers_end_where_they_must(model):
     """
     A stop string, seen up to a block of steps late on a GPU, cuts text and tokens where it stands.

@@ -288,7 +288,8 @@ def test_the_noise_floor_stands_beside(folder):
 
     assert verdict(folder, "again").verdict is None
     assert verdict(folder).p_holm == alone
-    assert noise_floor(found) == ["A/A (the baseline again, other batches and seed), toy: qa acc 3 of 400 flipped"]
+    [line] = noise_floor(found)
+    assert line.endswith(", toy: qa acc 3 of 400 flipped")
     Store(folder).remove(["again-none-qa"])
     Store(folder).write_run({"baseline": {"dtype": "fp16", "rotation": "none"}, "config": {"again": False}})
     assert any("turned off" in line for line in summary(read(folder), compare(read(folder))))
@@ -331,7 +332,8 @@ def test_two_folders_have_the_floor_and_the_margin_of_the_first(folder, tmp_path
     save(folder, "again", changed(1, 2))
     first = read(folder)
     found = compare(first, second)
-    assert noise_floor(found) == ["A/A (the baseline again, other batches and seed), toy: qa acc 3 of 400 flipped"]
+    [line] = noise_floor(found)
+    assert line.endswith(", toy: qa acc 3 of 400 flipped")
     assert not any(row.again for row in found.rows)
 
 

@@ -1,5 +1,11 @@
 """Transformers models through the paged cache, against the same models through transformers' own attention."""
 
+import gc
+import time
+import weakref
+from types import SimpleNamespace
+from typing import ClassVar
+
 import pytest
 import torch
 import transformers
@@ -427,13 +433,30 @@ def test_stats_count_what_was_computed():
 
 
 class EagerBlocks(Lanes):
-    """Blocks of steps over padded lanes, looked at one block late, as on a GPU; but each step runs at once."""
+    """Blocks of steps over padded lanes, looked at one block late, as on a GPU; but a graph computes when played."""
 
-    def __init__(self, *args, graphed, **options):
-        super().__init__(*args, graphed=True, **options)
+    captures: ClassVar = []
 
-    def _run_graph(self, size):
-        self._advance(size, self._compute(*self._inputs(size)))
+    def __init__(self, *, graphed, **options):
+        super().__init__(graphed=True, **options)
+
+    def _captured(self, size, compute):
+        self.captures.append((self._pages.shape[1], self._sampled, size))
+        caches = compute.__self__._caches
+
+        def replay():
+            assert compute.__self__._caches is caches, "a graph outlived the cache that it reads"
+            self._advance(size, compute(*self._inputs(size)))
+
+        return SimpleNamespace(replay=replay)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The graphs that are made: (pages of a sequence, whether tokens are drawn, lanes)."""
+    monkeypatch.setattr("kvbench.runners.transformers.Lanes", EagerBlocks)
+    monkeypatch.setattr(EagerBlocks, "captures", [])
+    return EagerBlocks.captures
 
 
 @pytest.mark.parametrize("most", [1, 3, 64])
@@ -452,11 +475,107 @@ def test_blocks_of_steps_change_no_answer(monkeypatch, most):
     runner = loaded.runner(Scheme.parse("int4"), page_size=4)
 
     assert runner.generate(requests) == one
+    assert runner.generate(requests) == one
     assert runner._pool.free_pages == runner.stored.pages
     assert {len(answer.tokens) < request.max_new_tokens for answer, request in zip(one, requests, strict=True)} == {
         True,
         False,
     }
+
+
+def test_graphs_are_made_once_for_as_long_as_their_cache_lives(captures):
+    """
+    The next call plays the graphs of the one before, with other prompts and lengths too; drawn tokens have graphs of
+    their own; a larger cache has new ones. A graph has fewer than twice the lanes that run, and answers stay the same.
+    """
+    loaded = tiny("llama", torch.float64)
+    runner = loaded.runner(Scheme.parse("int4"), page_size=4)
+    greedy = [GenerateRequest(tokens(9 + i, i), 20) for i in range(3)]
+    others = [GenerateRequest(tokens(8 + i, 9 + i), 18) for i in range(3)]
+    drawn = [GenerateRequest(request.prompt, 20, temperature=1.0, seed=4) for request in greedy]
+    answers = [runner.generate(requests) for requests in (greedy, others, drawn, greedy)]
+    assert captures == [(8, False, 4), (8, True, 4)]
+
+    runner.generate([GenerateRequest(tokens(2400, 1), 2)])
+    assert captures[2:] == [(1024, False, 1)]
+    assert [runner.generate(requests) for requests in (greedy, others, drawn, greedy)] == answers
+    assert captures[3:] == captures[:2]
+    assert runner._pool.free_pages == runner.stored.pages
+
+
+def test_making_a_graph_is_no_decoding(captures, monkeypatch):
+    """
+    Its seconds stand apart, and are paid by the first call alone.
+    """
+    captured = EagerBlocks._captured
+
+    def slow(*args):
+        time.sleep(0.2)
+        return captured(*args)
+
+    monkeypatch.setattr(EagerBlocks, "_captured", slow)
+    runner = tiny("llama").runner(Scheme.parse("auto"))
+    runner.generate([GenerateRequest(tokens(9, 3), 3)])
+    first = runner.stats()
+    runner.generate([GenerateRequest(tokens(9, 4), 3)])
+
+    assert first["capture_seconds"] >= 0.2 > first["decode_seconds"]
+    assert runner.stats()["capture_seconds"] == first["capture_seconds"]
+    assert "capture_tokens" not in first
+
+
+def test_an_error_drops_the_graphs(captures, monkeypatch):
+    """
+    After a call that raised, the next makes cache and graphs anew.
+    """
+    runner = tiny("llama").runner(Scheme.parse("auto"))
+    requests = [GenerateRequest(tokens(9, 3), 3)]
+    runner.generate(requests)
+    with monkeypatch.context() as broken:
+        broken.setattr(runner.tokenizer, "decode", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.generate(requests)
+    runner.generate(requests)
+
+    assert len(captures) == 2
+
+
+def test_nothing_keeps_a_runner_but_its_user(captures, monkeypatch):
+    """
+    With its last name go its cache and its graphs, which hold most of a GPU's memory, and wait for no collector.
+    """
+    monkeypatch.setattr(EagerBlocks, "_captured", lambda *_: SimpleNamespace(replay=lambda: None))
+    runner = tiny("llama").runner(Scheme.parse("int4"))
+    runner.score(score_requests())
+    runner.generate([GenerateRequest(tokens(9, 3), 5)])
+    held = [weakref.ref(one) for one in (runner, runner._caches[0], *runner._lanes.values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del runner
+        assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_few_pages_more_are_not_worth_a_new_cache(captures, monkeypatch):
+    """
+    Where memory limits the pages, a cache is kept until a quarter more would fit; where it does not, all that were
+    asked for come.
+    """
+    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, 64, 2**24, 0.5))
+    runner = tiny("llama").runner(Scheme.parse("auto"), page_size=4)
+    page = 4 * kv_bytes_per_token(runner.info.layers, runner.scheme.resolve(torch.float32))
+    requests = [GenerateRequest(tokens(9, i), 7) for i in range(30)]
+    sizes = []
+    for spare in (100, 110, 130, 2000):  # pages of which half are taken, besides those of the cache
+        held = runner._caches[0].nbytes if runner._caches else 0
+        monkeypatch.setattr("kvbench.runners.transformers._free_memory", lambda _, n=spare * page - held: n)
+        runner.generate(requests)
+        sizes.append(runner.stored.pages)
+
+    assert sizes == [50, 50, 65, 30 * 10]
+    assert [lanes for _, _, lanes in captures] == [8, 8, 32]
 
 
 def test_a_prompt_without_tokens_is_refused():

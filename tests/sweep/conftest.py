@@ -13,3 +13,9 @@ def toy():
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    """Toys have no use for a GPU, where a sweep would run them in a process that can't import them."""
+    monkeypatch.setattr("kvbench.sweep.command.default_device", lambda: "cpu")

@@ -93,3 +93,25 @@ def test_every_sweep_has_one_unless_it_is_turned_off(toy, tmp_path, again):
     for record in found:
         assert record.identity["again"] is True
         assert {metric.name: metric.value for metric in record.metrics} == {"acc": 1.0, "kld": 0.0, "kld_max": 9.0}
+
+
+def test_a_timed_task_is_repeated_as_it_was(toy, tmp_path):
+    """
+    The same requests in the same order, at once, under the same seed; the cell is another one all the same.
+    """
+    seen = []
+
+    class Task(toy.ToyTask):
+        def run(self, runner, context):
+            seen.append((runner.scheme.dtype_name, type(runner).__name__, context.seed))
+            return super().run(runner, context)
+
+    for timed in (False, True):
+        make = toy.Parts(
+            toy.find_model, toy.fetch_model, toy.open_model, lambda spec, data, timed=timed: Task("toy_a", timed=timed)
+        )
+        config = toy.write_config(tmp_path / "toys.yaml", dtypes=["fp16"], tasks=["toy_a"], canary=False)
+        assert run_sweep(config, Options(output=tmp_path / f"run {timed}"), make) == 0
+        assert len(Store(tmp_path / f"run {timed}").load().records) == 2
+
+    assert seen == [("fp16", "Timed", 0), ("fp16", "Shuffled", 1), ("fp16", "Timed", 0), ("fp16", "Timed", 0)]

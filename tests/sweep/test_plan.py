@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kvbench.sweep.config import parse_sweep
@@ -27,6 +29,24 @@ def cells(toy):
 
 def labels(cells):
     return [cell.label for cell in cells]
+
+
+def test_a_speed_is_that_of_a_machine(toy):
+    """
+    Device, attention and page size are part of a timed cell's identity and no part of another's.
+    """
+
+    def identities(device, timed, **changes):
+        config = json.dumps(
+            {"name": "t", "model": "toy", "dtypes": ["int8"], "tasks": [{"task": "toy_a", "timed": timed}], **changes}
+        )
+        sweep = parse_sweep(config, "toys.yaml", parts=toy.PARTS)
+        return {cell.name for cell in plan(sweep, parts=toy.PARTS, device=lambda: device)}
+
+    others = [("H200", {}), ("H100", {"page_size": 64}), ("H100", {"attention": "reference"})]
+    for device, changes in others:
+        assert identities(device, False, **changes) == identities("H100", False)
+        assert not identities(device, True, **changes) & identities("H100", True)
 
 
 def test_the_baseline_comes_first_then_the_controls(cells):

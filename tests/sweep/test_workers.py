@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.sweep import command, execute
 from kvbench.sweep.command import Options, run_sweep
+from kvbench.sweep.execute import Setting
+from kvbench.sweep.progress import Clock, Display, Lane
+from kvbench.sweep.workers import Seat, _on_its_gpu, seat_for
 
 
 @pytest.fixture
@@ -106,23 +110,117 @@ def test_a_stop_ends_all_processes(sweep, tmp_path, kind):
     assert all(record.status == "done" for record in cells(tmp_path).values())
 
 
-def test_after_a_fault_of_the_gpu_the_rest_runs_in_another_process(tmp_path, toy, monkeypatch, capsys):
+def test_a_fault_of_the_gpu_costs_one_cell(sweep, tmp_path):
     """
-    Where a cell raises and the GPU then fails every call, that cell is kept as failed and the others are handed over.
+    Where a cell raises and the GPU then fails every call, it is kept with its own error, and the rest runs in another
+    process; --retry-failed runs it alone.
     """
-    given = []
-    monkeypatch.setattr(command, "default_device", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(execute, "is_broken", lambda: True)
-    monkeypatch.setattr(command, "execute_on", lambda seats, cells: given.extend(cell.label for cell in cells))
-    path = toy.write_config(tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "fails": "int8"}])
-    assert run_sweep(path, Options(output=tmp_path / "run"), toy.PARTS) == 3
+    log = tmp_path / "log"
+    process = sweep(devices="cpu", tasks=[{"task": "toy_a", "breaks": "int8", "log": str(log)}])
+    _, errors = process.communicate(timeout=120)
+    statuses = {one.dtype: (one.status, one.error) for one in cells(tmp_path).values()}
+    first, second = dict.fromkeys((tmp_path / "log of the processes").read_text().split())
 
-    assert [label.split()[0] for label in given] == ["int4_per_token_head", "int2_per_token_head"]
-    statuses = {one.dtype: one.status for one in cells(tmp_path).values()}
-    assert statuses == {"fp16": "done", "canary": "done", "again": "done", "int8_per_token_head": "failed"}
-    assert "the GPU failed this process (no int8 today)" in capsys.readouterr().err
+    assert process.returncode == 3, errors
+    assert statuses.pop("int8_per_token_head") == ("failed", "RuntimeError: device-side assert triggered")
+    assert set(statuses.values()) == {("done", None)}
+    assert len(statuses) == 5
+    assert (tmp_path / "log of the processes").read_text().split() == [first] * 4 + [second] * 2
+
+
+def test_a_fault_while_a_model_is_loaded_costs_one_cell(toy, tmp_path, monkeypatch):
+    """
+    The cell that needed it is kept as failed, and the next is not tried on the same GPU context.
+    """
+
+    def fails(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(execute, "is_broken", lambda: True)
+    parts = toy.Parts(toy.find_model, toy.fetch_model, fails, toy.make_task)
+    path = toy.write_config(tmp_path / "toys.yaml")
+    planned = command.prepare(path, Options(output=tmp_path / "run"), parts)
+    setting = Setting(planned.store, planned.sweep.baseline_scheme, 16, "auto", "cpu", {}, parts)
+    watcher = Lane(Display(planned.cells, Clock([]), planned.store.cells))
+    with pytest.raises(execute.BrokenDeviceError, match="device-side assert"):
+        execute.execute(planned.cells, setting, watcher)
+
+    assert [one.status for one in cells(tmp_path).values()] == ["failed"]
+
+
+def test_on_a_gpu_cells_never_run_in_the_parent(tmp_path, toy, monkeypatch):
+    """
+    Without --devices too they run in a process on the first GPU that is visible, whose memory a fault can't keep.
+    """
+    seats = []
+    monkeypatch.setattr(command, "default_device", lambda: "cuda")
+    monkeypatch.setattr(command, "execute_on", lambda given, cells: seats.extend(given))
+    path = toy.write_config(tmp_path / "toys.yaml")
+    assert run_sweep(path, Options(output=tmp_path / "run"), toy.PARTS) == 0
+
+    [seat] = seats
+    assert seat.setting.device == seat.setting.environment["device"] == "cuda"
+    assert seat.variables == {}
+
+
+@pytest.mark.parametrize(
+    ("shown", "device", "seen", "own"),
+    [
+        (None, "1", {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["B"]),
+        ("1,0", "0", {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["B"]),
+        ("GPU-5e2f, 0", "0", {"CUDA_VISIBLE_DEVICES": "GPU-5e2f", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["A", "B"]),
+        ("1", "cuda", {}, ["B"]),
+        (None, "cuda", {}, ["A", "B"]),
+    ],
+)
+def test_a_process_sees_the_gpu_that_was_meant(monkeypatch, shown, device, seen, own):
+    """
+    Numbers count what CUDA_VISIBLE_DEVICES shows, UUIDs included; where no number says which GPU, CUDA will name it.
+    """
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    gpus = [{"name": "A"}, {"name": "B"}]
+    seat = seat_for(device, Setting(None, None, 16, "auto", "cpu", {"gpus": gpus}), None)
+
+    assert seat.variables == seen
+    assert [gpu["name"] for gpu in seat.setting.environment["gpus"]] == own
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "B")
+    assert _on_its_gpu(seat.setting).environment["gpus"] == [{"name": "B"}]
+
+
+def test_a_process_that_died_between_two_cells_costs_none(monkeypatch):
+    """
+    The next cell goes to a new process.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    seat = Seat("setting", {}, None, process=multiprocessing.Process())
+    seat.connection = ours
+    new, other = multiprocessing.Pipe()
+    monkeypatch.setattr(Seat, "_start", lambda seat: setattr(seat, "connection", new))
+    seat.give(SimpleNamespace(model="toy"))
+
+    assert [other.recv(), other.recv()] == ["setting", SimpleNamespace(model="toy")]
+
+
+def test_a_killed_parent_leaves_no_process(sweep):
+    """
+    SIGKILL to the parent alone, in the middle of long cells.
+    """
+    process = sweep(tasks=[{"task": "toy_a", "seconds": 60.0}])
+    deadline = time.monotonic() + 60
+    while len(workers := children(process)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(5)
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    assert len(workers) >= 2
+    assert not any(map(alive, workers))
 
 
 def test_a_gpu_that_is_not_here_is_said(tmp_path, toy):

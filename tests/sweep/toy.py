@@ -19,6 +19,7 @@ from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import Metric, Outcome
 from kvbench.runners.base import ModelInfo
 from kvbench.schemes import Scheme
+from kvbench.sweep import execute
 from kvbench.sweep.parts import ModelFacts, Parts
 from kvbench.tasks.base import RunContext
 
@@ -65,6 +66,8 @@ class ToyTask:
     log: str = ""
     swallows: str = ""
     dies: str = ""
+    breaks: str = ""
+    timed: bool = False
 
     def identity(self) -> dict[str, Any]:
         return {"task": self.name, "limit": self.limit, "n": self.n}
@@ -86,8 +89,13 @@ class ToyTask:
         if self.log:
             with Path(self.log).open("a") as file:
                 file.write(f"{self.name} {runner.scheme.dtype_name}\n")
+            with Path(f"{self.log} of the processes").open("a") as file:
+                file.write(f"{os.getpid()}\n")
         if self.dies and self.dies in runner.scheme.dtype_name:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.breaks and self.breaks in runner.scheme.dtype_name:
+            execute.is_broken = lambda: True
+            raise RuntimeError("device-side assert triggered")
         if self.fails and self.fails in runner.scheme.dtype_name:
             raise RuntimeError(f"no {self.fails} today")
         if self.swallows and self.swallows in runner.scheme.dtype_name:

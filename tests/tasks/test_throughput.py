@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kvbench.cache import OutOfPages
+from kvbench.cache.paged import kv_bytes_per_token
+from kvbench.measured import read
+from kvbench.report.compare import compare, noise_floor
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.runners import models
+from kvbench.runners.base import GenerateRequest
 from kvbench.runners.toy import ToyRunner
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.command import Options, run_sweep
 from kvbench.tasks import RunContext, make_task
+from kvbench.tasks.throughput import _longest
 
 SHAPE = {
     "model_type": "qwen3",
@@ -39,35 +46,37 @@ def shape(tmp_path):
 
 
 class Recorder(ToyRunner):
-    """A toy that keeps what it is asked, and never ends early."""
+    """A toy that keeps what it is asked, and says that it took ever longer."""
 
     def __init__(self):
         super().__init__()
         self.asked = []
+        self.counted = dict.fromkeys(("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"), 0)
 
     def generate(self, requests, progress=None):
         self.asked.append(requests)
+        self.counted["prefill_tokens"] += sum(len(request.prompt) for request in requests)
+        self.counted["prefill_seconds"] += 2 ** len(self.asked)
+        self.counted["decode_tokens"] += sum(request.max_new_tokens - 1 for request in requests)
+        self.counted["decode_seconds"] += 10 * len(self.asked)
         return super().generate(requests, progress)
+
+    def stats(self):
+        return {**self.counted, "kv_bytes_per_token": 7}
 
 
 def test_a_rate_is_tokens_over_seconds():
     """
-    Prefill: all prompts over the time of their first tokens. Decode: the later tokens over the time beyond that.
+    Those that the runner counted in each repeat, and none of the pass before; the median of the repeats.
     """
     task = make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3, "repeats": 3})
     outcome = task.run(Recorder(), CONTEXT)
-    prefill, decode = outcome.metrics
-    first, whole, tokens = (
-        sorted(row[name] for row in outcome.samples)[1] for name in ("prefill_seconds", "all_seconds", "decode_tokens")
-    )
 
-    assert [(metric.name, metric.unit, metric.n) for metric in outcome.metrics] == [
-        ("prefill", "tokens/s", 3),
-        ("decode", "tokens/s", 3),
+    assert [(metric.name, metric.unit, metric.n, metric.value) for metric in outcome.metrics] == [
+        ("prefill", "tokens/s", 3, 3 * 20 / 2**3),
+        ("decode", "tokens/s", 3, 3 * 63 / 30),
     ]
-    assert prefill.value == pytest.approx(3 * 20 / first)
-    assert decode.value == pytest.approx(tokens / (whole - first))
-    assert 0 < tokens <= 3 * 63
+    assert [row["decode_seconds"] for row in outcome.samples] == [20, 30, 40]
 
 
 def test_no_prompt_is_asked_twice():
@@ -78,8 +87,16 @@ def test_no_prompt_is_asked_twice():
     make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3, "repeats": 2}).run(runner, CONTEXT)
     prompts = [request.prompt for requests in runner.asked for request in requests]
 
-    assert len(prompts) == len({prompt[:10] for prompt in prompts}) == 3 * 2 * 3
+    assert len(prompts) == len({prompt[:10] for prompt in prompts}) == 3 * 3
     assert {len(prompt) for prompt in prompts} == {20}
+
+
+def test_a_runner_that_counts_nothing_is_refused():
+    """
+    No rate is made up from other times.
+    """
+    with pytest.raises(ValueError, match="counts no tokens and seconds"):
+        make_task({"task": "throughput", "prompt": 20}).run(ToyRunner(), CONTEXT)
 
 
 def test_a_request_beyond_the_model_is_refused():
@@ -88,6 +105,25 @@ def test_a_request_beyond_the_model_is_refused():
     """
     with pytest.raises(ValueError, match=r"4000 \+ 128 tokens are more than the model's 4096"):
         make_task({"task": "throughput", "prompt": 4000}).run(Recorder(), CONTEXT)
+
+
+def test_the_smaller_limit_is_the_longest_context(shape):
+    """
+    What memory holds counts as far as the runner takes it as one sequence; the model's positions where they are fewer.
+    """
+    runner = TransformersModel.load(models.resolve(str(shape))).runner(Scheme.parse("int4"), page_size=16)
+    assert _longest(runner, 10_000, 256) == (256, "the model's positions")
+    longest, limit = _longest(runner, 320, 256)
+    assert (longest, limit) == (144, "memory")
+
+    runner.limits = replace(runner.limits, memory=1.0)
+    free = 320 * kv_bytes_per_token(runner.info.layers, runner.scheme.resolve(torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvbench.runners.transformers._free_memory", lambda _: free)
+        runner.generate([GenerateRequest(tuple(range(longest - 4)), 4)])
+        runner._release()
+        with pytest.raises(OutOfPages):
+            runner.generate([GenerateRequest(tuple(range(longest - 3)), 4)])
 
 
 def test_a_shape_is_a_model_of_random_weights(shape):
@@ -118,7 +154,6 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
         "model": str(shape),
         "dtypes": ["fp16", "int4"],
         "canary": False,
-        "again": False,
         "tasks": [{"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1}, "needle"],
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(config))
@@ -135,10 +170,18 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
     )
     assert table.title.startswith("tiny (random weights) · ")
     assert [header.lines[1] for header in table.headers[5:]] == ["prefill (tokens/s)", "decode (tokens/s)"]
+    assert [row[0] for row in table.rows] == ["fp16", "again", "int4_per_token_head"]
+    [noise] = noise_floor(compare(read(tmp_path / "run")))
+    rates = {one.dtype: {metric.name: metric.value for metric in one.metrics} for one in records if one.metrics}
+    moved = 100 * (rates["again"]["decode"] / rates["fp16"]["decode"] - 1)
+    assert f"throughput decode {'−' if moved < 0 else '+'}{abs(moved):.2f} %" in noise
+    options = [one.identity["task"] for one in records if one.task == "throughput"]
+    assert {(one["device"], one["attention"], one["page_size"]) for one in options} == {("cpu", "auto", 16)}
+    assert all("page_size" not in one.identity["task"] for one in records if one.task == "needle")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's memory")
-def test_the_longest_context_was_allocated(shape):
+def test_what_the_memory_holds_was_allocated(shape):
     """
     A quarter of the bits, about four times the tokens; all of them fit what was free.
     """
@@ -147,7 +190,7 @@ def test_the_longest_context_was_allocated(shape):
     for name in ("fp16", "int4"):
         task = make_task({"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1})
         outcome = task.run(loaded.runner(Scheme.parse(name)), CONTEXT)
-        (found[name],) = [metric.value for metric in outcome.metrics if metric.name == "longest_context"]
+        (found[name],) = [metric.value for metric in outcome.metrics if metric.name == "memory_holds"]
         assert outcome.facts["allocated_tokens"] >= found[name] > 0
 
     bits = [Scheme.parse(name).bits_per_value(32) for name in ("fp16", "int4")]
