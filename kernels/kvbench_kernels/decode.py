@@ -20,6 +20,8 @@ from kvbench_kernels.unpack import (
     exp2,
     halves_base,
     log2,
+    masked,
+    masked_unit,
     unpack,
     unpack_halves,
 )
@@ -36,6 +38,12 @@ def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr
         low: tl.constexpr = (1 << BITS) - 1
         return (bits & ~low).to(tl.float32, bitcast=True), ((bits & low) - (1 << (BITS - 1))).to(tl.float32)
     return stored * UNIT, stored
+
+
+@triton.jit
+def _every_eighth(x):
+    """[P, N, G] to [P, 8, G]: sums of every eighth token, which are one lane's where x comes from a product."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), axis=1)
 
 
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS"])
@@ -89,6 +97,7 @@ def _decode_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    SATURATE: tl.constexpr = True,
 ):
     """One program: one sequence, one KV head with HEADS of its query heads, one split of the context.
 
@@ -116,6 +125,11 @@ def _decode_kernel(
     # what was never written may hold NaN, which a weight of 0 does not remove
     K_NAN: tl.constexpr = K_KIND == FLOAT or K_KIND == E4M3
     V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
+    # codes that are multiplied as they lie in their words, see `masked`, and what a value is more than its code
+    K_MASKED: tl.constexpr = K_KIND == UNSIGNED or (K_KIND == SYMMETRIC4 and not SATURATE)
+    V_MASKED: tl.constexpr = V_KIND == UNSIGNED or V_KIND == SYMMETRIC4
+    K_OFFSET: tl.constexpr = K_STEP - 1.5 if K_KIND == SYMMETRIC4 else -(2.0 ** (K_BITS - 1))
+    V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
 
     g = tl.arange(0, BLOCK_G)
     n = tl.arange(0, PARTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
@@ -193,18 +207,28 @@ def _decode_kernel(
     queries = ()
     upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
     for stream in tl.static_range(K_STREAMS):
-        q = (turned[stream] * q_inverse).to(k_type)  # [BLOCK_KW, BLOCK_G]
-        q_sum += q.to(tl.float32)
+        q = turned[stream] * q_inverse  # [BLOCK_KW, BLOCK_G]
+        if K_MASKED:
+            # against the small units of the codes; all scores become 2^-10 of what they are
+            q *= 2.0**-10 / masked_unit(K_BITS, stream)
+        q = q.to(k_type)
+        q_sum += q.to(tl.float32) * (masked_unit(K_BITS, stream) if K_MASKED else 1.0)
         queries = queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
         if K_KIND == SYMMETRIC4:
-            q_offset += q.to(tl.float32) * (K_STEP - 1.5 - halves_base(stream))
-            q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
+            if K_MASKED:
+                q = (q.to(tl.float32) * -K_STEP).to(tl.float16)
+            else:
+                q_offset += q.to(tl.float32) * -halves_base(stream)
+                q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
             upper_queries = upper_queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
+    if K_MASKED or K_KIND == SYMMETRIC4:
+        q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=0)  # [BLOCK_G]: a part of every score
     q_sum = tl.sum(q_sum, axis=0)  # [BLOCK_G]
-    q_offset = tl.sum(q_offset, axis=0)  # SYMMETRIC4: what comes off every score
 
     # scores are in base 2, except where the softcap needs them as they are
     score_scale = scale * q_unit
+    if K_MASKED:
+        score_scale *= 1024
     if not HAS_SOFTCAP:
         score_scale *= _LOG2E
     if K_SCALE == 0:
@@ -215,8 +239,11 @@ def _decode_kernel(
     v_step = tl.full([1, 1, 1], V_STEP, tl.float16)
 
     m = tl.full([PARTS, BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens at the end
-    shift = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)  # likewise: the zero-points' share of the output
+    # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
+    l = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)
+    shift = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)  # the zero-points' share of the output
+    w_sum = tl.zeros([PARTS, 16, BLOCK_G], tl.float32)  # of the weights in 16 bits, the same in all rows
+    ones = tl.full([PARTS, 16, BLOCK_N], 1.0, tl.float16)
     acc = ()
     for _ in tl.static_range(V_STREAMS):
         acc = acc + (tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32),)
@@ -244,10 +271,14 @@ def _decode_kernel(
         else:
             k_words = tl.load(k_ptr + k_at, mask=(kw < K_WORDS)[None, None, :], other=0.0)
         score = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)
-        if K_KIND == SYMMETRIC4:
+        if K_MASKED or K_KIND == SYMMETRIC4:
             score += q_offset[None, None, :]
         for stream in tl.static_range(K_STREAMS):
-            if K_KIND == SYMMETRIC4:
+            if K_MASKED:
+                score = tl.dot(masked(k_words, stream, K_BITS, False, ASSEMBLY), queries[stream], score)
+                if K_KIND == SYMMETRIC4:
+                    score = tl.dot(masked(k_words, stream, K_BITS, True, ASSEMBLY), upper_queries[stream], score)
+            elif K_KIND == SYMMETRIC4:
                 lower, upper = unpack_halves(k_words, stream, ASSEMBLY)
                 score = tl.dot(lower, queries[stream], score)
                 score = tl.dot(upper, upper_queries[stream], score)
@@ -290,12 +321,12 @@ def _decode_kernel(
         decay = exp2(m - new_m, ASSEMBLY)[:, None, :]
         m = new_m
         weight = exp2(score - m[:, None, :], ASSEMBLY)
+        unscaled = weight
         if V_SCALE == 1:
-            l = l * decay + weight * exp2(-v_log, ASSEMBLY)[:, :, None]
-        else:
-            l = l * decay + weight
+            unscaled *= exp2(-v_log, ASSEMBLY)[:, :, None]
+        l = l * decay + _every_eighth(unscaled)
         if V_KIND == UNSIGNED:
-            shift = shift * decay + weight * v_zero[:, :, None]
+            shift = shift * decay + _every_eighth(weight * v_zero[:, :, None])
 
         # outputs
         if V_NAN:
@@ -305,10 +336,20 @@ def _decode_kernel(
         else:
             v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None], other=0)
         weight = weight.to(v_type)
+        if V_MASKED:
+            w_sum = tl.dot(ones, weight, w_sum * decay)
+            # after a product of `weight`, whose layout it then shares
+            upper_weight = weight * -v_step
         new_acc = ()
         for stream in tl.static_range(V_STREAMS):
-            v = unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
-            new_acc = new_acc + (tl.dot(v, weight, acc[stream] * decay),)
+            o = acc[stream] * decay
+            if V_MASKED:
+                o = tl.dot(masked(v_words, stream, V_BITS, False, ASSEMBLY), weight, o)
+                if V_KIND == SYMMETRIC4:
+                    o = tl.dot(masked(v_words, stream, V_BITS, True, ASSEMBLY), upper_weight, o)
+            else:
+                o = tl.dot(unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY), weight, o)
+            new_acc = new_acc + (o,)
         acc = new_acc
 
     # the parts relative to one maximum
@@ -316,10 +357,15 @@ def _decode_kernel(
     share = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
     tl.store(part_m_ptr + part, top, mask=is_head)
     tl.store(part_l_ptr + part, tl.sum(tl.sum(l, axis=1) * share, axis=0), mask=is_head)
-    shift_sum = tl.sum(shift, axis=1)[:, None, :]
+    shift_sum = tl.sum(shift, axis=1)
+    if V_MASKED:
+        shift_sum -= V_OFFSET * tl.max(w_sum, axis=1)
     for stream in tl.static_range(V_STREAMS):
         channel = channels(vw, stream, V_BITS, V_WORDS)
-        o = tl.sum((acc[stream] - shift_sum) * share[:, None, :], axis=0)  # [BLOCK_VW, BLOCK_G]
+        o = acc[stream]
+        if V_MASKED:
+            o *= 1 / masked_unit(V_BITS, stream)
+        o = tl.sum((o - shift_sum[:, None, :]) * share[:, None, :], axis=0)  # [BLOCK_VW, BLOCK_G]
         o_at = part_o_ptr + part[None, :] * D + channel[:, None]
         tl.store(o_at, o, mask=(vw < V_WORDS)[:, None] & is_head[None, :])
 
