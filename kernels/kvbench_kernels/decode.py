@@ -463,6 +463,7 @@ def decode(
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
         num_warps=tuning.parts,
+        maxnreg=tuning.registers,
         launch_pdl=assembly,
     )
     merge_kernel[(batch * query_heads,)](
