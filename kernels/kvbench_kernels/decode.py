@@ -147,19 +147,21 @@ def _decode_kernel(
         query = tl.load(query_starts_ptr + b).to(tl.int64)
         has_query = tl.load(query_starts_ptr + b + 1) - query == 1
 
-    # queries and length are asked for together, then the page
-    q_at = q_ptr + query * stride_qt + (head * stride_qh)[None, :]
-    q_mask = (kw < K_WORDS)[:, None] & is_head[None, :]
+    # length, queries and signs are asked for together, then the page. What was loaded is first used far below: a
+    # product's operands go to shared memory where they are made, and a barrier there would part the loads
+    length = tl.load(seq_lens_ptr + b)
+    q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[None, :]
     loaded = ()
+    signs = ()
     for stream in tl.static_range(K_STREAMS):
         channel = channels(kw, stream, K_BITS, K_WORDS)
-        q = tl.load(q_at + (channel * stride_qd)[:, None], mask=q_mask, other=0.0)
+        if BLOCK_KW != K_WORDS:
+            channel = tl.minimum(channel, D - 1)
+        loaded = loaded + (tl.load(q_at + (channel * stride_qd)[:, None]),)  # [BLOCK_KW, BLOCK_G]
         if TURN_QUERIES and k_signs_ptr is not None:
-            q = (q.to(tl.float32) * tl.load(k_signs_ptr + channel)[:, None]).to(q.dtype)
-        loaded = loaded + (q,)
+            signs = signs + (tl.load(k_signs_ptr + channel)[:, None],)
 
     # the split's tokens: whole tiles
-    length = tl.load(seq_lens_ptr + b)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
@@ -182,6 +184,7 @@ def _decode_kernel(
     page = tl.load(table + tl.minimum(start + at, last) // S)
 
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
+    is_query = (kw < K_WORDS)[:, None] & is_head[None, :]
     turned = ()
     if TURN_QUERIES:
         sign = kw[:, None] & kw[None, :]
@@ -190,16 +193,19 @@ def _decode_kernel(
         sign ^= sign >> 1
         hadamard = (1 - 2 * (sign & 1)).to(loaded[0].dtype)
         for stream in tl.static_range(K_STREAMS):
-            turned = turned + (tl.dot(hadamard, loaded[stream]) * k_factor,)
+            q = tl.where(is_query, loaded[stream], 0.0)
+            if k_signs_ptr is not None:
+                q = (q.to(tl.float32) * signs[stream]).to(q.dtype)
+            turned = turned + (tl.dot(hadamard, q) * k_factor,)
         turned = butterfly_across(turned)
     else:
         for stream in tl.static_range(K_STREAMS):
-            turned = turned + (loaded[stream].to(tl.float32),)
+            turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
     # over streams first: what goes across warps is one tile
     peak = tl.abs(turned[0])
     for stream in tl.static_range(1, K_STREAMS):
         peak = tl.maximum(peak, tl.abs(turned[stream]))
-    exponent = tl.minimum(tl.maximum((tl.max(peak).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
+    exponent = tl.minimum(tl.maximum((tl.max(tl.max(peak, axis=0), axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     q_sum = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
