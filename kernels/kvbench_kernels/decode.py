@@ -41,6 +41,22 @@ def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr
 
 
 @triton.jit
+def _prefetch(ptr, first, COUNT: tl.constexpr):
+    """Asks for COUNT elements from each of `first` [PARTS] on, into the L2 cache."""
+    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(COUNT, LINE))
+    line = tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
+        "=r,l",
+        [ptr + (first[:, None] + line[None, :])],
+        tl.int32,
+        False,
+        1,
+    )
+
+
+@triton.jit
 def _every_eighth(x):
     """[P, N, G] to [P, 8, G]: sums of every eighth token, which are one lane's where x comes from a product."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), axis=1)
@@ -98,6 +114,7 @@ def _decode_kernel(
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     SATURATE: tl.constexpr = True,
+    PREFETCH: tl.constexpr = True,
 ):
     """One program: one sequence, one KV head with HEADS of its query heads, one split of the context.
 
@@ -196,7 +213,16 @@ def _decode_kernel(
             q = tl.where(is_query, loaded[stream], 0.0)
             if k_signs_ptr is not None:
                 q = (q.to(tl.float32) * signs[stream]).to(q.dtype)
-            turned = turned + (tl.dot(hadamard, q) * k_factor,)
+            turned = turned + (tl.dot(hadamard, q),)
+            if PREFETCH and ASSEMBLY and S % BLOCK_N == 0 and stream == K_STREAMS // 2:
+                # half-way, when the page is known: the first tile is on its way before the loop asks for it
+                base = (page.to(tl.int64) * HKV + kv_head) * S + (start + at) % S
+                _prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
+                _prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
+                if K_SCALE == 1:
+                    _prefetch(k_scale_ptr, base, BLOCK_N)
+                if V_SCALE == 1:
+                    _prefetch(v_scale_ptr, base, BLOCK_N)
         turned = butterfly_across(turned)
     else:
         for stream in tl.static_range(K_STREAMS):
@@ -233,6 +259,8 @@ def _decode_kernel(
 
     # scores are in base 2, except where the softcap needs them as they are
     score_scale = scale * q_unit
+    if TURN_QUERIES:
+        score_scale *= k_factor
     if K_MASKED:
         score_scale *= 1024
     if not HAS_SOFTCAP:
