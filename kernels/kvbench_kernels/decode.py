@@ -57,6 +57,24 @@ def _prefetch(ptr, first, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _together(tiles):
+    """A tuple of 2^m tiles [P, W, G] as [P, W, G, 2^m]."""
+    P: tl.constexpr = tiles[0].shape[0]
+    W: tl.constexpr = tiles[0].shape[1]
+    G: tl.constexpr = tiles[0].shape[2]
+    COUNT: tl.constexpr = len(tiles)
+    if COUNT == 1:
+        return tl.reshape(tiles[0], [P, W, G, 1])
+    else:
+        even = ()
+        odd = ()
+        for i in tl.static_range(COUNT // 2):
+            even = even + (tiles[2 * i],)
+            odd = odd + (tiles[2 * i + 1],)
+        return tl.reshape(tl.join(_together(even), _together(odd)), [P, W, G, COUNT])
+
+
+@triton.jit
 def _every_eighth(x):
     """[P, N, G] to [P, 8, G]: sums of every eighth token, which are one lane's where x comes from a product."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), axis=1)
@@ -231,7 +249,9 @@ def _decode_kernel(
     peak = tl.abs(turned[0])
     for stream in tl.static_range(1, K_STREAMS):
         peak = tl.maximum(peak, tl.abs(turned[stream]))
-    exponent = tl.minimum(tl.maximum((tl.max(tl.max(peak, axis=0), axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
+    exponent = tl.minimum(
+        tl.maximum((tl.max(tl.max(peak, axis=0), axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227
+    )
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     q_sum = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
@@ -394,14 +414,18 @@ def _decode_kernel(
     shift_sum = tl.sum(shift, axis=1)
     if V_MASKED:
         shift_sum -= V_OFFSET * tl.max(w_sum, axis=1)
+    streams = ()
     for stream in tl.static_range(V_STREAMS):
-        channel = channels(vw, stream, V_BITS, V_WORDS)
         o = acc[stream]
         if V_MASKED:
             o *= 1 / masked_unit(V_BITS, stream)
-        o = tl.sum((o - shift_sum[:, None, :]) * share[:, None, :], axis=0)  # [BLOCK_VW, BLOCK_G]
-        o_at = part_o_ptr + part[None, :] * D + channel[:, None]
-        tl.store(o_at, o, mask=(vw < V_WORDS)[:, None] & is_head[None, :])
+        streams = streams + (o,)
+    # all streams in one sum: each would have barriers of its own
+    o = (_together(streams) - shift_sum[:, None, :, None]) * share[:, None, :, None]
+    o = tl.sum(o, axis=0)  # [BLOCK_VW, BLOCK_G, V_STREAMS]
+    channel = channels(vw[:, None, None], tl.arange(0, V_STREAMS)[None, None, :], V_BITS, V_WORDS)
+    o_at = part_o_ptr + part[None, :, None] * D + channel
+    tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
 
 
 def decode(

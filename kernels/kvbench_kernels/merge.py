@@ -38,6 +38,9 @@ def merge_kernel(
     g = head % GROUP % HEADS
     d = tl.arange(0, BLOCK_D)
 
+    # what no launch before this one wrote is there early
+    if signs_ptr is not None:
+        signs = tl.load(signs_ptr + d, mask=d < D, other=0.0)
     if ASSEMBLY:
         tl.extra.cuda.gdc_wait()
     if query_starts_ptr is not None:
@@ -76,5 +79,5 @@ def merge_kernel(
         (turned,) = butterfly((tl.reshape(o, [1, BLOCK_D]),), BLOCK)
         o = tl.reshape(turned, [BLOCK_D]) * factor
         if signs_ptr is not None:
-            o *= tl.load(signs_ptr + d, mask=d < D, other=0.0)
+            o *= signs
     tl.store(out_ptr + (query * HKV * GROUP + head) * D + d, o.to(out_ptr.dtype.element_ty), mask=d < D)
