@@ -20,6 +20,8 @@ from kvbench_kernels.unpack import (
     exp2,
     halves_base,
     log2,
+    masked,
+    masked_unit,
     unpack,
     unpack_halves,
 )
@@ -36,6 +38,46 @@ def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr
         low: tl.constexpr = (1 << BITS) - 1
         return (bits & ~low).to(tl.float32, bitcast=True), ((bits & low) - (1 << (BITS - 1))).to(tl.float32)
     return stored * UNIT, stored
+
+
+@triton.jit
+def _prefetch(ptr, first, COUNT: tl.constexpr):
+    """Asks for COUNT elements from each of `first` [PARTS] on, into the L2 cache."""
+    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(COUNT, LINE))
+    line = tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
+        "=r,l",
+        [ptr + (first[:, None] + line[None, :])],
+        tl.int32,
+        False,
+        1,
+    )
+
+
+@triton.jit
+def _together(tiles):
+    """A tuple of 2^m tiles [P, W, G] as [P, W, G, 2^m]."""
+    P: tl.constexpr = tiles[0].shape[0]
+    W: tl.constexpr = tiles[0].shape[1]
+    G: tl.constexpr = tiles[0].shape[2]
+    COUNT: tl.constexpr = len(tiles)
+    if COUNT == 1:
+        return tl.reshape(tiles[0], [P, W, G, 1])
+    else:
+        even = ()
+        odd = ()
+        for i in tl.static_range(COUNT // 2):
+            even = even + (tiles[2 * i],)
+            odd = odd + (tiles[2 * i + 1],)
+        return tl.reshape(tl.join(_together(even), _together(odd)), [P, W, G, COUNT])
+
+
+@triton.jit
+def _every_eighth(x):
+    """[P, N, G] to [P, 8, G]: sums of every eighth token, which are one lane's where x comes from a product."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), axis=1)
 
 
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS"])
@@ -89,6 +131,8 @@ def _decode_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    SATURATE: tl.constexpr = True,
+    PREFETCH: tl.constexpr = True,
 ):
     """One program: one sequence, one KV head with HEADS of its query heads, one split of the context.
 
@@ -116,6 +160,11 @@ def _decode_kernel(
     # what was never written may hold NaN, which a weight of 0 does not remove
     K_NAN: tl.constexpr = K_KIND == FLOAT or K_KIND == E4M3
     V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
+    # codes that are multiplied as they lie in their words, see `masked`, and what a value is more than its code
+    K_MASKED: tl.constexpr = K_KIND == UNSIGNED or (K_KIND == SYMMETRIC4 and not SATURATE)
+    V_MASKED: tl.constexpr = V_KIND == UNSIGNED or V_KIND == SYMMETRIC4
+    K_OFFSET: tl.constexpr = K_STEP - 1.5 if K_KIND == SYMMETRIC4 else -(2.0 ** (K_BITS - 1))
+    V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
 
     g = tl.arange(0, BLOCK_G)
     n = tl.arange(0, PARTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
@@ -133,19 +182,21 @@ def _decode_kernel(
         query = tl.load(query_starts_ptr + b).to(tl.int64)
         has_query = tl.load(query_starts_ptr + b + 1) - query == 1
 
-    # queries and length are asked for together, then the page
-    q_at = q_ptr + query * stride_qt + (head * stride_qh)[None, :]
-    q_mask = (kw < K_WORDS)[:, None] & is_head[None, :]
+    # length, queries and signs are asked for together, then the page. What was loaded is first used far below: a
+    # product's operands go to shared memory where they are made, and a barrier there would part the loads
+    length = tl.load(seq_lens_ptr + b)
+    q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[None, :]
     loaded = ()
+    signs = ()
     for stream in tl.static_range(K_STREAMS):
         channel = channels(kw, stream, K_BITS, K_WORDS)
-        q = tl.load(q_at + (channel * stride_qd)[:, None], mask=q_mask, other=0.0)
+        if BLOCK_KW != K_WORDS:
+            channel = tl.minimum(channel, D - 1)
+        loaded = loaded + (tl.load(q_at + (channel * stride_qd)[:, None]),)  # [BLOCK_KW, BLOCK_G]
         if TURN_QUERIES and k_signs_ptr is not None:
-            q = (q.to(tl.float32) * tl.load(k_signs_ptr + channel)[:, None]).to(q.dtype)
-        loaded = loaded + (q,)
+            signs = signs + (tl.load(k_signs_ptr + channel)[:, None],)
 
     # the split's tokens: whole tiles
-    length = tl.load(seq_lens_ptr + b)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
@@ -168,6 +219,7 @@ def _decode_kernel(
     page = tl.load(table + tl.minimum(start + at, last) // S)
 
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
+    is_query = (kw < K_WORDS)[:, None] & is_head[None, :]
     turned = ()
     if TURN_QUERIES:
         sign = kw[:, None] & kw[None, :]
@@ -176,16 +228,30 @@ def _decode_kernel(
         sign ^= sign >> 1
         hadamard = (1 - 2 * (sign & 1)).to(loaded[0].dtype)
         for stream in tl.static_range(K_STREAMS):
-            turned = turned + (tl.dot(hadamard, loaded[stream]) * k_factor,)
+            q = tl.where(is_query, loaded[stream], 0.0)
+            if k_signs_ptr is not None:
+                q = (q.to(tl.float32) * signs[stream]).to(q.dtype)
+            turned = turned + (tl.dot(hadamard, q),)
+            if PREFETCH and ASSEMBLY and S % BLOCK_N == 0 and stream == K_STREAMS // 2:
+                # half-way, when the page is known: the first tile is on its way before the loop asks for it
+                base = (page.to(tl.int64) * HKV + kv_head) * S + (start + at) % S
+                _prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
+                _prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
+                if K_SCALE == 1:
+                    _prefetch(k_scale_ptr, base, BLOCK_N)
+                if V_SCALE == 1:
+                    _prefetch(v_scale_ptr, base, BLOCK_N)
         turned = butterfly_across(turned)
     else:
         for stream in tl.static_range(K_STREAMS):
-            turned = turned + (loaded[stream].to(tl.float32),)
+            turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
     # over streams first: what goes across warps is one tile
     peak = tl.abs(turned[0])
     for stream in tl.static_range(1, K_STREAMS):
         peak = tl.maximum(peak, tl.abs(turned[stream]))
-    exponent = tl.minimum(tl.maximum((tl.max(peak).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
+    exponent = tl.minimum(
+        tl.maximum((tl.max(tl.max(peak, axis=0), axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227
+    )
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     q_sum = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
@@ -193,18 +259,30 @@ def _decode_kernel(
     queries = ()
     upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
     for stream in tl.static_range(K_STREAMS):
-        q = (turned[stream] * q_inverse).to(k_type)  # [BLOCK_KW, BLOCK_G]
-        q_sum += q.to(tl.float32)
+        q = turned[stream] * q_inverse  # [BLOCK_KW, BLOCK_G]
+        if K_MASKED:
+            # against the small units of the codes; all scores become 2^-10 of what they are
+            q *= 2.0**-10 / masked_unit(K_BITS, stream)
+        q = q.to(k_type)
+        q_sum += q.to(tl.float32) * (masked_unit(K_BITS, stream) if K_MASKED else 1.0)
         queries = queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
         if K_KIND == SYMMETRIC4:
-            q_offset += q.to(tl.float32) * (K_STEP - 1.5 - halves_base(stream))
-            q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
+            if K_MASKED:
+                q = (q.to(tl.float32) * -K_STEP).to(tl.float16)
+            else:
+                q_offset += q.to(tl.float32) * -halves_base(stream)
+                q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
             upper_queries = upper_queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
+    if K_MASKED or K_KIND == SYMMETRIC4:
+        q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=0)  # [BLOCK_G]: a part of every score
     q_sum = tl.sum(q_sum, axis=0)  # [BLOCK_G]
-    q_offset = tl.sum(q_offset, axis=0)  # SYMMETRIC4: what comes off every score
 
     # scores are in base 2, except where the softcap needs them as they are
     score_scale = scale * q_unit
+    if TURN_QUERIES:
+        score_scale *= k_factor
+    if K_MASKED:
+        score_scale *= 1024
     if not HAS_SOFTCAP:
         score_scale *= _LOG2E
     if K_SCALE == 0:
@@ -215,8 +293,11 @@ def _decode_kernel(
     v_step = tl.full([1, 1, 1], V_STEP, tl.float16)
 
     m = tl.full([PARTS, BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens at the end
-    shift = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)  # likewise: the zero-points' share of the output
+    # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
+    l = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)
+    shift = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)  # the zero-points' share of the output
+    w_sum = tl.zeros([PARTS, 16, BLOCK_G], tl.float32)  # of the weights in 16 bits, the same in all rows
+    ones = tl.full([PARTS, 16, BLOCK_N], 1.0, tl.float16)
     acc = ()
     for _ in tl.static_range(V_STREAMS):
         acc = acc + (tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32),)
@@ -244,10 +325,14 @@ def _decode_kernel(
         else:
             k_words = tl.load(k_ptr + k_at, mask=(kw < K_WORDS)[None, None, :], other=0.0)
         score = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)
-        if K_KIND == SYMMETRIC4:
+        if K_MASKED or K_KIND == SYMMETRIC4:
             score += q_offset[None, None, :]
         for stream in tl.static_range(K_STREAMS):
-            if K_KIND == SYMMETRIC4:
+            if K_MASKED:
+                score = tl.dot(masked(k_words, stream, K_BITS, False, ASSEMBLY), queries[stream], score)
+                if K_KIND == SYMMETRIC4:
+                    score = tl.dot(masked(k_words, stream, K_BITS, True, ASSEMBLY), upper_queries[stream], score)
+            elif K_KIND == SYMMETRIC4:
                 lower, upper = unpack_halves(k_words, stream, ASSEMBLY)
                 score = tl.dot(lower, queries[stream], score)
                 score = tl.dot(upper, upper_queries[stream], score)
@@ -290,12 +375,12 @@ def _decode_kernel(
         decay = exp2(m - new_m, ASSEMBLY)[:, None, :]
         m = new_m
         weight = exp2(score - m[:, None, :], ASSEMBLY)
+        unscaled = weight
         if V_SCALE == 1:
-            l = l * decay + weight * exp2(-v_log, ASSEMBLY)[:, :, None]
-        else:
-            l = l * decay + weight
+            unscaled *= exp2(-v_log, ASSEMBLY)[:, :, None]
+        l = l * decay + _every_eighth(unscaled)
         if V_KIND == UNSIGNED:
-            shift = shift * decay + weight * v_zero[:, :, None]
+            shift = shift * decay + _every_eighth(weight * v_zero[:, :, None])
 
         # outputs
         if V_NAN:
@@ -305,10 +390,20 @@ def _decode_kernel(
         else:
             v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None], other=0)
         weight = weight.to(v_type)
+        if V_MASKED:
+            w_sum = tl.dot(ones, weight, w_sum * decay)
+            # after a product of `weight`, whose layout it then shares
+            upper_weight = weight * -v_step
         new_acc = ()
         for stream in tl.static_range(V_STREAMS):
-            v = unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
-            new_acc = new_acc + (tl.dot(v, weight, acc[stream] * decay),)
+            o = acc[stream] * decay
+            if V_MASKED:
+                o = tl.dot(masked(v_words, stream, V_BITS, False, ASSEMBLY), weight, o)
+                if V_KIND == SYMMETRIC4:
+                    o = tl.dot(masked(v_words, stream, V_BITS, True, ASSEMBLY), upper_weight, o)
+            else:
+                o = tl.dot(unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY), weight, o)
+            new_acc = new_acc + (o,)
         acc = new_acc
 
     # the parts relative to one maximum
@@ -316,12 +411,21 @@ def _decode_kernel(
     share = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
     tl.store(part_m_ptr + part, top, mask=is_head)
     tl.store(part_l_ptr + part, tl.sum(tl.sum(l, axis=1) * share, axis=0), mask=is_head)
-    shift_sum = tl.sum(shift, axis=1)[:, None, :]
+    shift_sum = tl.sum(shift, axis=1)
+    if V_MASKED:
+        shift_sum -= V_OFFSET * tl.max(w_sum, axis=1)
+    streams = ()
     for stream in tl.static_range(V_STREAMS):
-        channel = channels(vw, stream, V_BITS, V_WORDS)
-        o = tl.sum((acc[stream] - shift_sum) * share[:, None, :], axis=0)  # [BLOCK_VW, BLOCK_G]
-        o_at = part_o_ptr + part[None, :] * D + channel[:, None]
-        tl.store(o_at, o, mask=(vw < V_WORDS)[:, None] & is_head[None, :])
+        o = acc[stream]
+        if V_MASKED:
+            o *= 1 / masked_unit(V_BITS, stream)
+        streams = streams + (o,)
+    # all streams in one sum: each would have barriers of its own
+    o = (_together(streams) - shift_sum[:, None, :, None]) * share[:, None, :, None]
+    o = tl.sum(o, axis=0)  # [BLOCK_VW, BLOCK_G, V_STREAMS]
+    channel = channels(vw[:, None, None], tl.arange(0, V_STREAMS)[None, None, :], V_BITS, V_WORDS)
+    o_at = part_o_ptr + part[None, :, None] * D + channel
+    tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
 
 
 def decode(
@@ -417,6 +521,7 @@ def decode(
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
         num_warps=tuning.parts,
+        maxnreg=tuning.registers,
         launch_pdl=assembly,
     )
     merge_kernel[(batch * query_heads,)](

@@ -38,6 +38,9 @@ def merge_kernel(
     g = head % GROUP % HEADS
     d = tl.arange(0, BLOCK_D)
 
+    # what no launch before this one wrote is there early
+    if signs_ptr is not None:
+        signs = tl.load(signs_ptr + d, mask=d < D, other=0.0)
     if ASSEMBLY:
         tl.extra.cuda.gdc_wait()
     if query_starts_ptr is not None:
@@ -51,12 +54,14 @@ def merge_kernel(
     for chunk in range(0, SPLITS, CHUNK):
         split = chunk + tl.arange(0, CHUNK)
         part = (pair * SPLITS + split) * HEADS + g
+        # all at once: a split without tokens has written its maximum alone, and what lies in its place is not used
         part_m = tl.load(part_m_ptr + part, mask=split < SPLITS, other=float("-inf"))
-        # a split without tokens has written its maximum alone
-        has_tokens = part_m > float("-inf")
-        part_l = tl.load(part_l_ptr + part, mask=has_tokens, other=0.0)
-        mask = has_tokens[:, None] & (d < D)[None, :]
+        part_l = tl.load(part_l_ptr + part, mask=split < SPLITS, other=0.0)
+        mask = (split < SPLITS)[:, None] & (d < D)[None, :]
         part_o = tl.load(part_o_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+        has_tokens = part_m > float("-inf")
+        part_l = tl.where(has_tokens, part_l, 0.0)
+        part_o = tl.where(has_tokens[:, None], part_o, 0.0)
         new_m = tl.maximum(m, tl.max(part_m, axis=0))
         top = tl.where(new_m == float("-inf"), 0.0, new_m)
         decay = tl.exp2(m - top)
@@ -74,5 +79,5 @@ def merge_kernel(
         (turned,) = butterfly((tl.reshape(o, [1, BLOCK_D]),), BLOCK)
         o = tl.reshape(turned, [BLOCK_D]) * factor
         if signs_ptr is not None:
-            o *= tl.load(signs_ptr + d, mask=d < D, other=0.0)
+            o *= signs
     tl.store(out_ptr + (query * HKV * GROUP + head) * D + d, o.to(out_ptr.dtype.element_ty), mask=d < D)

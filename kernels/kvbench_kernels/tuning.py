@@ -24,6 +24,7 @@ class Tuning:
     stages: depth of the software pipeline.
     programs: how many programs a multiprocessor holds at once; splits fill these places once.
     least: tokens of a split, at least.
+    registers: of a thread, at most; None leaves it to the compiler.
     """
 
     block_n: int
@@ -31,6 +32,7 @@ class Tuning:
     stages: int
     programs: int
     least: int = 256
+    registers: int | None = None
 
     @property
     def tile(self) -> int:

@@ -7,6 +7,8 @@ unpacked at a time, just before it is multiplied: all at once would take twice t
 Each decoding is written twice. Plain Triton says what it means, and is what the interpreter runs. Inline assembly does
 two words at a time and gives the same bits. Its trick: masked into the mantissa of the fp16 number 2^n, a code c makes
 2^n + c; one addition takes 2^n away and leaves an exact number. That is about one instruction for each value.
+
+Decode attention does with multiples of the codes, which are half an instruction each: see `masked`.
 """
 
 import struct
@@ -156,6 +158,50 @@ def _unpack_plain(words, step, STREAM: tl.constexpr, KIND: tl.constexpr, BITS: t
         for index in tl.static_range(1, 1 << BITS):
             value = tl.where(code == index, CODEBOOK[index], value)
     return value.to(tl.float16)
+
+
+@triton.constexpr_function
+def _masked_place(bits, stream):
+    """The lowest bit of a stream's codes where `masked` reads them."""
+    # all bits of a code are among the ten of a mantissa; the streams above those are shifted down, together
+    return {4: (0, 4, 0, 4), 2: (0, 2, 4, 6, 8, 4, 6, 8)}[bits][stream]
+
+
+@triton.constexpr_function
+def _masked_shift(bits, stream):
+    return bits * stream - _masked_place(bits, stream)
+
+
+@triton.constexpr_function
+def _masked_bits(bits, stream, upper):
+    return (2 if upper else (1 << bits) - 1) << _masked_place(bits, stream)
+
+
+@triton.constexpr_function
+def _masked_assembly(bits, stream, upper):
+    shift, mask = _masked_shift(bits, stream), _masked_bits(bits, stream, upper)
+    # equal shifts of the same words are made once
+    word, first = ("t", f"shr.b32 t, $1, {shift};") if shift else ("$1", "")
+    return f"{{\n.reg .b32 t;\n{first}\nand.b32 $0, {word}, 0x{mask:04x}{mask:04x};\n}}"
+
+
+@triton.constexpr_function
+def masked_unit(bits, stream):
+    """What a code of 1 is in a stream of `masked`."""
+    return 2.0 ** (_masked_place(bits, stream) - 24)
+
+
+@triton.jit
+def masked(words, STREAM: tl.constexpr, BITS: tl.constexpr, UPPER: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Stream STREAM of 4- or 2-bit codes times `masked_unit`, fp16; UPPER: of 2-bit codes without their lower bit.
+
+    Bits under a mask are a subnormal fp16 number, which a matrix product takes exactly: one instruction for two values.
+    """
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(_masked_assembly(BITS, STREAM, UPPER), "=r,r", [words], tl.float16, True, 2)
+    else:
+        bits = (words.to(tl.int32) >> _masked_shift(BITS, STREAM)) & _masked_bits(BITS, STREAM, UPPER)
+        return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 from kvbench_kernels.layout import Layout
-from kvbench_kernels.unpack import halves_base, unpack, unpack_halves
+from kvbench_kernels.unpack import UNSIGNED, halves_base, masked, masked_unit, unpack, unpack_halves
 
 from kvbench.attention import triton as kernels
 from kvbench.dtypes import Affine, Codebook, Rows, all_dtypes
@@ -20,15 +20,17 @@ def _unpack_kernel(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     CODEBOOK: tl.constexpr,
-    HALVES: tl.constexpr,
+    FORM: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One program per N words: their streams; HALVES: put together from both halves, without the constant."""
+    """One program per N words: their streams, in one of the forms; "halves" put together, without the constant."""
     at = tl.program_id(0) * N + tl.arange(0, N)
     words = tl.load(words_ptr + at)
     for stream in tl.static_range(16 // BITS):
-        if HALVES:
+        if FORM == "masked" or FORM == "upper":
+            value = masked(words, stream, BITS, FORM == "upper", ASSEMBLY)
+        elif FORM == "halves":
             lower, upper = unpack_halves(words, stream, ASSEMBLY)
             value = (lower.to(tl.float32) - halves_base(stream) + 16 * upper.to(tl.float32)).to(tl.float16)
         else:
@@ -36,13 +38,13 @@ def _unpack_kernel(
         tl.store(out_ptr + stream * N * tl.num_programs(0) + at, value)
 
 
-def streams(layout, device, *, assembly, halves=False):
+def streams(layout, device, *, assembly, form="unpack"):
     """The streams of every word there is, [16 / bits, 65536] fp16."""
     words = torch.arange(65536, dtype=torch.int32, device=device).to(torch.int16)
     out = torch.full((16 // layout.bits, 65536), float("nan"), dtype=torch.float16, device=device)
     block = 1024 if GPU else 65536
     _unpack_kernel[(65536 // block,)](
-        words, out, layout.step, layout.kind, layout.bits, layout.codebook, halves, assembly, block
+        words, out, layout.step, layout.kind, layout.bits, layout.codebook, form, assembly, block
     )  # fmt: skip
     return out.cpu()
 
@@ -74,11 +76,25 @@ def test_halves_hold_the_code_and_its_upper_bit(device):
     The two-instruction form for keys: 2^n + code, and whether the code is 2 or 3.
     """
     layout = kernels.layout(all_dtypes()["int2_per_token_head"])
-    got = streams(layout, device, assembly=False, halves=True)
+    got = streams(layout, device, assembly=False, form="halves")
     words = torch.arange(65536, dtype=torch.int32)
     for stream in range(8):
         code = (words >> (2 * stream)) & 3
         assert torch.equal(got[stream].to(torch.int32), code + 16 * (code >> 1))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masked_codes_are_exact_multiples(bits, device):
+    """
+    Every word there is: a code, or its upper bit, times the stream's unit.
+    """
+    layout = Layout(UNSIGNED.value, bits)
+    words = torch.arange(65536, dtype=torch.int32)
+    for form, mask in (("masked", (1 << bits) - 1), ("upper", 2)):
+        got = streams(layout, device, assembly=False, form=form).double()
+        for stream in range(16 // bits):
+            code = (words >> (bits * stream)) & mask
+            assert torch.equal(got[stream], code * masked_unit(bits, stream))
 
 
 @pytest.mark.skipif(not GPU, reason="inline assembly does not run in the interpreter")
@@ -88,8 +104,13 @@ def test_assembly_gives_the_plain_bits(dtype, device):
     Every word there is, through both branches.
     """
     layout = kernels.layout(dtype)
-    for halves in (False, True) if isinstance(dtype.decode, Codebook) else (False,):
-        plain, fast = (streams(layout, device, assembly=on, halves=halves) for on in (False, True))
+    forms = {"unpack"}
+    if dtype.code_bits in (2, 4):
+        forms.add("masked")
+    if isinstance(dtype.decode, Codebook):
+        forms |= {"upper", "halves"}
+    for form in forms:
+        plain, fast = (streams(layout, device, assembly=on, form=form) for on in (False, True))
         assert torch.equal(plain.isnan(), fast.isnan())
         assert torch.equal(plain.nan_to_num().view(torch.int16), fast.nan_to_num().view(torch.int16))
 
