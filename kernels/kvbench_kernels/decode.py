@@ -75,6 +75,19 @@ def _together(tiles):
 
 
 @triton.jit
+def _slices(x, N: tl.constexpr):
+    """[P, M, G] as a tuple of tiles [P, N, G]: N tokens each, in their order."""
+    P: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    G: tl.constexpr = x.shape[2]
+    if M == N:
+        return (x,)
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(x, [P, 2, M // 2, G]), (0, 2, 3, 1)))
+        return _slices(first, N) + _slices(second, N)
+
+
+@triton.jit
 def _every_eighth(x):
     """[P, N, G] to [P, 8, G]: sums of every eighth token, which are one lane's where x comes from a product."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), axis=1)
@@ -131,8 +144,6 @@ def _decode_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    SATURATE: tl.constexpr = True,
-    PREFETCH: tl.constexpr = True,
 ):
     """One program: one sequence, one KV head with HEADS of its query heads, one split of the context.
 
@@ -161,16 +172,20 @@ def _decode_kernel(
     K_NAN: tl.constexpr = K_KIND == FLOAT or K_KIND == E4M3
     V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
     # codes that are multiplied as they lie in their words, see `masked`, and what a value is more than its code
-    K_MASKED: tl.constexpr = K_KIND == UNSIGNED or (K_KIND == SYMMETRIC4 and not SATURATE)
+    K_MASKED: tl.constexpr = K_KIND == UNSIGNED
     V_MASKED: tl.constexpr = V_KIND == UNSIGNED or V_KIND == SYMMETRIC4
     K_OFFSET: tl.constexpr = K_STEP - 1.5 if K_KIND == SYMMETRIC4 else -(2.0 ** (K_BITS - 1))
     V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
+    # tokens of a product with values. Products that add to the same sums wait for each other, so where a stream has few
+    # channels, all streams take their turn with 16 tokens before the next 16
+    SLICE: tl.constexpr = 16 if V_MASKED else BLOCK_N
 
     g = tl.arange(0, BLOCK_G)
     n = tl.arange(0, PARTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
     kw = tl.arange(0, BLOCK_KW)
     vw = tl.arange(0, BLOCK_VW)
-    head = kv_head * GROUP + first_head + g
+    head_0 = kv_head * GROUP + first_head
+    head = head_0 + g
     is_head = (g < HEADS) & (first_head + g < GROUP)
 
     if ASSEMBLY:
@@ -182,19 +197,24 @@ def _decode_kernel(
         query = tl.load(query_starts_ptr + b).to(tl.int64)
         has_query = tl.load(query_starts_ptr + b + 1) - query == 1
 
-    # length, queries and signs are asked for together, then the page. What was loaded is first used far below: a
-    # product's operands go to shared memory where they are made, and a barrier there would part the loads
+    # length, queries and signs are asked for together, then the page; they are first used far below
     length = tl.load(seq_lens_ptr + b)
-    q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[None, :]
+    q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[:, None]  # [BLOCK_G, 1]
     loaded = ()
-    signs = ()
-    for stream in tl.static_range(K_STREAMS):
-        channel = channels(kw, stream, K_BITS, K_WORDS)
-        if BLOCK_KW != K_WORDS:
-            channel = tl.minimum(channel, D - 1)
-        loaded = loaded + (tl.load(q_at + (channel * stride_qd)[:, None]),)  # [BLOCK_KW, BLOCK_G]
-        if TURN_QUERIES and k_signs_ptr is not None:
-            signs = signs + (tl.load(k_signs_ptr + channel)[:, None],)
+    if TURN_QUERIES:
+        # all streams as one tile [K_STREAMS * BLOCK_G, BLOCK_KW], to be turned by one product
+        r = tl.arange(0, K_STREAMS * BLOCK_G)
+        r_head = tl.where((r % BLOCK_G < HEADS) & (first_head + r % BLOCK_G < GROUP), head_0 + r % BLOCK_G, 0)
+        channel = channels(kw[None, :], (r // BLOCK_G)[:, None], K_BITS, K_WORDS)
+        q_all = tl.load(q_ptr + query * stride_qt + (r_head * stride_qh)[:, None] + channel * stride_qd)
+        if k_signs_ptr is not None:
+            signs = tl.load(k_signs_ptr + channel)
+    else:
+        for stream in tl.static_range(K_STREAMS):
+            channel = channels(kw, stream, K_BITS, K_WORDS)
+            if BLOCK_KW != K_WORDS:
+                channel = tl.minimum(channel, D - 1)
+            loaded = loaded + (tl.load(q_at + (channel * stride_qd)[None, :]),)  # [BLOCK_G, BLOCK_KW]
 
     # the split's tokens: whole tiles
     first = 0
@@ -218,64 +238,63 @@ def _decode_kernel(
         at = n
     page = tl.load(table + tl.minimum(start + at, last) // S)
 
+    if ASSEMBLY and S % BLOCK_N == 0:
+        # the first tile is on its way before the loop asks for it
+        base = (page.to(tl.int64) * HKV + kv_head) * S + (start + at) % S
+        _prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
+        _prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
+        if K_SCALE == 1:
+            _prefetch(k_scale_ptr, base, BLOCK_N)
+        if V_SCALE == 1:
+            _prefetch(v_scale_ptr, base, BLOCK_N)
+
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
-    is_query = (kw < K_WORDS)[:, None] & is_head[None, :]
-    turned = ()
     if TURN_QUERIES:
+        if BLOCK_G != HEADS or GROUP % HEADS != 0:
+            q_all = tl.where((r_head >= head_0)[:, None], q_all, 0.0)
+        if k_signs_ptr is not None:
+            q_all = (q_all.to(tl.float32) * signs).to(q_all.dtype)
         sign = kw[:, None] & kw[None, :]
         sign ^= sign >> 4
         sign ^= sign >> 2
         sign ^= sign >> 1
-        hadamard = (1 - 2 * (sign & 1)).to(loaded[0].dtype)
-        for stream in tl.static_range(K_STREAMS):
-            q = tl.where(is_query, loaded[stream], 0.0)
-            if k_signs_ptr is not None:
-                q = (q.to(tl.float32) * signs[stream]).to(q.dtype)
-            turned = turned + (tl.dot(hadamard, q),)
-            if PREFETCH and ASSEMBLY and S % BLOCK_N == 0 and stream == K_STREAMS // 2:
-                # half-way, when the page is known: the first tile is on its way before the loop asks for it
-                base = (page.to(tl.int64) * HKV + kv_head) * S + (start + at) % S
-                _prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
-                _prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
-                if K_SCALE == 1:
-                    _prefetch(k_scale_ptr, base, BLOCK_N)
-                if V_SCALE == 1:
-                    _prefetch(v_scale_ptr, base, BLOCK_N)
-        turned = butterfly_across(turned)
+        hadamard = (1 - 2 * (sign & 1)).to(q_all.dtype)
+        # every part turns them all. Rows are streams and heads: what a lane gets is what the next product asks of it
+        q_all = tl.broadcast_to(q_all[None], [PARTS, K_STREAMS * BLOCK_G, BLOCK_KW])
+        q_all = tl.dot(q_all, tl.broadcast_to(hadamard[None], [PARTS, BLOCK_KW, BLOCK_KW]))
+        turned = butterfly_across(_slices(q_all, BLOCK_G))
     else:
+        turned = ()
+        is_query = is_head[:, None] & (kw < K_WORDS)[None, :]
         for stream in tl.static_range(K_STREAMS):
-            turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
-    # over streams first: what goes across warps is one tile
+            q = tl.where(is_query, loaded[stream].to(tl.float32), 0.0)
+            turned = turned + (tl.broadcast_to(q[None], [PARTS, BLOCK_G, BLOCK_KW]),)
     peak = tl.abs(turned[0])
     for stream in tl.static_range(1, K_STREAMS):
         peak = tl.maximum(peak, tl.abs(turned[stream]))
-    exponent = tl.minimum(
-        tl.maximum((tl.max(tl.max(peak, axis=0), axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227
-    )
+    peak = tl.max(tl.max(peak, axis=2), axis=1)  # [PARTS]
+    exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    q_sum = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
-    q_offset = tl.zeros([BLOCK_KW, BLOCK_G], tl.float32)
+    q_sum = tl.zeros([PARTS, BLOCK_G, BLOCK_KW], tl.float32)
+    q_offset = tl.zeros([PARTS, BLOCK_G, BLOCK_KW], tl.float32)
     queries = ()
     upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
     for stream in tl.static_range(K_STREAMS):
-        q = turned[stream] * q_inverse  # [BLOCK_KW, BLOCK_G]
+        q = turned[stream] * q_inverse[:, None, None]  # [PARTS, BLOCK_G, BLOCK_KW]
         if K_MASKED:
             # against the small units of the codes; all scores become 2^-10 of what they are
             q *= 2.0**-10 / masked_unit(K_BITS, stream)
         q = q.to(k_type)
         q_sum += q.to(tl.float32) * (masked_unit(K_BITS, stream) if K_MASKED else 1.0)
-        queries = queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
+        queries = queries + (tl.permute(q, (0, 2, 1)),)
         if K_KIND == SYMMETRIC4:
-            if K_MASKED:
-                q = (q.to(tl.float32) * -K_STEP).to(tl.float16)
-            else:
-                q_offset += q.to(tl.float32) * -halves_base(stream)
-                q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
-            upper_queries = upper_queries + (tl.broadcast_to(q[None], [PARTS, BLOCK_KW, BLOCK_G]),)
+            q_offset += q.to(tl.float32) * -halves_base(stream)
+            q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
+            upper_queries = upper_queries + (tl.permute(q, (0, 2, 1)),)
     if K_MASKED or K_KIND == SYMMETRIC4:
-        q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=0)  # [BLOCK_G]: a part of every score
-    q_sum = tl.sum(q_sum, axis=0)  # [BLOCK_G]
+        q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=2)  # [PARTS, BLOCK_G]: a part of every score
+    q_sum = tl.sum(q_sum, axis=2)  # [PARTS, BLOCK_G]
 
     # scores are in base 2, except where the softcap needs them as they are
     score_scale = scale * q_unit
@@ -297,7 +316,7 @@ def _decode_kernel(
     l = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)
     shift = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)  # the zero-points' share of the output
     w_sum = tl.zeros([PARTS, 16, BLOCK_G], tl.float32)  # of the weights in 16 bits, the same in all rows
-    ones = tl.full([PARTS, 16, BLOCK_N], 1.0, tl.float16)
+    ones = tl.full([PARTS, 16, SLICE], 1.0, tl.float16)
     acc = ()
     for _ in tl.static_range(V_STREAMS):
         acc = acc + (tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32),)
@@ -313,11 +332,9 @@ def _decode_kernel(
         if S % BLOCK_N == 0:
             row = base[:, None] + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
             k_at = (base * K_WORDS)[:, None, None] + (tl.arange(0, BLOCK_N)[:, None] * K_WORDS + kw[None, :])[None]
-            v_at = (base * V_WORDS)[:, None, None] + (tl.arange(0, BLOCK_N)[None, :] * V_WORDS + vw[:, None])[None]
         else:
             row = base
             k_at = (row * K_WORDS)[:, :, None] + kw[None, None, :]
-            v_at = (row * V_WORDS)[:, None, :] + vw[None, :, None]
 
         # scores
         if BLOCK_KW == K_WORDS:
@@ -326,12 +343,10 @@ def _decode_kernel(
             k_words = tl.load(k_ptr + k_at, mask=(kw < K_WORDS)[None, None, :], other=0.0)
         score = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)
         if K_MASKED or K_KIND == SYMMETRIC4:
-            score += q_offset[None, None, :]
+            score += q_offset[:, None, :]
         for stream in tl.static_range(K_STREAMS):
             if K_MASKED:
                 score = tl.dot(masked(k_words, stream, K_BITS, False, ASSEMBLY), queries[stream], score)
-                if K_KIND == SYMMETRIC4:
-                    score = tl.dot(masked(k_words, stream, K_BITS, True, ASSEMBLY), upper_queries[stream], score)
             elif K_KIND == SYMMETRIC4:
                 lower, upper = unpack_halves(k_words, stream, ASSEMBLY)
                 score = tl.dot(lower, queries[stream], score)
@@ -350,12 +365,12 @@ def _decode_kernel(
         if K_SCALE == 1:
             k_stored = tl.load(k_scale_ptr + row, mask=visible, other=0.0)
             k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-            k_scale = (k_scale * score_scale)[:, :, None]
+            k_scale = (k_scale * score_scale[:, None])[:, :, None]
         else:
-            k_scale = score_scale
+            k_scale = score_scale[:, None, None]
         if HAS_SOFTCAP or slopes_ptr is not None:
             if K_KIND == UNSIGNED:
-                score -= k_zero[:, :, None] * q_sum[None, None, :]
+                score -= k_zero[:, :, None] * q_sum[:, None, :]
             score *= k_scale
             if HAS_SOFTCAP:
                 score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
@@ -363,7 +378,7 @@ def _decode_kernel(
                 score += slope[None, None, :] * (token - length + 1).to(tl.float32)[:, :, None]
             score += bias
         elif K_KIND == UNSIGNED:
-            score = score * k_scale + (bias - (k_scale * k_zero[:, :, None]) * q_sum[None, None, :])
+            score = score * k_scale + (bias - (k_scale * k_zero[:, :, None]) * q_sum[:, None, :])
         else:
             score = score * k_scale + bias
         if K_NAN:
@@ -383,28 +398,45 @@ def _decode_kernel(
             shift = shift * decay + _every_eighth(weight * v_zero[:, :, None])
 
         # outputs
-        if V_NAN:
-            v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None] & visible[:, None, :], other=0.0)
-        elif BLOCK_VW == V_WORDS:
-            v_words = tl.load(v_ptr + v_at)  # [PARTS, BLOCK_VW, BLOCK_N]
-        else:
-            v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None], other=0)
-        weight = weight.to(v_type)
-        if V_MASKED:
-            w_sum = tl.dot(ones, weight, w_sum * decay)
-            # after a product of `weight`, whose layout it then shares
-            upper_weight = weight * -v_step
         new_acc = ()
         for stream in tl.static_range(V_STREAMS):
-            o = acc[stream] * decay
-            if V_MASKED:
-                o = tl.dot(masked(v_words, stream, V_BITS, False, ASSEMBLY), weight, o)
-                if V_KIND == SYMMETRIC4:
-                    o = tl.dot(masked(v_words, stream, V_BITS, True, ASSEMBLY), upper_weight, o)
-            else:
-                o = tl.dot(unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY), weight, o)
-            new_acc = new_acc + (o,)
+            new_acc = new_acc + (acc[stream] * decay,)
         acc = new_acc
+        w_sum *= decay
+        weights = _slices(weight.to(v_type), SLICE)
+        if S % BLOCK_N != 0:
+            rows = _slices(row[:, :, None], SLICE)
+        for i in tl.static_range(BLOCK_N // SLICE):
+            if S % BLOCK_N == 0:
+                of_slice = i * SLICE + tl.arange(0, SLICE)
+                v_at = (base * V_WORDS)[:, None, None] + (of_slice[None, :] * V_WORDS + vw[:, None])[None]
+            else:
+                v_at = tl.permute(rows[i], (0, 2, 1)) * V_WORDS + vw[None, :, None]
+            if V_NAN:
+                v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None] & visible[:, None, :], other=0.0)
+            elif BLOCK_VW == V_WORDS:
+                v_words = tl.load(v_ptr + v_at)  # [PARTS, BLOCK_VW, SLICE]
+            else:
+                v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None], other=0)
+            if V_MASKED:
+                w_sum = tl.dot(ones, weights[i], w_sum)
+                # after a product of the weights, whose layout it then shares
+                upper_weights = weights[i] * -v_step
+            new_acc = ()
+            for stream in tl.static_range(V_STREAMS):
+                if V_MASKED:
+                    o = tl.dot(masked(v_words, stream, V_BITS, False, ASSEMBLY), weights[i], acc[stream])
+                else:
+                    v = unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
+                    o = tl.dot(v, weights[i], acc[stream])
+                new_acc = new_acc + (o,)
+            acc = new_acc
+            if V_KIND == SYMMETRIC4:
+                new_acc = ()
+                for stream in tl.static_range(V_STREAMS):
+                    upper = masked(v_words, stream, V_BITS, True, ASSEMBLY)
+                    new_acc = new_acc + (tl.dot(upper, upper_weights, acc[stream]),)
+                acc = new_acc
 
     # the parts relative to one maximum
     top = tl.max(m, axis=0)  # [BLOCK_G]
@@ -468,7 +500,7 @@ def decode(
     group = query_heads // kv_heads
     heads = min(group, MAX_HEADS)
     pairs = batch * kv_heads * -(-group // heads)
-    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
+    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim, pairs * max_seq_len)
     tokens = min(max_seq_len, window + tuning.tile) if window else max_seq_len
     splits = tuning.splits(pairs, tokens)
     part_o = torch.empty(pairs, splits, heads, head_dim, dtype=torch.float32, device=q.device)
@@ -541,9 +573,9 @@ def decode(
         head_dim,
         v_turn.block,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        CHUNK=min(64, triton.next_power_of_2(splits)),
+        CHUNK=min(128, triton.next_power_of_2(splits)),
         ASSEMBLY=assembly,
-        num_warps=4 if splits <= 16 else 8,
+        num_warps=4 if splits <= 16 else 8 if splits <= 64 else 16,
         launch_pdl=assembly,
     )
     return out

@@ -47,8 +47,15 @@ class Tuning:
         return max(1, min(tokens // self.least, fill, worth))
 
 
-def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
-    """Measured on an H100 with 32/8 heads and head_dim 128; wider rows get shorter tiles."""
+# tokens of all (sequence, KV head) pairs below which the length of a program counts, not its throughput
+FEW = 1 << 19
+
+
+def choose_tuning(k: Layout, v: Layout, head_dim: int, tokens: int) -> Tuning:
+    """Measured on an H100 with 32/8 heads and head_dim 128; wider rows get shorter tiles.
+
+    tokens: of all (sequence, KV head) pairs together.
+    """
     if INTERPRETED:
         return Tuning(16, 2, 3, 4, least=32)
     block_n = max(16, 64 * 128 // max(128, triton.next_power_of_2(head_dim)))
@@ -57,7 +64,9 @@ def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
         return Tuning(max(16, block_n // 2), 1, 3, 2)
     if bits == 8:
         return Tuning(block_n, 1, 3, 3)
-    return Tuning(block_n, 2, 3, 2 if bits == 4 else 4)
+    if bits == 4 and tokens >= FEW:
+        return Tuning(block_n, 2, 3, 2, registers=255)
+    return Tuning(block_n, 1, 3, 8, registers=255)
 
 
 @dataclass(frozen=True)
