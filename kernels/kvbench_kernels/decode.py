@@ -315,8 +315,7 @@ def _decode_kernel(
     # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
     l = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)
     shift = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)  # the zero-points' share of the output
-    w_sum = tl.zeros([PARTS, 16, BLOCK_G], tl.float32)  # of the weights in 16 bits, the same in all rows
-    ones = tl.full([PARTS, 16, SLICE], 1.0, tl.float16)
+    ones = tl.full([PARTS, BLOCK_VW, SLICE], 1.0, tl.float16)
     acc = ()
     for _ in tl.static_range(V_STREAMS):
         acc = acc + (tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32),)
@@ -402,7 +401,7 @@ def _decode_kernel(
         for stream in tl.static_range(V_STREAMS):
             new_acc = new_acc + (acc[stream] * decay,)
         acc = new_acc
-        w_sum *= decay
+        w_sum = tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32)  # of the tile's weights in 16 bits, in every row
         weights = _slices(weight.to(v_type), SLICE)
         if S % BLOCK_N != 0:
             rows = _slices(row[:, :, None], SLICE)
@@ -437,6 +436,12 @@ def _decode_kernel(
                     upper = masked(v_words, stream, V_BITS, True, ASSEMBLY)
                     new_acc = new_acc + (tl.dot(upper, upper_weights, acc[stream]),)
                 acc = new_acc
+        if V_MASKED:
+            # a product's sums are cut off, not rounded: codes that stand above 0 must not add up over a long context
+            new_acc = ()
+            for stream in tl.static_range(V_STREAMS):
+                new_acc = new_acc + (acc[stream] + w_sum * (V_OFFSET * masked_unit(V_BITS, stream)),)
+            acc = new_acc
 
     # the parts relative to one maximum
     top = tl.max(m, axis=0)  # [BLOCK_G]
@@ -444,8 +449,6 @@ def _decode_kernel(
     tl.store(part_m_ptr + part, top, mask=is_head)
     tl.store(part_l_ptr + part, tl.sum(tl.sum(l, axis=1) * share, axis=0), mask=is_head)
     shift_sum = tl.sum(shift, axis=1)
-    if V_MASKED:
-        shift_sum -= V_OFFSET * tl.max(w_sum, axis=1)
     streams = ()
     for stream in tl.static_range(V_STREAMS):
         o = acc[stream]

@@ -60,8 +60,13 @@ class Layout:
 
     @property
     def step(self) -> float:
-        """SYMMETRIC4: how far the inner two values lie farther apart than half a unit each, in units. Otherwise 0."""
-        return 1.5 + self.codebook[0] / self.unit if self.kind == unpack.SYMMETRIC4.value else 0.0
+        """SYMMETRIC4: how far the inner two values lie farther apart than half a unit each, in units. Otherwise 0.
+
+        An fp16 number, which is what codes are multiplied with: a centre that used more digits would not be the values'.
+        """
+        if self.kind != unpack.SYMMETRIC4.value:
+            return 0.0
+        return float(torch.tensor(1.5 + self.codebook[0] / self.unit, dtype=torch.float16))
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,29 @@ def test_decode_is_as_exact_as_sixteen_bits_allow(dtype, heavy, device):
     Case(dtype, device, seqs=((150, 1), (1, 1), (64, 1)), page_size=64, heavy=heavy).check()
 
 
+@pytest.mark.parametrize("dtype", ["int4_per_token_head", "int2_per_token_head"])
+def test_errors_do_not_add_up_over_a_long_context(dtype, device):
+    """
+    Outputs shrink as attention spreads over a context, and an error that all tokens share does not: none is left.
+
+    On a GPU the context is one whose products, cut off and not rounded, would show in one split.
+    """
+    length = 4096 if device.type == "cpu" else 131072
+    batch = 1 if device.type == "cpu" else 33
+    case = Case(dtype, device, seqs=((length, 1),), heads=(2, 2), page_size=64)
+    budget = 4e-4
+    if batch > 1:  # the same sequence often: enough pairs that each has one split
+        case.batch = Batch(
+            torch.arange(batch + 1, dtype=torch.int32, device=device),
+            case.batch.seq_lens.repeat(batch),
+            case.batch.page_table.repeat(batch, 1),
+            case.batch.slot_mapping.repeat(batch),
+            64,
+        )
+        case.q = case.q.repeat(batch, 1, 1)
+    case.check(case.q.float(), budget=budget)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prompts_chunks_and_single_tokens_mix(dtype, device):
     """
