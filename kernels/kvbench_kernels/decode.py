@@ -199,17 +199,19 @@ def _decode_kernel(
 
     # length, queries and signs are asked for together, then the page; they are first used far below
     length = tl.load(seq_lens_ptr + b)
-    q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[:, None]  # [BLOCK_G, 1]
     loaded = ()
     if TURN_QUERIES:
-        # all streams as one tile [K_STREAMS * BLOCK_G, BLOCK_KW], to be turned by one product
+        # all streams as one tile [K_STREAMS * BLOCK_G, BLOCK_KW], to be turned by one product. Rows that are no head's
+        # repeat the first head, which changes nothing
         r = tl.arange(0, K_STREAMS * BLOCK_G)
-        r_head = tl.where((r % BLOCK_G < HEADS) & (first_head + r % BLOCK_G < GROUP), head_0 + r % BLOCK_G, 0)
+        r_head = r % BLOCK_G
+        r_head = head_0 + tl.where((r_head < HEADS) & (first_head + r_head < GROUP), r_head, 0)
         channel = channels(kw[None, :], (r // BLOCK_G)[:, None], K_BITS, K_WORDS)
         q_all = tl.load(q_ptr + query * stride_qt + (r_head * stride_qh)[:, None] + channel * stride_qd)
         if k_signs_ptr is not None:
             signs = tl.load(k_signs_ptr + channel)
     else:
+        q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[:, None]  # [BLOCK_G, 1]
         for stream in tl.static_range(K_STREAMS):
             channel = channels(kw, stream, K_BITS, K_WORDS)
             if BLOCK_KW != K_WORDS:
@@ -250,8 +252,6 @@ def _decode_kernel(
 
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
     if TURN_QUERIES:
-        if BLOCK_G != HEADS or GROUP % HEADS != 0:
-            q_all = tl.where((r_head >= head_0)[:, None], q_all, 0.0)
         if k_signs_ptr is not None:
             q_all = (q_all.to(tl.float32) * signs).to(q_all.dtype)
         sign = kw[:, None] & kw[None, :]

@@ -62,7 +62,7 @@ class Layout:
     def step(self) -> float:
         """SYMMETRIC4: how far the inner two values lie farther apart than half a unit each, in units. Otherwise 0.
 
-        An fp16 number, which is what codes are multiplied with: a centre that used more digits would not be the values'.
+        An fp16 number, as codes are multiplied with one: a centre of more digits would not be that of the values.
         """
         if self.kind != unpack.SYMMETRIC4.value:
             return 0.0
