@@ -106,7 +106,8 @@ def main() -> None:
             cells = "  ".join(f"{cell(each):>20}" for each in row.values())
             print(f"{dtype:<9} {task.name:<15} {documents:>9}  {cells}", flush=True)
     if options.output:
-        environment = {**describe(), "command": f"benchmarks/parity.py {' '.join(sys.argv[1:])}"}
+        asked = {name: value for name, value in vars(options).items() if name not in ("data", "output")}
+        environment = {**describe(), "command": f"benchmarks/parity.py {asked}"}
         options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
 
