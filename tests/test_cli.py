@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from kvbench.cli import app
 from kvbench.results import Store
 from kvbench.sweep import command
+from kvbench.tasks import make_task
 
 ROOT = Path(__file__).parents[1]
 TOY = Path(__file__).parent / "sweep" / "toy.py"
@@ -261,8 +263,8 @@ def test_a_plan_says_what_could_be_seen(kvbench, toy, tmp_path):
     config = toy.write_config(tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "n": 1319}, {"task": "toy_b", "n": 50}])
     before = kvbench("plan", config, "--only", "dtype=int8").stdout
 
-    assert "Holm over 2 comparisons; margin 1pp" in before
-    assert "1.9 pp   n=1319, if 5% of answers flip   WIDER THAN THE MARGIN" in before
+    assert "Holm over 4 comparisons; margin 1pp" in before
+    assert "2.1 pp   n=1319, if 5% of answers flip   WIDER THAN THE MARGIN" in before
     assert "n=50, if 5% of answers flip   WIDER THAN THE MARGIN" in before
     assert "WIDER" not in kvbench("plan", config, "--only", "task=toy_a", "--set", "margin=5pp").stdout
     kvbench("sweep", config)
@@ -270,6 +272,23 @@ def test_a_plan_says_what_could_be_seen(kvbench, toy, tmp_path):
     assert "Holm over 12 comparisons" in after
     assert "toy_a acc" in after
     assert "of answers flipped before (median scheme)" in after
+
+
+def test_a_plan_counts_what_the_run_will_compare(kvbench, toy, tmp_path, monkeypatch):
+    """
+    The family is every metric of every compared cell; where only a run tells how many those are, a bound, said so.
+    """
+    monkeypatch.setattr(command, "REAL", replace(toy.PARTS, make_task=make_task))
+    tasks = ["arc_easy", "wikitext", "divergence", {"task": "needle", "contexts": [1024, 2048]}]
+    options = {"dtypes": ["int8", "int4"], "rotations": ["none"]}
+    config = toy.write_config(tmp_path / "toys.yaml", tasks=tasks, **options)
+    assert f"Holm over {2 * (2 + 1 + 3 + 3)} comparisons" in kvbench("plan", config).stdout
+
+    toy.write_config(config, tasks=[*tasks, "niah_single_1", "throughput"], **options)
+    assert f"Holm over at least {2 * (2 + 1 + 3 + 3 + 1)} comparisons" in kvbench("plan", config).stdout
+    alone = kvbench("plan", config, "--only", "task=throughput").stdout
+    assert "5 cells" in alone
+    assert "comparisons" not in alone
 
 
 def test_a_table_is_never_cut(kvbench, toy, tmp_path, monkeypatch):
