@@ -231,7 +231,7 @@ def compare(
                 raise typer.Exit(NOTHING_TO_COMPARE)
             return
         first, second = measured.read(folder), measured.read(other) if other else None
-        scheme = comparing.find_scheme(first, baseline) if baseline else None
+        scheme = comparing.find_scheme(first.schemes, baseline, first.baseline) if baseline else None
         found = comparing.compare(first, second, baseline=scheme, margin=margin)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)

@@ -193,7 +193,10 @@ def test_what_cannot_be_compared_is_5(kvbench, toy, tmp_path):
     [
         (("compare", "absent"), "no run folder or baseline file absent"),
         (("compare", "results/toys", "--margin", "1"), "expected a margin in percentage points, such as 1pp"),
-        (("compare", "results/toys", "--baseline", "int9"), "--baseline int9 is no measured scheme"),
+        (
+            ("compare", "results/toys", "--baseline", "int9"),
+            "--baseline int9: unknown dtype 'int9': did you mean int8?",
+        ),
         (("check", "results/toys"), "give either --against BASELINE or --write FILE"),
         (("check", "results/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
         (("show", "results/toys"), "is no cell"),
@@ -237,6 +240,10 @@ def test_timings_are_compared(kvbench, tmp_path):
     (row,) = json.loads(kvbench("compare", "before.json", "after.json", "--format", "json").stdout)
     assert (row["against"], row["verdict"]) == ("int8 · none", "SLOWER")
     keep("kept", json.loads(Path("before.json").read_text())["rows"], "H100")
+    unclear = kvbench("compare", "before.json", "--baseline", "int")
+    assert unclear.exit_code == 2
+    assert "dtype 'int' is not unique: one of int4, int8" in unclear.stderr
+    assert "one of fp16/none, bf16/none, int8/none" in kvbench("compare", "before.json", "--baseline", "int9").stderr
     kept = json.loads(kvbench("compare", "kept", "--format", "json").stdout)
     assert {row["dtype"]: (row["ratio"], row["verdict"]) for row in kept} == {
         row["dtype"]: (row["ratio"], row["verdict"]) for row in rows

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from kvbench.measured import Cell, Measured, Series, comparable, paired
+from kvbench.registry import find_name
 from kvbench.results import shown_number
 from kvbench.stats import (
     ALPHA,
@@ -339,24 +340,36 @@ def _finite(value: float) -> float | None:
 # ---- which baseline
 
 
-def find_scheme(measured: Measured, name: str) -> tuple[str, str]:
-    """The scheme that DTYPE or DTYPE/ROTATION means among the measured; a dtype's name may be short.
+def find_scheme(
+    schemes: Collection[tuple[str, str]], name: str, usual: tuple[str, str] | None = None
+) -> tuple[str, str]:
+    """The one of `schemes` that DTYPE or DTYPE/ROTATION means; each name may be short where it is unique.
+
+    usual: what DTYPE alone means where it has several rotations, else the one without.
 
     Raises:
-        ValueError: none or several.
+        ValueError: none or several; the message lists what there is.
     """
-    wanted, _, rotation = name.partition("/")
-    schemes = list(dict.fromkeys(cell.scheme for cell in measured.cells if not cell.control))
-    fitting = [one for one in schemes if one[0] == wanted] or [one for one in schemes if one[0].startswith(wanted)]
-    if rotation:
-        fitting = [one for one in fitting if one[1].startswith(rotation)]
-    if len(fitting) > 1:  # the sweep's own, else the plain one
-        fitting = [one for one in fitting if one == measured.baseline or one[1] == "none"] or fitting
+    dtype, slash, rotation = name.partition("/")
+    try:
+        wanted = _whole(dtype, [one[0] for one in schemes], "dtype")
+        turned = _whole(rotation, [one[1] for one in schemes], "rotation") if slash else None
+    except ValueError as error:
+        fitting, why = [], str(error)
+    else:
+        fitting = [one for one in schemes if one[0] == wanted and turned in (None, one[1])]
+        fitting = [one for one in (usual, (wanted, "none")) if one in fitting][:1] or fitting
+        why = "several schemes" if fitting else "no such scheme was measured"
     if len(fitting) != 1:
-        what = "several schemes" if fitting else "no measured scheme"
         there = ", ".join("/".join(one) for one in fitting or schemes)
-        raise ValueError(f"--baseline {name} is {what}; DTYPE/ROTATION is one of {there}")
+        raise ValueError(f"--baseline {name}: {why}; DTYPE/ROTATION is one of {there}")
     return fitting[0]
+
+
+def _whole(text: str, names: Collection[str], what: str) -> str:
+    """The one of `names`, some of which are KEY:VALUE, that `text` is or begins."""
+    halves = {half for name in names for half in name.split(":")}
+    return ":".join(dict.fromkeys(find_name(part, halves, what) for part in text.split(":")))
 
 
 # ---- shown

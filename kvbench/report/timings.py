@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvbench.report.compare import DEFAULT_MARGIN
+from kvbench.report.compare import DEFAULT_MARGIN, find_scheme
 from kvbench.results import NotARunError, Store
 from kvbench.stats import parse_margin, ratio_of_medians
 
@@ -98,33 +98,27 @@ def read(path: Path) -> Timings:
 def compare_speed(
     timings: Timings, other: Timings | None, baseline: str | None, margin: str | None
 ) -> list[SpeedComparison]:
-    """Every timing against that of the dtype `baseline` on the same shape; of `other`, against the same of `timings`.
+    """Every timing against that of `baseline` on the same shape; of `other`, against the same of `timings`.
+
+    baseline: DTYPE or DTYPE/ROTATION, as `find_scheme` takes it; without one, fp16.
 
     Raises:
-        ValueError: no row is of that dtype.
+        ValueError: no row is of that scheme, or those of several are.
     """
     like_for_like = other is not None and baseline is None
-    wanted = baseline or "fp16"
     limit = parse_margin(margin or DEFAULT_MARGIN)
-    if not like_for_like and not any(row["dtype"].startswith(wanted) for row in timings.rows):
-        raise ValueError(
-            f"--baseline {wanted} was not timed; there are {', '.join(sorted({r['dtype'] for r in timings.rows}))}"
-        )
+    timed = dict.fromkeys((row["dtype"], row["rotation"]) for row in timings.rows)
+    scheme = None if like_for_like else find_scheme(timed, baseline or "fp16")
     wrong = ""
     if other and timings.gpu != other.gpu:
         wrong = f"timed on {other.gpu or 'an unnamed GPU'}, the baseline on {timings.gpu or 'an unnamed GPU'}"
     found = []
     for row in (other or timings).rows:
-        bases = [one for one in timings.rows if _shape(one) == _shape(row)]
-        if like_for_like:
-            bases = [one for one in bases if (one["dtype"], one["rotation"]) == (row["dtype"], row["rotation"])]
-        else:
-            bases = sorted(
-                (one for one in bases if one["dtype"].startswith(wanted)), key=lambda one: one["rotation"] != "none"
-            )
-        if bases and bases[0] is row:
-            continue
-        found.append(_compared(row, bases[0] if bases else None, limit, wrong))
+        wanted = scheme or (row["dtype"], row["rotation"])
+        same = (one for one in timings.rows if _shape(one) == _shape(row))
+        base = next((one for one in same if (one["dtype"], one["rotation"]) == wanted), None)
+        if base is not row:
+            found.append(_compared(row, base, limit, wrong))
     return found
 
 

@@ -358,10 +358,17 @@ def test_another_baseline_by_its_short_name(folder):
     save(folder, "int4_per_token_head", changed(10), rotation="hadamard")
     measured = read(folder)
 
-    assert find_scheme(measured, "int4/hada") == ("int4_per_token_head", "hadamard")
-    assert find_scheme(measured, "int4") == ("int4_per_token_head", "none")
-    with pytest.raises(ValueError, match=r"--baseline int2 is no measured scheme; DTYPE/ROTATION is one of fp16/none"):
-        find_scheme(measured, "int2")
+    schemes = measured.schemes
+    assert find_scheme(schemes, "int4/hada") == ("int4_per_token_head", "hadamard")
+    assert find_scheme(schemes, "int4") == ("int4_per_token_head", "none")
+    assert find_scheme(schemes, "int4", ("int4_per_token_head", "hadamard")) == ("int4_per_token_head", "hadamard")
+    pair = ("int4_per_token_head:int2_per_token_head", "none")
+    assert find_scheme([*schemes, pair], "int4:int2") == pair
+    with pytest.raises(ValueError, match=r"--baseline int2: unknown dtype .* DTYPE/ROTATION is one of fp16/none"):
+        find_scheme(schemes, "int2")
+    eight = [("fp8_per_token_head", "hadamard"), ("fp8_per_tensor", "none")]
+    with pytest.raises(ValueError, match=r"dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"):
+        find_scheme(eight, "fp8")
     row = verdict(folder, "fp16", baseline=("int4_per_token_head", "none"))
     assert (row.against, row.verdict) == ("int4_per_token_head · none", "BETTER")
 
