@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from kvbench.measured import Measured
     from kvbench.report.table import Table
     from kvbench.report.timings import SpeedComparison
     from kvbench.sweep.command import Options, Planned
@@ -302,8 +303,7 @@ def check(
     try:
         here = measured.read(folder)
         if write:
-            measured.write(here, write)
-            print(write)
+            _keep(here, write)
             return
         assert against is not None
         found = gate.check(here, measured.read(against), fail_on or gate.DEFAULT_FAILURES, margin)
@@ -324,6 +324,17 @@ def check(
         raise typer.Exit(GATE_FAILED)
     if not found.compared:
         raise typer.Exit(NOTHING_TO_COMPARE)
+
+
+def _keep(here: Measured, write: Path) -> None:
+    from kvbench import measured
+
+    try:
+        measured.write(here, write)
+    except OSError as error:
+        why = error.strerror if write.parent.is_dir() else f"there is no folder {write.parent}"
+        fail(f"cannot write {write}: {why}; --write takes a file in a folder that is there", BAD_INPUT)
+    print(write)
 
 
 @app.command()

@@ -188,6 +188,19 @@ def test_what_cannot_be_compared_is_5(kvbench, toy, tmp_path):
     assert "has no finished cell" in one_error(kvbench("compare", "empty"), 5)
 
 
+def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):
+    """
+    Where it cannot be written the error says why, and what --write takes.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+
+    missing = one_error(kvbench("check", "results/toys", "--write", "absent/baseline.json"), 2)
+    taken = one_error(kvbench("check", "results/toys", "--write", "results"), 2)
+
+    assert "cannot write absent/baseline.json: there is no folder absent; --write takes a file in a folder" in missing
+    assert "cannot write results: Is a directory; --write takes a file" in taken
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
