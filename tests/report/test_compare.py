@@ -506,6 +506,18 @@ def test_flips_are_listed_with_both_answers(folder):
     ]
 
 
+def test_the_baseline_itself_has_no_flips(folder):
+    """
+    It is said that this is the baseline, and which cell to pass instead.
+    """
+    with pytest.raises(NotComparableError, match=r"is the baseline itself.*: the sweep has no other finished cell"):
+        flips(folder / "cells/fp16-none-qa")
+    save(folder, "again")
+    save(folder, "int4")
+    with pytest.raises(NotComparableError, match=r"is the baseline itself.*: pass a cell .* such as int4-none-qa$"):
+        flips(folder / "cells/fp16-none-qa")
+
+
 def test_flips_of_other_documents_are_refused(folder):
     """
     A cell without a baseline over its documents has no flips, nor has what is no cell.
@@ -514,7 +526,8 @@ def test_flips_of_other_documents_are_refused(folder):
 
     with pytest.raises(NotComparableError, match="first doc_id 3"):
         flips(folder / "cells/int4-none-qa")
+    save(folder, "int8", task="other")
     with pytest.raises(NotComparableError, match="no baseline cell"):
-        flips(folder / "cells/fp16-none-qa")
+        flips(folder / "cells/int8-none-other")
     with pytest.raises(FileNotFoundError, match="is no cell"):
         flips(folder)
