@@ -289,10 +289,11 @@ def check(
 ) -> None:
     """Fail where a run got worse than an earlier one: a gate for continuous integration.
 
-    Prints a line for each regression. Exits 1 on one, 5 where nothing could be compared.
+    Scores and, of two run folders of `kvbench kernel --output`, times. Prints a line for each regression. Exits 1 on
+    one, 5 where nothing could be compared.
     """
     from kvbench import measured
-    from kvbench.report import gate
+    from kvbench.report import gate, timings
     from kvbench.results import NotARunError
 
     unknown = set(fail_on or ()) - set(gate.FAILURES)
@@ -303,10 +304,12 @@ def check(
     try:
         here = measured.read(folder)
         if write:
-            _keep(here, write)
+            _keep(here, write, bool(timings.find(folder).rows))
             return
         assert against is not None
-        found = gate.check(here, measured.read(against), fail_on or gate.DEFAULT_FAILURES, margin)
+        before, wanted = measured.read(against), fail_on or gate.DEFAULT_FAILURES
+        times = timings.find(folder), timings.find(against)
+        found = gate.check(here, before, wanted, margin) + gate.check_times(*times, wanted, margin or before.margin)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except (OSError, ValueError) as error:
@@ -326,14 +329,20 @@ def check(
         raise typer.Exit(NOTHING_TO_COMPARE)
 
 
-def _keep(here: Measured, write: Path) -> None:
+def _keep(here: Measured, write: Path, timed: bool) -> None:
     from kvbench import measured
 
+    if timed and not here.cells:
+        fail(
+            f"{here.path} holds kernel times alone, and a baseline file has none: commit the folder", NOTHING_TO_COMPARE
+        )
     try:
         measured.write(here, write)
     except OSError as error:
         why = error.strerror if write.parent.is_dir() else f"there is no folder {write.parent}"
         fail(f"cannot write {write}: {why}; --write takes a file in a folder that is there", BAD_INPUT)
+    if timed:
+        print("kernel times are not kept in it: --against a run folder compares them", file=sys.stderr)
     print(write)
 
 

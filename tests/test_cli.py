@@ -266,6 +266,53 @@ def test_timings_are_compared(kvbench, tmp_path):
     assert "INVALID: timed on H200, the baseline on H100" in refused.stdout
 
 
+def test_kernel_times_are_gated(kvbench):
+    """
+    A time whose interval is slower by more than the margin fails, and so does one that is gone; an equal copy passes.
+    What could not be compared is named: another GPU, or a baseline without times, which a baseline file is.
+    """
+    shape = {"op": "decode", "rotation": "none", "batch": 1, "context": 8192, "head_dim": 128}
+
+    def run(name, gpu="H100", **us):
+        samples = {dtype: [median + i % 7 / 100 for i in range(20)] for dtype, median in us.items()}
+        keep(name, [{**shape, "dtype": one, "us": us[one], "samples_us": samples[one]} for one in us], gpu)
+
+    run("before", fp16=20.0, int8=11.0, int4=8.0)
+    run("after", fp16=20.0, int8=11.5, int4=8.04)
+    run("fewer", fp16=20.0, int4=8.0)
+    run("elsewhere", gpu="H200", int8=8.0)
+
+    equal = kvbench("check", "before", "--against", "before")
+    assert (equal.exit_code, equal.stdout.splitlines()[-1]) == (0, "3 compared, 0 failed, 0 skipped")
+    slower = kvbench("check", "after", "--against", "before")
+    assert slower.exit_code == 1
+    (line,) = [line for line in slower.stdout.splitlines() if line.startswith("FAILED")]
+    assert "decode 1×8192 · -/8 heads × 128 · pages of - · int8 · none: 11.0 -> 11.5 µs (× 1.045" in line
+    assert kvbench("check", "after", "--against", "before", "--margin", "6pp").exit_code == 0
+    gone = kvbench("check", "fewer", "--against", "before").stdout
+    assert "int8 · none: no time here" in gone
+    other = kvbench("check", "elsewhere", "--against", "before", "--fail-on", "worse")
+    assert other.exit_code == 5
+    assert "timed on H200, the baseline on H100" in other.stdout
+    assert "holds kernel times alone" in one_error(kvbench("check", "before", "--write", "base.json"), 5)
+
+
+def test_a_baseline_file_gates_no_kernel_times(kvbench, toy, tmp_path):
+    """
+    Of a folder with both, --write keeps the scores and says so; a check against the file names what it leaves out.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+    row = {"op": "decode", "rotation": "none", "batch": 1, "context": 8192, "head_dim": 128, "dtype": "fp16"}
+    keep("results/toys", [{**row, "us": 20.0, "samples_us": [20.0, 20.1]}], "H100")
+
+    written = kvbench("check", "results/toys", "--write", "base.json")
+    assert written.exit_code == 0
+    assert "kernel times are not kept in it" in written.stderr
+    checked = kvbench("check", "results/toys", "--against", "base.json").stdout
+    assert "skipped 1 kernel times: the baseline has none" in checked
+    assert checked.endswith("4 compared, 0 failed, 1 skipped\n")
+
+
 def keep(folder, rows, gpu):
     """The rows as `kvbench kernel --output` keeps them."""
     from kvbench.timing import as_record

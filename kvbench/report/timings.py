@@ -36,6 +36,7 @@ class SpeedComparison:
     kv_heads: int | None
     head_dim: int | None
     page_size: int | None
+    prefix: int | None
     against: str
     baseline_us: float | None
     us: float | None
@@ -95,6 +96,14 @@ def read(path: Path) -> Timings:
     return Timings(rows, ", ".join(sorted(gpus)) or None)
 
 
+def find(path: Path) -> Timings:
+    """What `read` gives, or no row where there is none."""
+    try:
+        return read(path)
+    except (OSError, NotARunError):
+        return Timings([], None)
+
+
 def compare_speed(
     timings: Timings, other: Timings | None, baseline: str | None, margin: str | None
 ) -> list[SpeedComparison]:
@@ -120,6 +129,20 @@ def compare_speed(
         if base is not row:
             found.append(_compared(row, base, limit, wrong))
     return found
+
+
+def same_timing(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two timings like for like have in common: their shape and scheme."""
+    return (*_shape(row), row["dtype"], row["rotation"])
+
+
+def timing_name(row: dict[str, Any]) -> str:
+    """`decode 32×8192 · 32/8 heads × 128 · pages of 64 · int4_per_token_head · none`."""
+    size = f"{row['batch']}×{row['context']}" if row.get("context") else str(row["batch"])
+    prefix = f" after {row['prefix']}" if row.get("prefix") else ""
+    heads = f"{row.get('query_heads') or '-'}/{row.get('kv_heads') or '-'} heads × {row.get('head_dim') or '-'}"
+    pages = f"pages of {row.get('page_size') or '-'}"
+    return " · ".join([f"{row['op']} {size}{prefix}", heads, pages, row["dtype"], row["rotation"]])
 
 
 def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -152,6 +175,7 @@ def _compared(row: dict[str, Any], base: dict[str, Any] | None, limit: float, wr
         row.get("kv_heads"),
         row.get("head_dim"),
         row.get("page_size"),
+        row.get("prefix"),
         against,
         base.get("us") if base else None,
         row.get("us"),
