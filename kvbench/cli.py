@@ -75,10 +75,12 @@ Only = Annotated[
     typer.Option("--only", metavar="KEY=PATTERN", help="Only cells that match, such as dtype=int4*; repeatable."),
 ]
 Skip = Annotated[
-    list[str] | None, typer.Option("--skip", metavar="KEY=PATTERN", help="No cells that match, such as task=gsm8k.")
+    list[str] | None,
+    typer.Option("--skip", metavar="KEY=PATTERN", help="No cells that match, such as task=gsm8k; repeatable."),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the YAML: tasks[0].limit=50.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the YAML: tasks[0].limit=50; repeatable."),
 ]
 Limit = Annotated[
     int | None,
@@ -104,7 +106,12 @@ def sweep(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     devices: Annotated[
-        str | None, typer.Option("--devices", metavar="0,1", help="Run on these GPUs at once, a process each.")
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="0,1",
+            help="Run on these GPUs at once, a process each; or cpu,cpu.  [default: the first GPU, else the CPU]",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
@@ -141,7 +148,8 @@ def plan(
 ) -> None:
     """Show what a sweep would run.
 
-    Its cells, their true bits and KV memory, what is done, and what is missing on this machine. Runs nothing.
+    Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
+    missing on this machine. Runs nothing.
     """
     planned = _prepared(config, _options(only, skip, settings, limit, output))
     if as_format == ListFormat.JSON:
@@ -198,7 +206,10 @@ Margin = Annotated[
     ),
 ]
 Baseline = Annotated[
-    str | None, typer.Option("--baseline", metavar="DTYPE[/ROTATION]", help="Compare with it.  [default: the sweep's]")
+    str | None,
+    typer.Option(
+        "--baseline", metavar="DTYPE[/ROTATION]", help="Compare with it.  [default: the sweep's; of timings fp16]"
+    ),
 ]
 
 
@@ -378,10 +389,12 @@ def kernel(
         typer.Argument(metavar="[CONFIG]", help="Grids from a YAML file, instead of options.", show_default=False),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="A dtype, or KEY:VALUE; repeatable.  [default: all]")
+        list[str] | None,
+        typer.Option("--dtype", metavar="NAME", help="A dtype, or KEY:VALUE; repeatable.  [default: all]"),
     ] = None,
     rotation: Annotated[
-        list[str] | None, typer.Option("--rotation", help="A rotation; repeatable.  [default: each dtype's own]")
+        list[str] | None,
+        typer.Option("--rotation", metavar="NAME", help="A rotation; repeatable.  [default: each dtype's own]"),
     ] = None,
     op: Annotated[
         Operation, typer.Option("--op", help="One new token a sequence, many, a mixture; or writing to the cache.")
@@ -408,8 +421,8 @@ def kernel(
 ) -> None:
     """Check the attention kernels, and time them on a GPU.
 
-    Each shape is first compared with plain torch in float64; no time is shown where that fails. Without a GPU only the
-    comparison runs, at a small size in Triton's interpreter.
+    Each shape is first compared with plain torch, attention in float64 and writing to the byte; no time is shown where
+    that fails. Without a GPU only the comparison runs, at a small size in Triton's interpreter.
     """
     import torch
 
@@ -578,7 +591,7 @@ def ls_tasks(as_format: AsList = ListFormat.TABLE) -> None:
 
 @ls.command("models")
 def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
-    """Models that this machine knows by name. A folder, a .gguf file or a hub id is a model too."""
+    """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
     from kvbench.runners.models import list_models
 
     _print_list(list_models(), as_format)

@@ -98,6 +98,19 @@ def test_wrong_usage_is_2(kvbench, arguments):
     assert "Usage: " in result.stderr
 
 
+def test_help_says_what_an_option_takes(kvbench):
+    """
+    Where cells run unless told otherwise, what else is a device, what may be repeated, and no type of Python's.
+    """
+    pages = {verb: " ".join(kvbench(verb, "--help").stdout.split()) for verb in ("sweep", "plan", "compare", "kernel")}
+
+    assert "or cpu,cpu. [default: the first GPU, else the CPU]" in pages["sweep"]
+    assert pages["plan"].count("repeatable") == 3
+    assert "[default: the sweep's; of timings fp16]" in pages["compare"]
+    assert "the smallest difference that each task can show" in pages["plan"]
+    assert not any("list[" in page for page in pages.values())
+
+
 def test_a_session(kvbench, toy, tmp_path):
     """
     plan, sweep, plan, report: results on stdout, progress on stderr, everything in results/<name>.
