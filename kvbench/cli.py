@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from kvbench.measured import Measured
     from kvbench.report.table import Table
     from kvbench.report.timings import SpeedComparison
     from kvbench.sweep.command import Options, Planned
@@ -74,10 +75,12 @@ Only = Annotated[
     typer.Option("--only", metavar="KEY=PATTERN", help="Only cells that match, such as dtype=int4*; repeatable."),
 ]
 Skip = Annotated[
-    list[str] | None, typer.Option("--skip", metavar="KEY=PATTERN", help="No cells that match, such as task=gsm8k.")
+    list[str] | None,
+    typer.Option("--skip", metavar="KEY=PATTERN", help="No cells that match, such as task=gsm8k; repeatable."),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the YAML: tasks[0].limit=50.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the YAML: tasks[0].limit=50; repeatable."),
 ]
 Limit = Annotated[
     int | None,
@@ -103,7 +106,12 @@ def sweep(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     devices: Annotated[
-        str | None, typer.Option("--devices", metavar="0,1", help="Run on these GPUs at once, a process each.")
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="0,1",
+            help="Run on these GPUs at once, a process each; or cpu,cpu.  [default: the first GPU, else the CPU]",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
@@ -140,7 +148,8 @@ def plan(
 ) -> None:
     """Show what a sweep would run.
 
-    Its cells, their true bits and KV memory, what is done, and what is missing on this machine. Runs nothing.
+    Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
+    missing on this machine. Runs nothing.
     """
     planned = _prepared(config, _options(only, skip, settings, limit, output))
     if as_format == ListFormat.JSON:
@@ -197,7 +206,10 @@ Margin = Annotated[
     ),
 ]
 Baseline = Annotated[
-    str | None, typer.Option("--baseline", metavar="DTYPE[/ROTATION]", help="Compare with it.  [default: the sweep's]")
+    str | None,
+    typer.Option(
+        "--baseline", metavar="DTYPE[/ROTATION]", help="Compare with it.  [default: the sweep's; of timings fp16]"
+    ),
 ]
 
 
@@ -231,7 +243,7 @@ def compare(
                 raise typer.Exit(NOTHING_TO_COMPARE)
             return
         first, second = measured.read(folder), measured.read(other) if other else None
-        scheme = comparing.find_scheme(first, baseline) if baseline else None
+        scheme = comparing.find_scheme(first.schemes, baseline, first.baseline) if baseline else None
         found = comparing.compare(first, second, baseline=scheme, margin=margin)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
@@ -288,10 +300,11 @@ def check(
 ) -> None:
     """Fail where a run got worse than an earlier one: a gate for continuous integration.
 
-    Prints a line for each regression. Exits 1 on one, 5 where nothing could be compared.
+    Scores and, of two run folders of `kvbench kernel --output`, times. Prints a line for each regression. Exits 1 on
+    one, 5 where nothing could be compared.
     """
     from kvbench import measured
-    from kvbench.report import gate
+    from kvbench.report import gate, timings
     from kvbench.results import NotARunError
 
     unknown = set(fail_on or ()) - set(gate.FAILURES)
@@ -302,11 +315,12 @@ def check(
     try:
         here = measured.read(folder)
         if write:
-            measured.write(here, write)
-            print(write)
+            _keep(here, write, bool(timings.find(folder).rows))
             return
         assert against is not None
-        found = gate.check(here, measured.read(against), fail_on or gate.DEFAULT_FAILURES, margin)
+        before, wanted = measured.read(against), fail_on or gate.DEFAULT_FAILURES
+        times = timings.find(folder), timings.find(against)
+        found = gate.check(here, before, wanted, margin) + gate.check_times(*times, wanted, margin or before.margin)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except (OSError, ValueError) as error:
@@ -324,6 +338,23 @@ def check(
         raise typer.Exit(GATE_FAILED)
     if not found.compared:
         raise typer.Exit(NOTHING_TO_COMPARE)
+
+
+def _keep(here: Measured, write: Path, timed: bool) -> None:
+    from kvbench import measured
+
+    if timed and not here.cells:
+        fail(
+            f"{here.path} holds kernel times alone, and a baseline file has none: commit the folder", NOTHING_TO_COMPARE
+        )
+    try:
+        measured.write(here, write)
+    except OSError as error:
+        why = error.strerror if write.parent.is_dir() else f"there is no folder {write.parent}"
+        fail(f"cannot write {write}: {why}; --write takes a file in a folder that is there", BAD_INPUT)
+    if timed:
+        print("kernel times are not kept in it: --against a run folder compares them", file=sys.stderr)
+    print(write)
 
 
 @app.command()
@@ -358,10 +389,12 @@ def kernel(
         typer.Argument(metavar="[CONFIG]", help="Grids from a YAML file, instead of options.", show_default=False),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="A dtype, or KEY:VALUE; repeatable.  [default: all]")
+        list[str] | None,
+        typer.Option("--dtype", metavar="NAME", help="A dtype, or KEY:VALUE; repeatable.  [default: all]"),
     ] = None,
     rotation: Annotated[
-        list[str] | None, typer.Option("--rotation", help="A rotation; repeatable.  [default: each dtype's own]")
+        list[str] | None,
+        typer.Option("--rotation", metavar="NAME", help="A rotation; repeatable.  [default: each dtype's own]"),
     ] = None,
     op: Annotated[
         Operation, typer.Option("--op", help="One new token a sequence, many, a mixture; or writing to the cache.")
@@ -388,8 +421,8 @@ def kernel(
 ) -> None:
     """Check the attention kernels, and time them on a GPU.
 
-    Each shape is first compared with plain torch in float64; no time is shown where that fails. Without a GPU only the
-    comparison runs, at a small size in Triton's interpreter.
+    Each shape is first compared with plain torch, attention in float64 and writing to the byte; no time is shown where
+    that fails. Without a GPU only the comparison runs, at a small size in Triton's interpreter.
     """
     import torch
 
@@ -558,7 +591,7 @@ def ls_tasks(as_format: AsList = ListFormat.TABLE) -> None:
 
 @ls.command("models")
 def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
-    """Models that this machine knows by name. A folder, a .gguf file or a hub id is a model too."""
+    """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
     from kvbench.runners.models import list_models
 
     _print_list(list_models(), as_format)

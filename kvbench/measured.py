@@ -108,6 +108,11 @@ class Measured:
         return (scheme["dtype"], scheme["rotation"]) if scheme else None
 
     @property
+    def schemes(self) -> list[tuple[str, str]]:
+        """Every measured scheme once, without the controls."""
+        return list(dict.fromkeys(cell.scheme for cell in self.cells if not cell.control))
+
+    @property
     def margin(self) -> str | None:
         """The margin that the sweep's YAML fixed."""
         margin: str | None = self.run.get("config", {}).get("margin")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from kvbench.cli import app
 from kvbench.results import Store
 from kvbench.sweep import command
+from kvbench.tasks import make_task
 
 ROOT = Path(__file__).parents[1]
 TOY = Path(__file__).parent / "sweep" / "toy.py"
@@ -94,6 +96,19 @@ def test_wrong_usage_is_2(kvbench, arguments):
 
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
+
+
+def test_help_says_what_an_option_takes(kvbench):
+    """
+    Where cells run unless told otherwise, what else is a device, what may be repeated, and no type of Python's.
+    """
+    pages = {verb: " ".join(kvbench(verb, "--help").stdout.split()) for verb in ("sweep", "plan", "compare", "kernel")}
+
+    assert "or cpu,cpu. [default: the first GPU, else the CPU]" in pages["sweep"]
+    assert pages["plan"].count("repeatable") == 3
+    assert "[default: the sweep's; of timings fp16]" in pages["compare"]
+    assert "the smallest difference that each task can show" in pages["plan"]
+    assert not any("list[" in page for page in pages.values())
 
 
 def test_a_session(kvbench, toy, tmp_path):
@@ -186,12 +201,28 @@ def test_what_cannot_be_compared_is_5(kvbench, toy, tmp_path):
     assert "has no finished cell" in one_error(kvbench("compare", "empty"), 5)
 
 
+def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):
+    """
+    Where it cannot be written the error says why, and what --write takes.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+
+    missing = one_error(kvbench("check", "results/toys", "--write", "absent/baseline.json"), 2)
+    taken = one_error(kvbench("check", "results/toys", "--write", "results"), 2)
+
+    assert "cannot write absent/baseline.json: there is no folder absent; --write takes a file in a folder" in missing
+    assert "cannot write results: Is a directory; --write takes a file" in taken
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("compare", "absent"), "no run folder or baseline file absent"),
         (("compare", "results/toys", "--margin", "1"), "expected a margin in percentage points, such as 1pp"),
-        (("compare", "results/toys", "--baseline", "int9"), "--baseline int9 is no measured scheme"),
+        (
+            ("compare", "results/toys", "--baseline", "int9"),
+            "--baseline int9: unknown dtype 'int9': did you mean int8?",
+        ),
         (("check", "results/toys"), "give either --against BASELINE or --write FILE"),
         (("check", "results/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
         (("show", "results/toys"), "is no cell"),
@@ -235,6 +266,10 @@ def test_timings_are_compared(kvbench, tmp_path):
     (row,) = json.loads(kvbench("compare", "before.json", "after.json", "--format", "json").stdout)
     assert (row["against"], row["verdict"]) == ("int8 · none", "SLOWER")
     keep("kept", json.loads(Path("before.json").read_text())["rows"], "H100")
+    unclear = kvbench("compare", "before.json", "--baseline", "int")
+    assert unclear.exit_code == 2
+    assert "dtype 'int' is not unique: one of int4, int8" in unclear.stderr
+    assert "one of fp16/none, bf16/none, int8/none" in kvbench("compare", "before.json", "--baseline", "int9").stderr
     kept = json.loads(kvbench("compare", "kept", "--format", "json").stdout)
     assert {row["dtype"]: (row["ratio"], row["verdict"]) for row in kept} == {
         row["dtype"]: (row["ratio"], row["verdict"]) for row in rows
@@ -242,6 +277,53 @@ def test_timings_are_compared(kvbench, tmp_path):
     refused = kvbench("compare", "before.json", "elsewhere.json")
     assert refused.exit_code == 5
     assert "INVALID: timed on H200, the baseline on H100" in refused.stdout
+
+
+def test_kernel_times_are_gated(kvbench):
+    """
+    A time whose interval is slower by more than the margin fails, and so does one that is gone; an equal copy passes.
+    What could not be compared is named: another GPU, or a baseline without times, which a baseline file is.
+    """
+    shape = {"op": "decode", "rotation": "none", "batch": 1, "context": 8192, "head_dim": 128}
+
+    def run(name, gpu="H100", **us):
+        samples = {dtype: [median + i % 7 / 100 for i in range(20)] for dtype, median in us.items()}
+        keep(name, [{**shape, "dtype": one, "us": us[one], "samples_us": samples[one]} for one in us], gpu)
+
+    run("before", fp16=20.0, int8=11.0, int4=8.0)
+    run("after", fp16=20.0, int8=11.5, int4=8.04)
+    run("fewer", fp16=20.0, int4=8.0)
+    run("elsewhere", gpu="H200", int8=8.0)
+
+    equal = kvbench("check", "before", "--against", "before")
+    assert (equal.exit_code, equal.stdout.splitlines()[-1]) == (0, "3 compared, 0 failed, 0 skipped")
+    slower = kvbench("check", "after", "--against", "before")
+    assert slower.exit_code == 1
+    (line,) = [line for line in slower.stdout.splitlines() if line.startswith("FAILED")]
+    assert "decode 1×8192 · -/8 heads × 128 · pages of - · int8 · none: 11.0 -> 11.5 µs (× 1.045" in line
+    assert kvbench("check", "after", "--against", "before", "--margin", "6pp").exit_code == 0
+    gone = kvbench("check", "fewer", "--against", "before").stdout
+    assert "int8 · none: no time here" in gone
+    other = kvbench("check", "elsewhere", "--against", "before", "--fail-on", "worse")
+    assert other.exit_code == 5
+    assert "timed on H200, the baseline on H100" in other.stdout
+    assert "holds kernel times alone" in one_error(kvbench("check", "before", "--write", "base.json"), 5)
+
+
+def test_a_baseline_file_gates_no_kernel_times(kvbench, toy, tmp_path):
+    """
+    Of a folder with both, --write keeps the scores and says so; a check against the file names what it leaves out.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+    row = {"op": "decode", "rotation": "none", "batch": 1, "context": 8192, "head_dim": 128, "dtype": "fp16"}
+    keep("results/toys", [{**row, "us": 20.0, "samples_us": [20.0, 20.1]}], "H100")
+
+    written = kvbench("check", "results/toys", "--write", "base.json")
+    assert written.exit_code == 0
+    assert "kernel times are not kept in it" in written.stderr
+    checked = kvbench("check", "results/toys", "--against", "base.json").stdout
+    assert "skipped 1 kernel times: the baseline has none" in checked
+    assert checked.endswith("4 compared, 0 failed, 1 skipped\n")
 
 
 def keep(folder, rows, gpu):
@@ -261,8 +343,8 @@ def test_a_plan_says_what_could_be_seen(kvbench, toy, tmp_path):
     config = toy.write_config(tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "n": 1319}, {"task": "toy_b", "n": 50}])
     before = kvbench("plan", config, "--only", "dtype=int8").stdout
 
-    assert "Holm over 2 comparisons; margin 1pp" in before
-    assert "1.9 pp   n=1319, if 5% of answers flip   WIDER THAN THE MARGIN" in before
+    assert "Holm over 4 comparisons; margin 1pp" in before
+    assert "2.1 pp   n=1319, if 5% of answers flip   WIDER THAN THE MARGIN" in before
     assert "n=50, if 5% of answers flip   WIDER THAN THE MARGIN" in before
     assert "WIDER" not in kvbench("plan", config, "--only", "task=toy_a", "--set", "margin=5pp").stdout
     kvbench("sweep", config)
@@ -270,6 +352,23 @@ def test_a_plan_says_what_could_be_seen(kvbench, toy, tmp_path):
     assert "Holm over 12 comparisons" in after
     assert "toy_a acc" in after
     assert "of answers flipped before (median scheme)" in after
+
+
+def test_a_plan_counts_what_the_run_will_compare(kvbench, toy, tmp_path, monkeypatch):
+    """
+    The family is every metric of every compared cell; where only a run tells how many those are, a bound, said so.
+    """
+    monkeypatch.setattr(command, "REAL", replace(toy.PARTS, make_task=make_task))
+    tasks = ["arc_easy", "wikitext", "divergence", {"task": "needle", "contexts": [1024, 2048]}]
+    options = {"dtypes": ["int8", "int4"], "rotations": ["none"]}
+    config = toy.write_config(tmp_path / "toys.yaml", tasks=tasks, **options)
+    assert f"Holm over {2 * (2 + 1 + 3 + 3)} comparisons" in kvbench("plan", config).stdout
+
+    toy.write_config(config, tasks=[*tasks, "niah_single_1", "throughput"], **options)
+    assert f"Holm over at least {2 * (2 + 1 + 3 + 3 + 1)} comparisons" in kvbench("plan", config).stdout
+    alone = kvbench("plan", config, "--only", "task=throughput").stdout
+    assert "5 cells" in alone
+    assert "comparisons" not in alone
 
 
 def test_a_table_is_never_cut(kvbench, toy, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from kvbench.measured import Cell, Measured, Series, comparable, paired
+from kvbench.registry import find_name
 from kvbench.results import shown_number
 from kvbench.stats import (
     ALPHA,
@@ -23,9 +24,9 @@ from kvbench.stats import (
 Verdict = Literal["WORSE", "BETTER", "EQUIVALENT", "INCONCLUSIVE", "NOT-DISCRIMINATIVE", "INVALID"]
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-EDGE_VERDICT: Verdict = "NOT-DISCRIMINATIVE"
+FLOOR_VERDICT: Verdict = "NOT-DISCRIMINATIVE"
 DEFAULT_MARGIN = "1pp"
-EDGE = 0.01  # a share nearer than this to 0 or 1 is at the floor or the ceiling
+FLOOR = 0.01  # a share up to this is at the floor: it has nothing to lose
 REASONS = 3  # of a refusal, as many as are named
 
 
@@ -80,7 +81,7 @@ class _Paired:
     row: Comparison
     difference: Difference
     limit: float | None
-    at_edge: str
+    at_floor: str
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,8 @@ def _compared(
         margin=margin if log else limit,
         higher_is_better=here.metric.higher_is_better,
     )
-    edge = at_edge(there, canary.series.get(metric) if canary else None)
-    return _Paired(row, difference, limit, edge)
+    floor = at_floor(there, canary.series.get(metric) if canary else None)
+    return _Paired(row, difference, limit, floor)
 
 
 def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
@@ -275,14 +276,12 @@ def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
     )
 
 
-def at_edge(base: Series, canary: Series | None) -> str:
-    """Why a baseline's share leaves nothing to see: at the floor, at the ceiling; else empty."""
+def at_floor(base: Series, canary: Series | None) -> str:
+    """Why a loss from a baseline's share cannot be seen: there is none to lose; else empty. From the ceiling it can."""
     if base.kind != "share":
         return ""
     value = base.metric.value
-    if value >= 1 - EDGE:
-        return f"the baseline is at the ceiling ({shown_number(value)})"
-    if value <= EDGE:
+    if value <= FLOOR:
         return f"the baseline is at the floor ({shown_number(value)})"
     if canary is not None and canary.digest == base.digest:
         gain = paired(base, canary)
@@ -321,8 +320,8 @@ def _judged(one: _Paired, p_holm: float | None, family: int) -> Comparison:
     if p_holm is not None and p_holm < ALPHA and not within:
         return replace(row, verdict="BETTER" if (difference.mean > 0) == row.higher_is_better else "WORSE")
     moved = difference.ci_low > 0 or difference.ci_high < 0  # where something moved, it could
-    if one.at_edge and not moved:
-        return replace(row, verdict=EDGE_VERDICT, reason=one.at_edge)
+    if one.at_floor and not moved:
+        return replace(row, verdict=FLOOR_VERDICT, reason=one.at_floor)
     if within:
         return replace(row, verdict="EQUIVALENT")
     return replace(row, verdict="INCONCLUSIVE", n_to_decide=documents_to_decide(difference, limit, family))
@@ -339,24 +338,36 @@ def _finite(value: float) -> float | None:
 # ---- which baseline
 
 
-def find_scheme(measured: Measured, name: str) -> tuple[str, str]:
-    """The scheme that DTYPE or DTYPE/ROTATION means among the measured; a dtype's name may be short.
+def find_scheme(
+    schemes: Collection[tuple[str, str]], name: str, usual: tuple[str, str] | None = None
+) -> tuple[str, str]:
+    """The one of `schemes` that DTYPE or DTYPE/ROTATION means; each name may be short where it is unique.
+
+    usual: what DTYPE alone means where it has several rotations, else the one without.
 
     Raises:
-        ValueError: none or several.
+        ValueError: none or several; the message lists what there is.
     """
-    wanted, _, rotation = name.partition("/")
-    schemes = list(dict.fromkeys(cell.scheme for cell in measured.cells if not cell.control))
-    fitting = [one for one in schemes if one[0] == wanted] or [one for one in schemes if one[0].startswith(wanted)]
-    if rotation:
-        fitting = [one for one in fitting if one[1].startswith(rotation)]
-    if len(fitting) > 1:  # the sweep's own, else the plain one
-        fitting = [one for one in fitting if one == measured.baseline or one[1] == "none"] or fitting
+    dtype, slash, rotation = name.partition("/")
+    try:
+        wanted = _whole(dtype, [one[0] for one in schemes], "dtype")
+        turned = _whole(rotation, [one[1] for one in schemes], "rotation") if slash else None
+    except ValueError as error:
+        fitting, why = [], str(error)
+    else:
+        fitting = [one for one in schemes if one[0] == wanted and turned in (None, one[1])]
+        fitting = [one for one in (usual, (wanted, "none")) if one in fitting][:1] or fitting
+        why = "several schemes" if fitting else "no such scheme was measured"
     if len(fitting) != 1:
-        what = "several schemes" if fitting else "no measured scheme"
         there = ", ".join("/".join(one) for one in fitting or schemes)
-        raise ValueError(f"--baseline {name} is {what}; DTYPE/ROTATION is one of {there}")
+        raise ValueError(f"--baseline {name}: {why}; DTYPE/ROTATION is one of {there}")
     return fitting[0]
+
+
+def _whole(text: str, names: Collection[str], what: str) -> str:
+    """The one of `names`, some of which are KEY:VALUE, that `text` is or begins."""
+    halves = {half for name in names for half in name.split(":")}
+    return ":".join(dict.fromkeys(find_name(part, halves, what) for part in text.split(":")))
 
 
 # ---- shown
@@ -487,8 +498,10 @@ def summary(measured: Measured, found: Comparisons, other: Measured | None = Non
     cells = [*measured.cells, *(other.cells if other else [])]
     environments = {cell.environment for cell in cells}
     lines = [f"{len(found.family)} comparisons (Holm over all): {counted}", *control_notes(measured, found, other)]
-    edges = dict.fromkeys((row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == EDGE_VERDICT)
-    lines += [f"{EDGE_VERDICT}: {what}: {reason}" for reason, what in edges]
+    floors = dict.fromkeys(
+        (row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == FLOOR_VERDICT
+    )
+    lines += [f"{FLOOR_VERDICT}: {what}: {reason}" for reason, what in floors]
     if len(environments) > 1:
         lines.append(f"cells of {len(environments)} environments: {'; '.join(sorted(environments))}")
     limits = sorted({cell.identity["limit"] for cell in cells if cell.identity.get("limit")})

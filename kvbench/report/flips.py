@@ -74,7 +74,15 @@ def flips(path: Path) -> Flips:
 def _baseline(measured: Measured, cell: Cell) -> Cell:
     same = [one for one in measured.cells if one.scheme == measured.baseline and one.task == cell.task]
     base = next((one for one in same if one.key == cell.key), None)
-    if base is None or base is cell:
+    if base is cell:
+        others = [one.name for one in measured.cells if one.key == cell.key and one is not cell and not one.control]
+        instead = (
+            f"pass a cell that is compared with it, such as {others[0]}"
+            if others
+            else "the sweep has no other finished cell of its task"
+        )
+        raise NotComparableError(f"{cell.name} is the baseline itself, whose answers moved nowhere: {instead}")
+    if base is None:
         raise NotComparableError(f"{cell.name}: the sweep has no baseline cell to compare it with")
     if wrong := reasons(cell, base):
         raise NotComparableError(f"{cell.name}: {'; '.join(wrong)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from kvbench.measured import Measured
-from kvbench.report.compare import Comparison, compare, shown_difference, shown_verdict
+from kvbench.report.compare import DEFAULT_MARGIN, Comparison, compare, shown_difference, shown_verdict
+from kvbench.report.timings import Timings, compare_speed, same_timing, timing_name
 from kvbench.results import shown_number
+from kvbench.stats import parse_margin
 
 # what may fail a check: a verdict, a drop, or a comparison that could not be made
 FAILURES = ("worse", "drop", "missing", "inconclusive", "skipped")
@@ -23,6 +25,15 @@ class Check:
     skipped: list[str]
     notes: list[str]
     compared: int
+
+    def __add__(self, other: Check) -> Check:
+        """What both found."""
+        return Check(
+            self.failed + other.failed,
+            self.skipped + other.skipped,
+            self.notes + other.notes,
+            self.compared + other.compared,
+        )
 
 
 def check(
@@ -77,6 +88,42 @@ def check(
     return Check(failed, skipped, [*moved_machine, *found.notes], compared)
 
 
+def check_times(
+    timings: Timings, against: Timings, fail_on: Collection[str] = DEFAULT_FAILURES, margin: str | None = None
+) -> Check:
+    """Compares each kernel's time with that of the same kernel in an earlier run, on a GPU of the same name.
+
+    "worse": the whole interval of the ratio of medians lies above 1 and the margin; the samples know the spread within
+    one run alone, so the margin is what two runs may differ by. "missing": a time of the earlier run that is not here.
+    """
+    limit = parse_margin(margin or DEFAULT_MARGIN)
+    failed, skipped = [], []
+    rows = compare_speed(against, timings, None, margin) if against.rows else []
+    if timings.rows and not against.rows:
+        skipped.append(f"{len(timings.rows)} kernel times: the baseline has none")
+    for row in rows:
+        name = timing_name(asdict(row))
+        if row.ratio is None or row.ci_low is None:
+            skipped.append(f"{name}: {row.reason}")
+        elif "worse" in fail_on and row.ci_low > 1 + limit:
+            times = f"{row.baseline_us:.1f} -> {row.us:.1f} µs"
+            failed.append(f"{name}: {times} (× {row.ratio:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]): SLOWER")
+    here = {same_timing(row) for row in timings.rows}
+    missing = [f"{timing_name(row)}: no time here" for row in against.rows if same_timing(row) not in here]
+    if "missing" in fail_on:
+        failed += missing
+    else:
+        skipped += missing
+    if "skipped" in fail_on:
+        failed += [f"{line} (skipped)" for line in skipped]
+    compared = sum(row.ratio is not None for row in rows)
+    notes = [
+        f"{compared} kernel times: SLOWER where the whole interval of the ratio is above {1 + limit:g}; "
+        "it knows the spread within one run alone"
+    ]
+    return Check(failed, skipped, notes if compared else [], compared)
+
+
 def _moved(row: Comparison) -> float:
     """Documents that flipped; of a number that is no share, how far it moved."""
     return (row.worse or 0) + (row.better or 0) if row.unit == "share" else abs(row.difference or 0.0)
@@ -101,7 +148,7 @@ def _numbers(row: Comparison) -> str:
 def _other_machine(measured: Measured, against: Measured) -> list[str]:
     """A line where the cells of one were measured in another environment than those of the other."""
     here, there = ({cell.environment for cell in one.cells} for one in (measured, against))
-    if here == there:
+    if here == there or not (here and there):
         return []
     names = " / ".join("; ".join(sorted(one)) for one in (here, there))
     return [f"another environment: {names}: a drop is not held against it, only what is WORSE"]

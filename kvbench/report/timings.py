@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvbench.report.compare import DEFAULT_MARGIN
+from kvbench.report.compare import DEFAULT_MARGIN, find_scheme
 from kvbench.results import NotARunError, Store
 from kvbench.stats import parse_margin, ratio_of_medians
 
@@ -36,6 +36,7 @@ class SpeedComparison:
     kv_heads: int | None
     head_dim: int | None
     page_size: int | None
+    prefix: int | None
     against: str
     baseline_us: float | None
     us: float | None
@@ -95,37 +96,53 @@ def read(path: Path) -> Timings:
     return Timings(rows, ", ".join(sorted(gpus)) or None)
 
 
+def find(path: Path) -> Timings:
+    """What `read` gives, or no row where there is none."""
+    try:
+        return read(path)
+    except (OSError, NotARunError):
+        return Timings([], None)
+
+
 def compare_speed(
     timings: Timings, other: Timings | None, baseline: str | None, margin: str | None
 ) -> list[SpeedComparison]:
-    """Every timing against that of the dtype `baseline` on the same shape; of `other`, against the same of `timings`.
+    """Every timing against that of `baseline` on the same shape; of `other`, against the same of `timings`.
+
+    baseline: DTYPE or DTYPE/ROTATION, as `find_scheme` takes it; without one, fp16.
 
     Raises:
-        ValueError: no row is of that dtype.
+        ValueError: no row is of that scheme, or those of several are.
     """
     like_for_like = other is not None and baseline is None
-    wanted = baseline or "fp16"
     limit = parse_margin(margin or DEFAULT_MARGIN)
-    if not like_for_like and not any(row["dtype"].startswith(wanted) for row in timings.rows):
-        raise ValueError(
-            f"--baseline {wanted} was not timed; there are {', '.join(sorted({r['dtype'] for r in timings.rows}))}"
-        )
+    timed = dict.fromkeys((row["dtype"], row["rotation"]) for row in timings.rows)
+    scheme = None if like_for_like else find_scheme(timed, baseline or "fp16")
     wrong = ""
     if other and timings.gpu != other.gpu:
         wrong = f"timed on {other.gpu or 'an unnamed GPU'}, the baseline on {timings.gpu or 'an unnamed GPU'}"
     found = []
     for row in (other or timings).rows:
-        bases = [one for one in timings.rows if _shape(one) == _shape(row)]
-        if like_for_like:
-            bases = [one for one in bases if (one["dtype"], one["rotation"]) == (row["dtype"], row["rotation"])]
-        else:
-            bases = sorted(
-                (one for one in bases if one["dtype"].startswith(wanted)), key=lambda one: one["rotation"] != "none"
-            )
-        if bases and bases[0] is row:
-            continue
-        found.append(_compared(row, bases[0] if bases else None, limit, wrong))
+        wanted = scheme or (row["dtype"], row["rotation"])
+        same = (one for one in timings.rows if _shape(one) == _shape(row))
+        base = next((one for one in same if (one["dtype"], one["rotation"]) == wanted), None)
+        if base is not row:
+            found.append(_compared(row, base, limit, wrong))
     return found
+
+
+def same_timing(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two timings like for like have in common: their shape and scheme."""
+    return (*_shape(row), row["dtype"], row["rotation"])
+
+
+def timing_name(row: dict[str, Any]) -> str:
+    """`decode 32×8192 · 32/8 heads × 128 · pages of 64 · int4_per_token_head · none`."""
+    size = f"{row['batch']}×{row['context']}" if row.get("context") else str(row["batch"])
+    prefix = f" after {row['prefix']}" if row.get("prefix") else ""
+    heads = f"{row.get('query_heads') or '-'}/{row.get('kv_heads') or '-'} heads × {row.get('head_dim') or '-'}"
+    pages = f"pages of {row.get('page_size') or '-'}"
+    return " · ".join([f"{row['op']} {size}{prefix}", heads, pages, row["dtype"], row["rotation"]])
 
 
 def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -158,6 +175,7 @@ def _compared(row: dict[str, Any], base: dict[str, Any] | None, limit: float, wr
         row.get("kv_heads"),
         row.get("head_dim"),
         row.get("page_size"),
+        row.get("prefix"),
         against,
         base.get("us") if base else None,
         row.get("us"),

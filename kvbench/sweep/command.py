@@ -337,9 +337,10 @@ def plan_sensitivity(planned: Planned) -> list[str]:
     margin = planned.sweep.margin
     records = list(planned.store.load().records.values())
     rows = sensitivities(planned.cells, of_records(planned.store.folder, records, planned.store.run()), margin)
-    lines = [
-        f"smallest difference that can be shown (80 % power, Holm over {rows[0].family} comparisons; margin {margin}):"
-    ]
+    if not rows:
+        return []
+    family = f"{'at least ' if rows[0].at_least else ''}{rows[0].family} comparisons"
+    lines = [f"smallest difference that can be shown (80 % power, Holm over {family}; margin {margin}):"]
     for row in rows:
         name = f"{row.task} {row.metric}" if row.metric else row.task
         shown = "nothing" if row.smallest is None and row.n is not None else shown_size(row.smallest, row.unit)

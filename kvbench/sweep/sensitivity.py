@@ -21,7 +21,7 @@ class Sensitivity:
 
     n: documents, None where that is not known. basis: what is assumed of one document, or was measured. smallest: of a
     share, of a divergence in nats, of a perplexity's ratio less 1; None where nothing can be seen, or said.
-    family: comparisons that Holm corrects for.
+    family: comparisons that Holm corrects for; at_least: of a task only a run tells how many metrics it has.
     """
 
     task: str
@@ -32,6 +32,7 @@ class Sensitivity:
     smallest: float | None
     margin: float
     family: int
+    at_least: bool
 
     @property
     def wide(self) -> bool:
@@ -42,17 +43,21 @@ class Sensitivity:
 def sensitivities(cells: Sequence[Cell], earlier: Measured, margin: str) -> list[Sensitivity]:
     """A row for each task and metric: by earlier records of the same documents, else by DISCORDANCE of answers.
 
-    The family is every cell that is compared, a metric each, or as many as earlier records have.
+    The family is every metric of every cell that is compared, as many as earlier records have or as the task names;
+    where only a run tells, one. A task whose metrics are not compared has no row.
     """
     limit = parse_margin(margin)
     compared = [cell for cell in cells if not (cell.baseline or cell.canary or cell.again)]
     tasks = {cell.task.name: cell.task for cell in cells}
     spreads = {name: _measured(name, cells, earlier) for name in tasks}
-    family = sum(max(1, len(spreads[cell.task.name])) for cell in compared) or 1
+    metrics = {name: tuple(spreads[name]) or task.metrics() for name, task in tasks.items()}
+    counts = {name: 1 if named is None else len(named) for name, named in metrics.items()}
+    family = sum(counts[cell.task.name] for cell in compared) or 1
+    at_least = any(metrics[cell.task.name] is None for cell in compared)
     rows = []
     for name, task in tasks.items():
-        found = [_row(name, metric, *one, limit, family) for metric, one in spreads[name].items()]
-        rows += found or [_assumed(task, limit, family)]
+        found = [_row(name, metric, *one, limit, family, at_least) for metric, one in spreads[name].items()]
+        rows += found or ([_assumed(task, limit, family, at_least)] if counts[name] else [])
     return rows
 
 
@@ -82,7 +87,15 @@ def _measured(task: str, cells: Sequence[Cell], earlier: Measured) -> dict[str, 
 
 
 def _row(
-    task: str, metric: str, unit: str, n: int, spread: float, discordance: float, margin: float, family: int
+    task: str,
+    metric: str,
+    unit: str,
+    n: int,
+    spread: float,
+    discordance: float,
+    margin: float,
+    family: int,
+    at_least: bool,
 ) -> Sensitivity:
     alpha = ALPHA / family
     if unit == "share":
@@ -92,14 +105,14 @@ def _row(
         smallest = smallest_mean(n, spread, alpha)
         basis = "by the spread before (median scheme)"
     limit = 100 * margin if unit == "%" else margin
-    return Sensitivity(task, metric, n, unit, basis, smallest, limit, family)
+    return Sensitivity(task, metric, n, unit, basis, smallest, limit, family, at_least)
 
 
-def _assumed(task: Task, margin: float, family: int) -> Sensitivity:
+def _assumed(task: Task, margin: float, family: int, at_least: bool) -> Sensitivity:
     n = task.answers()
     smallest = None if n is None else smallest_drop(n, DISCORDANCE, ALPHA / family)
     basis = f"if {DISCORDANCE:.0%} of answers flip" if n is not None else "known once it was measured"
-    return Sensitivity(task.name, None, n, "share", basis, smallest, margin, family)
+    return Sensitivity(task.name, None, n, "share", basis, smallest, margin, family, at_least)
 
 
 def shown_size(size: float | None, unit: str) -> str:

@@ -59,6 +59,10 @@ class Task(Protocol):
         """Documents to be answered right or wrong; None where there are none, or the data that says is not here."""
         ...
 
+    def metrics(self) -> tuple[str, ...] | None:
+        """Names of the metrics that are compared: a sample has a number of each; None where only a run tells."""
+        ...
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Measures the runner."""
         ...

@@ -60,6 +60,9 @@ class Divergence(Options):
     def answers(self) -> None:
         return None
 
+    def metrics(self) -> tuple[str, ...]:
+        return "kld", "same_top", "ppl_ratio"
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """KL, Δp, same top token and perplexity over the documents.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import Field, NonNegativeInt
 
-from kvbench.results import Metric, Outcome
+from kvbench.results import Metric, Outcome, headline
 from kvbench.tasks import lm_eval_index, mirror, text
 from kvbench.tasks.base import Options, RunContext
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 RANDOM_SEED, OTHER_SEED = 0, 1234
 BOOTSTRAP_REPEATS = 1000  # of lm-eval's bootstrap (for a perplexity's error); its 100 000 take minutes
 UNITS = {"perplexity": "ppl", "word_perplexity": "ppl", "byte_perplexity": "ppl", "bits_per_byte": "bits"}
+MEANS = ("acc", "acc_norm", "exact_match")  # what lm-eval averages where a task does not say how
 NOT_MEASURED = -1.0  # what RULER's tasks say of lengths that were not asked for
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -77,6 +78,12 @@ class LmEval(Options):
         if None in sizes:
             return None
         return sum(min(size, self.limit or size) for size in sizes if size is not None)
+
+    def metrics(self) -> tuple[str, ...] | None:
+        leaves = self._leaves()
+        # which metrics a group takes from its tasks is lm-eval's to say
+        alone = len(leaves) == 1 and leaves[0].name == self.task
+        return leaves[0].metrics() if alone else None
 
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """lm-eval's metrics and a row for each document and filter.
@@ -212,6 +219,15 @@ class _Leaf:
         file = self.mirrored[1].get(scored[0]) if self.mirrored and scored else None
         return len(mirror.rows(file)) if file else None
 
+    def metrics(self) -> tuple[str, ...] | None:
+        """Its headline metrics with their filters; None where the YAML leaves them, or how they sum up, to code."""
+        listed = self.config.get("metric_list") or []
+        if not listed or not all(_is_mean(one) for one in listed):
+            return None
+        filters = [one["name"] for one in self.config.get("filter_list") or [{"name": "none"}]]
+        names = [one["metric"] if name == "none" else f"{one['metric']},{name}" for one in listed for name in filters]
+        return tuple(metric.name for metric in headline([Metric(name, 0.0, None, 0) for name in names]))
+
     def missing(self, num_fewshot: int | None) -> list[str]:
         """What its data lacks here."""
         if not self.from_hub:
@@ -288,6 +304,14 @@ def _load(options: str, identity: str, tokenizer: str) -> dict[str, Any]:
         elif preset is None:
             leaf.set_config(key="num_fewshot", value=0)
     return loaded
+
+
+def _is_mean(metric: dict[str, Any]) -> bool:
+    """Whether an entry of a `metric_list` sums up as a mean over documents, of the logarithm for a perplexity."""
+    name, how = metric["metric"], metric.get("aggregation")
+    if how is None:
+        return name in UNITS or name in MEANS
+    return name in UNITS or (how == "mean" and "higher_is_better" in metric)
 
 
 def _numbers(result: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:

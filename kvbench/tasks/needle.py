@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterable
@@ -69,6 +70,10 @@ class Needle(Options):
     def answers(self) -> int:
         made = len(self.contexts) * self.depths * self.per_cell
         return min(made, self.limit or made)
+
+    def metrics(self) -> tuple[str, ...]:
+        asked = self.contexts[: math.ceil(self.answers() / (self.depths * self.per_cell))]
+        return "acc", *(f"acc@{length}" for length in asked if len(self.contexts) > 1)
 
     def documents(self, tokenizer: Any) -> list[Document]:
         """The prompts, each no longer than its context leaves beside the answer; tokenizer and seed decide them."""

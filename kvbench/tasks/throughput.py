@@ -59,6 +59,9 @@ class Throughput(Options):
     def answers(self) -> None:
         return None
 
+    def metrics(self) -> tuple[str, ...]:
+        return ()
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """The medians of the rates of the repeats, each on tokens of its own, so that no prompt is known before.
 

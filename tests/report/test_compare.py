@@ -133,19 +133,17 @@ def test_equivalence_needs_the_margin(folder):
     assert verdict(folder).verdict == "EQUIVALENT"
 
 
-@pytest.mark.parametrize("right", [1.0, 0.0])
-def test_a_task_at_floor_or_ceiling_is_not_discriminative(folder, right):
+def test_a_task_at_the_floor_is_not_discriminative(folder):
     """
-    Where the baseline has all right, or nothing, equal answers say nothing of the cache.
+    Where the baseline has nothing right, equal answers say nothing of the cache.
     """
-    answers = np.full(N, right)
-    save(folder, "fp16", answers)
-    save(folder, "int4", answers)
+    save(folder, "fp16", np.zeros(N))
+    save(folder, "int4", np.zeros(N))
 
     row = verdict(folder, margin="5pp")
 
     assert row.verdict == "NOT-DISCRIMINATIVE"
-    assert ("ceiling" if right else "floor") in row.reason
+    assert "floor" in row.reason
 
 
 def test_chance_is_a_floor_too(folder):
@@ -159,14 +157,28 @@ def test_chance_is_a_floor_too(folder):
     assert "destroyed cache" in verdict(folder).reason
 
 
-def test_a_loss_from_the_ceiling_is_a_loss(folder):
+@pytest.mark.parametrize(("lost", "called"), [(40, "WORSE"), (4, "INCONCLUSIVE"), (0, "EQUIVALENT")])
+def test_the_ceiling_has_everything_to_lose(folder, lost, called):
     """
-    A baseline that has all right can still lose.
+    Where the baseline has all right a loss is seen as anywhere, and so is that there is none.
     """
     save(folder, "fp16", np.ones(N))
-    save(folder, "int4", np.arange(N) > 40)
+    save(folder, "int4", np.arange(N) >= lost)
+    assert verdict(folder).verdict == called
 
-    assert verdict(folder).verdict == "WORSE"
+    save(folder, "canary", np.zeros(N))
+    assert verdict(folder).verdict == called
+
+
+def test_a_ceiling_that_a_destroyed_cache_reaches_tells_nothing(folder):
+    """
+    All right with and without the cache's contents is no evidence of either.
+    """
+    save(folder, "fp16", np.ones(N))
+    save(folder, "int4", np.ones(N))
+    save(folder, "canary", np.ones(N))
+
+    assert verdict(folder).verdict == "NOT-DISCRIMINATIVE"
 
 
 def test_a_perplexity_is_compared_as_a_ratio(folder):
@@ -358,10 +370,17 @@ def test_another_baseline_by_its_short_name(folder):
     save(folder, "int4_per_token_head", changed(10), rotation="hadamard")
     measured = read(folder)
 
-    assert find_scheme(measured, "int4/hada") == ("int4_per_token_head", "hadamard")
-    assert find_scheme(measured, "int4") == ("int4_per_token_head", "none")
-    with pytest.raises(ValueError, match=r"--baseline int2 is no measured scheme; DTYPE/ROTATION is one of fp16/none"):
-        find_scheme(measured, "int2")
+    schemes = measured.schemes
+    assert find_scheme(schemes, "int4/hada") == ("int4_per_token_head", "hadamard")
+    assert find_scheme(schemes, "int4") == ("int4_per_token_head", "none")
+    assert find_scheme(schemes, "int4", ("int4_per_token_head", "hadamard")) == ("int4_per_token_head", "hadamard")
+    pair = ("int4_per_token_head:int2_per_token_head", "none")
+    assert find_scheme([*schemes, pair], "int4:int2") == pair
+    with pytest.raises(ValueError, match=r"--baseline int2: unknown dtype .* DTYPE/ROTATION is one of fp16/none"):
+        find_scheme(schemes, "int2")
+    eight = [("fp8_per_token_head", "hadamard"), ("fp8_per_tensor", "none")]
+    with pytest.raises(ValueError, match=r"dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"):
+        find_scheme(eight, "fp8")
     row = verdict(folder, "fp16", baseline=("int4_per_token_head", "none"))
     assert (row.against, row.verdict) == ("int4_per_token_head · none", "BETTER")
 
@@ -499,6 +518,18 @@ def test_flips_are_listed_with_both_answers(folder):
     ]
 
 
+def test_the_baseline_itself_has_no_flips(folder):
+    """
+    It is said that this is the baseline, and which cell to pass instead.
+    """
+    with pytest.raises(NotComparableError, match=r"is the baseline itself.*: the sweep has no other finished cell"):
+        flips(folder / "cells/fp16-none-qa")
+    save(folder, "again")
+    save(folder, "int4")
+    with pytest.raises(NotComparableError, match=r"is the baseline itself.*: pass a cell .* such as int4-none-qa$"):
+        flips(folder / "cells/fp16-none-qa")
+
+
 def test_flips_of_other_documents_are_refused(folder):
     """
     A cell without a baseline over its documents has no flips, nor has what is no cell.
@@ -507,7 +538,8 @@ def test_flips_of_other_documents_are_refused(folder):
 
     with pytest.raises(NotComparableError, match="first doc_id 3"):
         flips(folder / "cells/int4-none-qa")
+    save(folder, "int8", task="other")
     with pytest.raises(NotComparableError, match="no baseline cell"):
-        flips(folder / "cells/fp16-none-qa")
+        flips(folder / "cells/int8-none-other")
     with pytest.raises(FileNotFoundError, match="is no cell"):
         flips(folder)

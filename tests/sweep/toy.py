@@ -75,6 +75,9 @@ class ToyTask:
     def answers(self) -> int:
         return min(self.n, self.limit or self.n)
 
+    def metrics(self) -> tuple[str, ...]:
+        return "acc", "kld"
+
     def missing(self) -> list[str]:
         return [self.lacks] if self.lacks else []
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import entropy, sem
 
+from kvbench.results import headline
 from kvbench.runners.toy import ToyRunner
 from kvbench.tasks import RunContext, make_task, text
 from kvbench.tasks.divergence import split
@@ -79,6 +80,15 @@ def test_the_exact_cache_diverges_from_itself_by_nothing(small, context):
     assert got["same_top"] == 100
     assert got["ppl_ratio"] == 1
     assert got["rms_delta_p"] == 0
+
+
+def test_a_plan_knows_what_will_be_compared(small, context):
+    """
+    What a table shows, but for the perplexity, of which the ratio says the same.
+    """
+    task = make_task(small)
+
+    assert {*task.metrics(), "ppl"} == {one.name for one in headline(task.run(ToyRunner(), context).metrics)}
 
 
 def test_more_noise_diverges_more(small, context):

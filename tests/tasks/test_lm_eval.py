@@ -54,6 +54,15 @@ def test_samples_hold_what_a_paired_test_needs(name, mirror, context, tmp_path):
         assert len(series.values) == 3
         assert series.kind == ("log" if "perplexity" in metric.name else "share")
     assert task.answers() == (None if name == "wikitext" else 3)
+    assert sorted(task.metrics()) == sorted(metric.name for metric in headline(outcome.metrics))
+
+
+@pytest.mark.parametrize("name", ["mmlu", "niah_single_1", "squadv2"])
+def test_what_only_a_run_tells_is_not_guessed(name):
+    """
+    A group, and tasks whose own code sums up, do not say beforehand which metrics will be compared.
+    """
+    assert make_task(name).metrics() is None
 
 
 def test_wikitext_sums_over_documents(mirror, context):

@@ -38,6 +38,17 @@ def test_who_reads_the_fact_is_right_and_who_does_not_is_wrong(context):
             "acc@1000": expected,
         }
         assert len(outcome.samples) == make_task(SPEC).answers() == 12
+        assert make_task(SPEC).metrics() == tuple(metric.name for metric in outcome.metrics)
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7])
+def test_a_limit_leaves_the_contexts_that_it_reaches(limit, context):
+    """
+    A plan names the metrics that a run cut short will have.
+    """
+    task = make_task(SPEC | {"limit": limit})
+
+    assert task.metrics() == tuple(metric.name for metric in task.run(Oracle(True), context).metrics)
 
 
 def test_prompt_and_answer_fit_the_context_and_fill_it():
