@@ -66,12 +66,7 @@ def _together(tiles):
     if COUNT == 1:
         return tl.reshape(tiles[0], [P, W, G, 1])
     else:
-        even = ()
-        odd = ()
-        for i in tl.static_range(COUNT // 2):
-            even = even + (tiles[2 * i],)
-            odd = odd + (tiles[2 * i + 1],)
-        return tl.reshape(tl.join(_together(even), _together(odd)), [P, W, G, COUNT])
+        return tl.reshape(tl.join(_together(tiles[0::2]), _together(tiles[1::2])), [P, W, G, COUNT])
 
 
 @triton.jit
@@ -308,7 +303,6 @@ def _decode_kernel(
         score_scale *= tl.load(k_scale_ptr)
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head, mask=is_head, other=0.0) * _LOG2E
-    k_step = tl.full([1, 1, 1], K_STEP, tl.float16)
     v_step = tl.full([1, 1, 1], V_STEP, tl.float16)
 
     m = tl.full([PARTS, BLOCK_G], float("-inf"), tl.float32)
@@ -351,7 +345,7 @@ def _decode_kernel(
                 score = tl.dot(lower, queries[stream], score)
                 score = tl.dot(upper, upper_queries[stream], score)
             else:
-                k = unpack(k_words, k_step, stream, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
+                k = unpack(k_words, None, stream, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
                 score = tl.dot(k, queries[stream], score)
 
         if V_SCALE == 1:
@@ -401,7 +395,8 @@ def _decode_kernel(
         for stream in tl.static_range(V_STREAMS):
             new_acc = new_acc + (acc[stream] * decay,)
         acc = new_acc
-        w_sum = tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32)  # of the tile's weights in 16 bits, in every row
+        if V_MASKED:
+            w_sum = tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32)  # of the tile's weights in 16 bits, in every row
         weights = _slices(weight.to(v_type), SLICE)
         if S % BLOCK_N != 0:
             rows = _slices(row[:, :, None], SLICE)
@@ -426,7 +421,7 @@ def _decode_kernel(
                 if V_MASKED:
                     o = tl.dot(masked(v_words, stream, V_BITS, False, ASSEMBLY), weights[i], acc[stream])
                 else:
-                    v = unpack(v_words, v_step, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
+                    v = unpack(v_words, None, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
                     o = tl.dot(v, weights[i], acc[stream])
                 new_acc = new_acc + (o,)
             acc = new_acc

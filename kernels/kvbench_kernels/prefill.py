@@ -53,12 +53,7 @@ def _stack(tiles, N: tl.constexpr, W: tl.constexpr):
     if COUNT == 1:
         return tl.reshape(tiles[0], [N, 1, W])
     else:
-        even = ()
-        odd = ()
-        for i in tl.static_range(COUNT // 2):
-            even = even + (tiles[2 * i],)
-            odd = odd + (tiles[2 * i + 1],)
-        pair = tl.join(_stack(even, N, W), _stack(odd, N, W))  # [N, COUNT / 2, W, 2]
+        pair = tl.join(_stack(tiles[0::2], N, W), _stack(tiles[1::2], N, W))  # [N, COUNT / 2, W, 2]
         return tl.reshape(tl.permute(pair, (0, 1, 3, 2)), [N, COUNT, W])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from kvbench.measured import Measured
 from kvbench.report.compare import DEFAULT_MARGIN, Comparison, compare, shown_difference, shown_verdict
@@ -78,14 +78,8 @@ def check(
         for old in against.cells
         if not old.control and (old.model, old.scheme, old.task) not in there
     ]
-    if "missing" in fail_on:
-        failed += missing
-    else:
-        skipped += missing
-    if "skipped" in fail_on:
-        failed += [f"{line} (skipped)" for line in skipped]
     compared = sum(row.verdict not in ("INVALID", None) for row in found.rows)
-    return Check(failed, skipped, [*moved_machine, *found.notes], compared)
+    return _counted(Check(failed, skipped, [*moved_machine, *found.notes], compared), missing, fail_on)
 
 
 def check_times(
@@ -110,18 +104,23 @@ def check_times(
             failed.append(f"{name}: {times} (× {row.ratio:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]): SLOWER")
     here = {same_timing(row) for row in timings.rows}
     missing = [f"{timing_name(row)}: no time here" for row in against.rows if same_timing(row) not in here]
-    if "missing" in fail_on:
-        failed += missing
-    else:
-        skipped += missing
-    if "skipped" in fail_on:
-        failed += [f"{line} (skipped)" for line in skipped]
     compared = sum(row.ratio is not None for row in rows)
     notes = [
         f"{compared} kernel times: SLOWER where the whole interval of the ratio is above {1 + limit:g}; "
         "it knows the spread within one run alone"
     ]
-    return Check(failed, skipped, notes if compared else [], compared)
+    return _counted(Check(failed, skipped, notes if compared else [], compared), missing, fail_on)
+
+
+def _counted(found: Check, missing: list[str], fail_on: Collection[str]) -> Check:
+    """With what is missing, as a failure or as skipped; and what was skipped as a failure too, where it is to fail."""
+    if "missing" in fail_on:
+        found = replace(found, failed=found.failed + missing)
+    else:
+        found = replace(found, skipped=found.skipped + missing)
+    if "skipped" in fail_on:
+        found = replace(found, failed=[*found.failed, *(f"{line} (skipped)" for line in found.skipped)])
+    return found
 
 
 def _moved(row: Comparison) -> float:
