@@ -152,6 +152,12 @@ class Record:
         """Whether a kernel was timed here, and no model measured; the facts are its row."""
         return "kernel" in self.identity
 
+    @property
+    def throughput(self) -> bool:
+        """Whether its scores are speeds, which it timed apart from the rest of the cell."""
+        task = self.identity.get("task")
+        return isinstance(task, dict) and task.get("task") == "throughput"
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; numbers that JSON lacks are the strings "inf", "-inf" and "nan"."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}

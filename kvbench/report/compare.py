@@ -125,6 +125,7 @@ def compare(
     pairs = list(_pairs(measured, other or measured, None if like_for_like else scheme))
     found: list[Comparison | _Paired] = []
     notes: dict[str, None] = dict.fromkeys([*measured.problems, *(other.problems if other else [])])
+    absent: dict[str, dict[str, None]] = {}  # a reason, and the metrics that it keeps from being compared
     canaries = [cell for cell in measured.cells if cell.dtype == "canary"]
     for cell, base, wrong in pairs:
         floor = next((canary for canary in canaries if base and canary.key == base.key), None)
@@ -132,9 +133,10 @@ def compare(
             if not wrong and metric in cell.absent and base and metric in base.absent:
                 if cell.dtype == "again" and base.values.get(metric):
                     found.append(_moved(cell, base, metric))
-                notes[f"not compared: {cell.task} {metric}: {cell.absent[metric]}"] = None
+                absent.setdefault(cell.absent[metric], {})[f"{cell.task} {metric}"] = None
                 continue
             found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen)))
+    notes |= dict.fromkeys(f"not compared, {reason}: {', '.join(what)}" for reason, what in absent.items())
     notes |= dict.fromkeys(_margin_notes(measured, other, chosen))
     rows = judge(found)
     # between two runs like for like no A/A cell is a row, but what moves by chance is the first's all the same
@@ -497,7 +499,8 @@ def summary(measured: Measured, found: Comparisons, other: Measured | None = Non
     counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     cells = [*measured.cells, *(other.cells if other else [])]
     environments = {cell.environment for cell in cells}
-    lines = [f"{len(found.family)} comparisons (Holm over all): {counted}", *control_notes(measured, found, other)]
+    tested = f"{len(found.family)} comparisons (Holm over all): {counted}" if counted else "no comparisons"
+    lines = [tested, *control_notes(measured, found, other)]
     floors = dict.fromkeys(
         (row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == FLOOR_VERDICT
     )

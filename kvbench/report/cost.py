@@ -48,11 +48,14 @@ def cost_table(title: str, records: Sequence[Record]) -> Table | None:
         ]
         rows.append([dtype, rotation, *row])
     odd = [f"{record.cell}: {record.facts['kv_bytes']}" for record in done if "kv_bytes" in record.facts]
-    return Table(f"{title} · cost", headers, rows, odd, [NOTE])
+    notes = [NOTE]
+    if any(record.throughput for record in done):
+        notes.append("tokens/s here are without throughput's: it has columns of its own above")
+    return Table(f"{title} · cost", headers, rows, odd, notes)
 
 
 def _rate(cells: Sequence[Record], what: str) -> str:
-    """Tokens per second over all cells that measured them."""
-    timed = [record.timings for record in cells if record.timings.get(f"{what}_seconds")]
+    """Tokens per second over all cells that measured them. Those of throughput began with a run that compiles."""
+    timed = [one.timings for one in cells if one.timings.get(f"{what}_seconds") and not one.throughput]
     seconds = sum(timings[f"{what}_seconds"] for timings in timed)
     return f"{sum(timings[f'{what}_tokens'] for timings in timed) / seconds:.0f}" if timed else "-"

@@ -169,14 +169,18 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
         if one.task == "throughput"
     )
     assert table.title.startswith("tiny (random weights) · ")
-    assert [header.lines[1] for header in table.headers[5:]] == ["prefill (tokens/s)", "decode (tokens/s)"]
+    gpu = torch.cuda.is_available()
+    memory = ["memory_holds (tokens)", "longest_context (tokens)"] if gpu else []
+    assert [header.lines[1] for header in table.headers[5:]] == ["prefill (tokens/s)", "decode (tokens/s)", *memory]
     assert [row[0] for row in table.rows] == ["fp16", "again", "int4_per_token_head"]
     [noise] = noise_floor(compare(read(tmp_path / "run")))
     rates = {one.dtype: {metric.name: metric.value for metric in one.metrics} for one in records if one.metrics}
     moved = 100 * (rates["again"]["decode"] / rates["fp16"]["decode"] - 1)
     assert f"throughput decode {'−' if moved < 0 else '+'}{abs(moved):.2f} %" in noise
     options = [one.identity["task"] for one in records if one.task == "throughput"]
-    assert {(one["device"], one["attention"], one["page_size"]) for one in options} == {("cpu", "auto", 16)}
+    assert {(one["device"], one["attention"], one["page_size"]) for one in options} == {
+        (torch.cuda.get_device_name() if gpu else "cpu", "auto", 16)
+    }
     assert all("page_size" not in one.identity["task"] for one in records if one.task == "needle")
 
 
