@@ -201,6 +201,15 @@ class Store:
         self.cells = folder / "cells"
         self.baselines = folder / "baseline"
 
+    @property
+    def foreign(self) -> str:
+        """Why this is no place for a run: it is a file, or a folder with other things alone; else empty."""
+        if self.folder.exists() and not self.folder.is_dir():
+            return "is a file"
+        own = {"cells", "run.json", ".lock"}
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        return "holds other files and no run" if names and not names & own else ""
+
     # ---- reading
 
     def load(self) -> Contents:

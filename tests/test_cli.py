@@ -471,6 +471,36 @@ def test_bad_input_is_one_message(kvbench, toy, tmp_path, changes, options, code
     assert not (tmp_path / "results/toys/cells").exists()
 
 
+def test_a_gpu_is_named_once(kvbench, toy, tmp_path):
+    """
+    Two processes on one GPU would share its memory and its time, so `--devices 0,0` is refused before anything is read.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+
+    error = one_error(kvbench("sweep", config, "--devices", "1,0,0"), 2)
+
+    assert "--devices 1,0,0: GPU 0 stands twice" in error
+    assert "name each once" in error
+
+
+def test_a_run_goes_where_a_run_may_be(kvbench, toy, tmp_path):
+    """
+    plan, sweep and kernel refuse a file, and a folder that holds other things; a run folder and an empty one they take.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.tex").write_text("")
+    (tmp_path / "empty").mkdir()
+
+    for place, what in (("file", "is a file"), ("others", "holds other files and no run")):
+        for verb in (["plan", config], ["sweep", config], ["kernel", "--dtype", "int2"]):
+            assert f"{place} {what}; --output takes a run folder" in one_error(kvbench(*verb, "--output", place), 2)
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["thesis.tex"]
+    assert kvbench("sweep", config, "--output", "empty").exit_code == 0
+    assert kvbench("plan", config, "--output", "empty").exit_code == 0
+
+
 def test_a_failed_cell_is_3_and_a_living_canary_1(kvbench, toy, tmp_path, monkeypatch):
     """
     The exit code of a sweep says whether its numbers can be used.
@@ -561,8 +591,18 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
         (["--prefix", "4k"], 2, "error: --prefix is of a prefill"),
         (["nowhere.yaml"], 2, "error: nowhere.yaml: No such file or directory"),
         ([str(ROOT / "README.md")], 2, f"error: {ROOT / 'README.md'} is no YAML"),
-        ([str(ROOT / "configs/kernels.yaml"), "--dtype", "int4"], 2, "error: the file states the grids"),
+        ([str(ROOT / "configs/kernels.yaml"), "--dtype", "int4"], 2, f"error: {ROOT / 'configs/kernels.yaml'} states"),
         (["--model", str(ROOT / "README.md")], 2, f"error: {ROOT / 'README.md'} is no JSON"),
+        (
+            [str(ROOT / "configs/kernels.yaml"), "--head-dim", "64", "--no-peers"],
+            2,
+            f"error: {ROOT / 'configs/kernels.yaml'} states the grids: leave out --head-dim, --peers",
+        ),
+        (["--model", str(ROOT), "--heads", "8/2"], 2, "error: --model states the heads: leave out --heads"),
+        (["--heads", "0/0"], 2, "error: heads, head_dim and page size are at least 1, not query_heads 0, kv_heads 0"),
+        (["--op", "prefill", "--prefix", "1k,2k"], 2, "error: --prefix is one number, such as 28k, not '1k,2k'"),
+        (["--dtype", "fp16", "--dtype", "auto"], 2, "error: auto needs a GPU: Triton's interpreter computes bf16"),
+        (["--dtype", "int2", "--head-dim", "100"], 2, "error: head_dim 100 does not fit int2_per_token_head"),
     ],
 )
 def test_bad_kernel_options_are_one_line(kvbench, arguments, code, message):

@@ -75,7 +75,10 @@ def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned
     cells = choose(every, options.only, options.skip)
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")
-    return Planned(sweep, every, cells, Store(options.output or Path("results") / sweep.name))
+    store = Store(options.output or Path("results") / sweep.name)
+    if store.foreign:
+        raise ConfigError(f"{store.folder} {store.foreign}; --output takes a run folder, or a new one")
+    return Planned(sweep, every, cells, store)
 
 
 def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
@@ -126,12 +129,11 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     contents = store.load()
     _check_margin(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
-    lacking = absent + missing_data(todo) + _missing_devices(options.devices)
+    lacking = absent + missing_data(todo)
     if lacking:
-        hint = "  --skip task=NAME or --skip model=NAME runs the rest"
-        raise UnusableError(
-            "\n".join(["this machine lacks what the sweep needs", *(f"  {line}" for line in lacking), hint])
-        )
+        lacking.append("--skip task=NAME or --skip model=NAME runs the rest")
+    if lacking := _missing_devices(options.devices) + lacking:
+        raise UnusableError("\n  ".join(["this machine lacks what the sweep needs", *lacking]))
     if options.fresh:
         store.remove(None if len(cells) == len(planned.every) else [cell.name for cell in cells])
         contents = store.load()
@@ -184,7 +186,12 @@ def _missing_devices(devices: Sequence[str]) -> list[str]:
     import torch
 
     count = torch.cuda.device_count() if any(one != "cpu" for one in devices) else 0
-    return [f"GPU {one}: there are {count} here" for one in devices if one != "cpu" and int(one) >= count]
+    here = "no GPU" if count == 0 else "GPU 0 alone" if count == 1 else f"GPUs 0 to {count - 1}"
+    return [
+        f"GPU {one}: this machine has {here}; name others with --devices, or leave it out"
+        for one in devices
+        if one != "cpu" and int(one) >= count
+    ]
 
 
 def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list[Cell]:
