@@ -522,6 +522,55 @@ def test_nothing_to_report_is_5_and_no_folder_2(kvbench, tmp_path):
     assert "no folder absent" in one_error(kvbench("report", "absent"), 2)
 
 
+def test_a_lost_run_json_is_no_verdict(kvbench, toy, tmp_path):
+    """
+    Without run.json nobody knows the baseline: no cell is compared with itself, and the report says why it judges none.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    assert kvbench("check", "results/toys", "--write", "base.json").exit_code == 0
+    (tmp_path / "results/toys/run.json").write_text("{")
+
+    assert "names no baseline" in one_error(kvbench("compare", "results/toys"), 5)
+    assert "no verdicts: run.json is missing or broken" in kvbench("report", "results/toys").stdout
+    assert "int8_per_token_head" in kvbench("compare", "results/toys", "--baseline", "fp16").stdout
+    assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "base.json").stdout
+    assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "results/toys").stdout
+
+
+def test_a_broken_record_is_named(kvbench, toy, tmp_path):
+    """
+    A record cut short costs its cell alone: report and compare go on and name it, show says what is wrong with it.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    (cell,) = Path("results/toys/cells").glob("toy-int8*")
+    (cell / "record.json").write_text((cell / "record.json").read_text()[:200])
+
+    for verb in ("report", "compare"):
+        assert f"{cell.name}: not a whole record" in kvbench(verb, "results/toys").stdout
+    assert f"{cell.name}: not a whole record" in one_error(kvbench("show", cell), 5)
+    for record in Path("results/toys/cells").glob("*/record.json"):
+        record.write_text("")
+    assert "has no finished cell; results/toys/cells/" in one_error(kvbench("report", "results/toys"), 5)
+
+
+def test_kernels_alone_are_no_scores(kvbench, toy, tmp_path):
+    """
+    A run folder of untimed kernels has nothing to compare, keep or show, and the message says so, on either side.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    small = ("--heads", "2/1", "--head-dim", "64", "--page-size", "16")
+    assert kvbench("kernel", "--dtype", "fp16", *small, "--output", "kernels").exit_code == 0
+    (cell,) = Path("kernels/cells").iterdir()
+
+    for folders in (["kernels"], ["results/toys", "kernels"], ["kernels", "results/toys"]):
+        assert "kernels holds no cell of a model" in one_error(kvbench("compare", *folders), 5)
+    assert "holds kernel times alone" in one_error(kvbench("check", "kernels", "--write", "base.json"), 5)
+    assert "is of a kernel, which reads no documents" in one_error(kvbench("show", cell), 5)
+
+
 @pytest.mark.parametrize("what", ["dtypes", "rotations", "models", "tasks"])
 def test_lists_are_tables_and_json(kvbench, what):
     """
