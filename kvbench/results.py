@@ -177,6 +177,11 @@ class Record:
         return cls(**{**row, "metrics": metrics})
 
 
+def kernel_task(row: Mapping[str, Any]) -> str:
+    """What a kernel's row timed, `decode 32×8192` (sequences × tokens of each), or `write 64` (tokens)."""
+    return f"{row['op']} {row['batch']}" + (f"×{row['context']}" if row.get("context") else "")
+
+
 class NotARunError(ValueError):
     """A folder that holds no run."""
 
