@@ -501,6 +501,20 @@ def test_a_run_goes_where_a_run_may_be(kvbench, toy, tmp_path):
     assert kvbench("plan", config, "--output", "empty").exit_code == 0
 
 
+def test_a_run_folder_is_of_one_sweep(kvbench, toy, tmp_path):
+    """
+    Another sweep's run is not written over; by its name its cells can be added to, and --fresh starts over.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    other = ("sweep", config, "--set", "name=other", "--output", "results/toys")
+
+    assert "is a run of the sweep 'toys', and this is 'other'" in one_error(kvbench(*other), 2)
+    assert Store(Path("results/toys")).run()["sweep"] == "toys"
+    assert kvbench(*other, "--set", "name=toys", "--set", "dtypes=[int4]").exit_code == 0
+    assert kvbench(*other, "--fresh").exit_code == 0
+
+
 def test_a_failed_cell_is_3_and_a_living_canary_1(kvbench, toy, tmp_path, monkeypatch):
     """
     The exit code of a sweep says whether its numbers can be used.

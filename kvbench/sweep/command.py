@@ -127,7 +127,7 @@ def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
 def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
-    _check_margin(planned, contents, options.fresh)
+    _check_run(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
     lacking = absent + missing_data(todo)
     if lacking:
@@ -159,12 +159,19 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     return _conclude(planned, display)
 
 
-def _check_margin(planned: Planned, contents: Contents, fresh: bool) -> None:
-    """Raises ConfigError where records stay that were measured under another margin: it is fixed before them."""
+def _check_run(planned: Planned, contents: Contents, fresh: bool) -> None:
+    """Raises ConfigError where records stay of another sweep, or of another margin, which is fixed before them."""
     if fresh and len(planned.cells) == len(planned.every):
         return
-    fixed, wanted = planned.store.run().get("config", {}).get("margin"), planned.sweep.margin
+    run = planned.store.run()
     stays = contents.records.keys() - {cell.name for cell in planned.cells if fresh}
+    named, name = run.get("sweep"), planned.sweep.name
+    if stays and named and named != name:
+        raise ConfigError(
+            f"{planned.store.folder} is a run of the sweep '{named}', and this is '{name}': take another --output, or "
+            f"add to that run with --set name={named}"
+        )
+    fixed, wanted = run.get("config", {}).get("margin"), planned.sweep.margin
     if stays and fixed and parse_margin(fixed) != parse_margin(wanted):
         raise ConfigError(
             f"margin {wanted}: {planned.store.folder} was measured under margin {fixed}, fixed before its first cell; "
