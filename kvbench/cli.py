@@ -244,7 +244,9 @@ def compare(
             return
         first, second = measured.read(folder), measured.read(other) if other else None
         if empty := next((one for one in (first, second) if one and not one.cells), None):
-            raise NotARunError(f"nothing to compare: {empty.path} holds no cell of a model, and no time of a kernel")
+            raise NotARunError(
+                f"nothing to compare: {empty.path} holds no cell of a model; times are compared with times"
+            )
         scheme = comparing.find_scheme(first.schemes, baseline, first.baseline) if baseline else None
         found = comparing.compare(first, second, baseline=scheme, margin=margin)
     except NotARunError as error:
