@@ -243,6 +243,10 @@ def compare(
                 raise typer.Exit(NOTHING_TO_COMPARE)
             return
         first, second = measured.read(folder), measured.read(other) if other else None
+        if empty := next((one for one in (first, second) if one and not one.cells), None):
+            raise NotARunError(
+                f"nothing to compare: {empty.path} holds no cell of a model; times are compared with times"
+            )
         scheme = comparing.find_scheme(first.schemes, baseline, first.baseline) if baseline else None
         found = comparing.compare(first, second, baseline=scheme, margin=margin)
     except NotARunError as error:
@@ -305,7 +309,7 @@ def check(
     """
     from kvbench import measured
     from kvbench.report import gate, timings
-    from kvbench.results import NotARunError
+    from kvbench.results import NotARunError, Store
 
     unknown = set(fail_on or ()) - set(gate.FAILURES)
     if (against is None) == (write is None):
@@ -315,7 +319,7 @@ def check(
     try:
         here = measured.read(folder)
         if write:
-            _keep(here, write, bool(timings.find(folder).rows))
+            _keep(here, write, any(record.kernel for record in Store(folder).load().records.values()))
             return
         assert against is not None
         before, wanted = measured.read(against), fail_on or gate.DEFAULT_FAILURES
@@ -384,6 +388,7 @@ def show(
 
 @app.command()
 def kernel(
+    ctx: typer.Context,
     config: Annotated[
         Path | None,
         typer.Argument(metavar="[CONFIG]", help="Grids from a YAML file, instead of options.", show_default=False),
@@ -437,16 +442,22 @@ def kernel(
 
     try:
         gpu = torch.cuda.is_available()
+        if output and (foreign := Store(output).foreign):
+            raise ValueError(f"{output} {foreign}; --output takes a run folder, or a new one")
         if config:
-            if dtype or rotation or model or prefix:
-                raise ValueError("the file states the grids: leave out --dtype, --rotation, --model and --prefix")
+            _refuse(ctx, KERNEL_GRID, f"{config} states the grids")
             requests = load_requests(config)
         else:
+            if model:
+                _refuse(ctx, ("heads", "head_dim"), "--model states the heads")
             if prefix and op.value not in ("prefill", "mixed"):
                 raise ValueError("--prefix is of a prefill: add --op prefill or --op mixed")
             query_heads, _, kv_heads = heads.partition("/")
             if not (query_heads.isdigit() and kv_heads.isdigit()):
                 raise ValueError(f"heads are QUERY/KV, such as 32/8, not '{heads}'")
+            cached = parse_grid(prefix) if prefix else (0,)
+            if len(cached) > 1:
+                raise ValueError(f"--prefix is one number, such as 28k, not '{prefix}'")
             given = Shape(int(query_heads), int(kv_heads), head_dim, page_size)
             requests = [
                 KernelRequest(
@@ -457,10 +468,12 @@ def kernel(
                     batches=parse_grid(batch),
                     contexts=parse_grid(context),
                     shape=shape_of_model(model, page_size) if model else given,
-                    prefix=parse_grid(prefix)[0] if prefix else 0,
+                    prefix=cached[0],
                     peers=peers,
                 )
             ]
+        for request in requests:
+            request.check(gpu)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error, BAD_INPUT)
     except ValueError as error:
@@ -477,6 +490,10 @@ def kernel(
             done = [run(request, keep) for request in requests]
     except BlockingIOError:
         fail(f"another process is writing to {output}", UNUSABLE)
+    except OSError as error:
+        if not output:
+            raise
+        fail(f"cannot write to {output}: {error.strerror or error}", UNUSABLE)
     except ValueError as error:
         fail(error, BAD_INPUT)
     rows = [row for timings in done for row in timings.rows]
@@ -488,6 +505,30 @@ def kernel(
         print(output, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
     if not all(timings.passed for timings in done):
         raise typer.Exit(GATE_FAILED)
+
+
+# what a file of grids states by itself
+KERNEL_GRID = (
+    "dtype",
+    "rotation",
+    "op",
+    "batch",
+    "context",
+    "prefix",
+    "heads",
+    "head_dim",
+    "page_size",
+    "model",
+    "peers",
+)
+
+
+def _refuse(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises ValueError where one of these options was given: it would be ignored."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    given = [f"--{name.replace('_', '-')}" for name, one in sources.items() if one and one.name != "DEFAULT"]
+    if given:
+        raise ValueError(f"{why}: leave out {', '.join(given)}")
 
 
 def _progress(row: dict[str, Any]) -> str:
@@ -621,6 +662,9 @@ def _options(
     names = [name.strip() for name in devices.split(",")] if devices is not None else []
     if wrong := [name for name in names if not (name.isdecimal() or name == "cpu")]:
         fail(f"--devices {devices}: '{wrong[0]}' is neither a GPU's number nor cpu; write 0,1", BAD_INPUT)
+    gpus = [int(name) for name in names if name != "cpu"]
+    if twice := [gpu for gpu in gpus if gpus.count(gpu) > 1]:
+        fail(f"--devices {devices}: GPU {twice[0]} stands twice, and a GPU has one process; name each once", BAD_INPUT)
     return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names)
 
 

@@ -183,6 +183,11 @@ class Record:
         return cls(**{**row, "metrics": metrics})
 
 
+def kernel_task(row: Mapping[str, Any]) -> str:
+    """What a kernel's row timed, `decode 32×8192` (sequences × tokens of each), or `write 64` (tokens)."""
+    return f"{row['op']} {row['batch']}" + (f"×{row['context']}" if row.get("context") else "")
+
+
 class NotARunError(ValueError):
     """A folder that holds no run."""
 
@@ -206,6 +211,15 @@ class Store:
         self.folder = folder
         self.cells = folder / "cells"
         self.baselines = folder / "baseline"
+
+    @property
+    def foreign(self) -> str:
+        """Why this is no place for a run: it is a file, or a folder with other things alone; else empty."""
+        if self.folder.exists() and not self.folder.is_dir():
+            return "is a file"
+        own = {"cells", "run.json", ".lock"}
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        return "holds other files and no run" if names and not names & own else ""
 
     # ---- reading
 

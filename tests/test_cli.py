@@ -471,6 +471,50 @@ def test_bad_input_is_one_message(kvbench, toy, tmp_path, changes, options, code
     assert not (tmp_path / "results/toys/cells").exists()
 
 
+def test_a_gpu_is_named_once(kvbench, toy, tmp_path):
+    """
+    Two processes on one GPU would share its memory and its time, so `--devices 0,0` is refused before anything is read.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+
+    error = one_error(kvbench("sweep", config, "--devices", "1,0,0"), 2)
+
+    assert "--devices 1,0,0: GPU 0 stands twice" in error
+    assert "name each once" in error
+
+
+def test_a_run_goes_where_a_run_may_be(kvbench, toy, tmp_path):
+    """
+    plan, sweep and kernel refuse a file, and a folder that holds other things; a run folder and an empty one they take.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.tex").write_text("")
+    (tmp_path / "empty").mkdir()
+
+    for place, what in (("file", "is a file"), ("others", "holds other files and no run")):
+        for verb in (["plan", config], ["sweep", config], ["kernel", "--dtype", "int2"]):
+            assert f"{place} {what}; --output takes a run folder" in one_error(kvbench(*verb, "--output", place), 2)
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["thesis.tex"]
+    assert kvbench("sweep", config, "--output", "empty").exit_code == 0
+    assert kvbench("plan", config, "--output", "empty").exit_code == 0
+
+
+def test_a_run_folder_is_of_one_sweep(kvbench, toy, tmp_path):
+    """
+    Another sweep's run is not written over; by its name its cells can be added to, and --fresh starts over.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    other = ("sweep", config, "--set", "name=other", "--output", "results/toys")
+
+    assert "is a run of the sweep 'toys', and this is 'other'" in one_error(kvbench(*other), 2)
+    assert Store(Path("results/toys")).run()["sweep"] == "toys"
+    assert kvbench(*other, "--set", "name=toys", "--set", "dtypes=[int4]").exit_code == 0
+    assert kvbench(*other, "--fresh").exit_code == 0
+
+
 def test_a_failed_cell_is_3_and_a_living_canary_1(kvbench, toy, tmp_path, monkeypatch):
     """
     The exit code of a sweep says whether its numbers can be used.
@@ -490,6 +534,55 @@ def test_nothing_to_report_is_5_and_no_folder_2(kvbench, tmp_path):
 
     assert "is no run folder" in one_error(kvbench("report", "empty"), 5)
     assert "no folder absent" in one_error(kvbench("report", "absent"), 2)
+
+
+def test_a_lost_run_json_is_no_verdict(kvbench, toy, tmp_path):
+    """
+    Without run.json nobody knows the baseline: no cell is compared with itself, and the report says why it judges none.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    assert kvbench("check", "results/toys", "--write", "base.json").exit_code == 0
+    (tmp_path / "results/toys/run.json").write_text("{")
+
+    assert "names no baseline" in one_error(kvbench("compare", "results/toys"), 5)
+    assert "no verdicts: run.json is missing or broken" in kvbench("report", "results/toys").stdout
+    assert "int8_per_token_head" in kvbench("compare", "results/toys", "--baseline", "fp16").stdout
+    assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "base.json").stdout
+    assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "results/toys").stdout
+
+
+def test_a_broken_record_is_named(kvbench, toy, tmp_path):
+    """
+    A record cut short costs its cell alone: report and compare go on and name it, show says what is wrong with it.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    (cell,) = Path("results/toys/cells").glob("toy-int8*")
+    (cell / "record.json").write_text((cell / "record.json").read_text()[:200])
+
+    for verb in ("report", "compare"):
+        assert f"{cell.name}: not a whole record" in kvbench(verb, "results/toys").stdout
+    assert f"{cell.name}: not a whole record" in one_error(kvbench("show", cell), 5)
+    for record in Path("results/toys/cells").glob("*/record.json"):
+        record.write_text("")
+    assert "has no finished cell; results/toys/cells/" in one_error(kvbench("report", "results/toys"), 5)
+
+
+def test_kernels_alone_are_no_scores(kvbench, toy, tmp_path):
+    """
+    A run folder of untimed kernels has nothing to compare, keep or show, and the message says so, on either side.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+    small = ("--heads", "2/1", "--head-dim", "64", "--page-size", "16")
+    assert kvbench("kernel", "--dtype", "fp16", *small, "--output", "kernels").exit_code == 0
+    (cell,) = Path("kernels/cells").iterdir()
+
+    for folders in (["kernels"], ["results/toys", "kernels"], ["kernels", "results/toys"]):
+        assert "kernels holds no cell of a model" in one_error(kvbench("compare", *folders), 5)
+    assert "holds kernel times alone" in one_error(kvbench("check", "kernels", "--write", "base.json"), 5)
+    assert "is of a kernel, which reads no documents" in one_error(kvbench("show", cell), 5)
 
 
 @pytest.mark.parametrize("what", ["dtypes", "rotations", "models", "tasks"])
@@ -561,8 +654,18 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
         (["--prefix", "4k"], 2, "error: --prefix is of a prefill"),
         (["nowhere.yaml"], 2, "error: nowhere.yaml: No such file or directory"),
         ([str(ROOT / "README.md")], 2, f"error: {ROOT / 'README.md'} is no YAML"),
-        ([str(ROOT / "configs/kernels.yaml"), "--dtype", "int4"], 2, "error: the file states the grids"),
+        ([str(ROOT / "configs/kernels.yaml"), "--dtype", "int4"], 2, f"error: {ROOT / 'configs/kernels.yaml'} states"),
         (["--model", str(ROOT / "README.md")], 2, f"error: {ROOT / 'README.md'} is no JSON"),
+        (
+            [str(ROOT / "configs/kernels.yaml"), "--head-dim", "64", "--no-peers"],
+            2,
+            f"error: {ROOT / 'configs/kernels.yaml'} states the grids: leave out --head-dim, --peers",
+        ),
+        (["--model", str(ROOT), "--heads", "8/2"], 2, "error: --model states the heads: leave out --heads"),
+        (["--heads", "0/0"], 2, "error: heads, head_dim and page size are at least 1, not query_heads 0, kv_heads 0"),
+        (["--op", "prefill", "--prefix", "1k,2k"], 2, "error: --prefix is one number, such as 28k, not '1k,2k'"),
+        (["--dtype", "fp16", "--dtype", "auto"], 2, "error: auto needs a GPU: Triton's interpreter computes bf16"),
+        (["--dtype", "int2", "--head-dim", "100"], 2, "error: head_dim 100 does not fit int2_per_token_head"),
     ],
 )
 def test_bad_kernel_options_are_one_line(kvbench, arguments, code, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.results import Metric, Record, Store, headline, name_of, shown_metric
+from kvbench.results import Metric, Record, Store, headline, kernel_task, name_of, shown_metric
 
 
 def record(cell: str = "toy-1", status: str = "done", **changes) -> Record:
@@ -290,3 +290,11 @@ def test_results_and_reports_load_without_torch():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert run.stdout == "set()\n"
+
+
+def test_a_kernel_s_size_is_spelled_in_one_place():
+    """
+    Sequences × tokens of each; a write has tokens alone.
+    """
+    assert kernel_task({"op": "decode", "batch": 32, "context": 8192}) == "decode 32×8192"
+    assert kernel_task({"op": "write", "batch": 64, "context": None}) == "write 64"

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from kvbench.measured import Cell, Measured, Series, comparable, paired
 from kvbench.registry import find_name
-from kvbench.results import shown_number
+from kvbench.results import NotARunError, shown_number
 from kvbench.stats import (
     ALPHA,
     Difference,
@@ -118,7 +118,15 @@ def compare(
 
     baseline: another scheme to compare with; then the cells of `other` are compared with that of `measured`.
     margin: in place of the one that the sweep fixed.
+
+    Raises:
+        NotARunError: no baseline is given, and the run folder names none: its cells would be compared with themselves.
     """
+    if other is None and not (baseline or measured.baseline):
+        raise NotARunError(
+            f"{measured.path} names no baseline: its run.json is missing or broken. Give --baseline DTYPE, or start "
+            "the sweep again, which writes it"
+        )
     chosen = margin or measured.margin or DEFAULT_MARGIN
     like_for_like = other is not None and baseline is None
     scheme = baseline or measured.baseline
@@ -140,7 +148,10 @@ def compare(
     notes |= dict.fromkeys(_margin_notes(measured, other, chosen))
     rows = judge(found)
     # between two runs like for like no A/A cell is a row, but what moves by chance is the first's all the same
-    again = [row for row in (compare(measured, margin=chosen).rows if like_for_like else rows) if row.again]
+    noise = rows
+    if like_for_like:
+        noise = compare(measured, margin=chosen).rows if measured.baseline else []
+    again = [row for row in noise if row.again]
     return Comparisons(rows, again, chosen, list(notes))
 
 

@@ -52,7 +52,7 @@ def flips(path: Path) -> Flips:
     measured = read(folder.parents[1])
     cell = next((one for one in measured.cells if one.name == folder.name), None)
     if cell is None:
-        raise NotARunError(f"{path} has no measurement: its record.json says why it failed")
+        raise NotARunError(_absence(Store(measured.path), folder.name))
     base = _baseline(measured, cell)
     store = Store(measured.path)
     here, there = _answers(store, cell), _answers(store, base)
@@ -69,6 +69,15 @@ def flips(path: Path) -> Flips:
     return Flips(
         f"{cell.model} · {cell.task} · {names[0]} against {names[1]}: {counts or 'no metric of single answers'}", rows
     )
+
+
+def _absence(store: Store, cell: str) -> str:
+    """Why a cell has no documents to list."""
+    contents = store.load()
+    record = contents.records.get(cell)
+    if record is None:
+        return next(line for line in contents.problems if f"/{cell}: " in line)
+    return f"{cell} " + ("is of a kernel, which reads no documents" if record.kernel else f"failed: {record.error}")
 
 
 def _baseline(measured: Measured, cell: Cell) -> Cell:

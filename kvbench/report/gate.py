@@ -48,7 +48,8 @@ def check(
     always.
     """
     found = compare(against, measured, margin=margin or against.margin)
-    floor = {(row.model, row.task, row.metric): _moved(row) for row in compare(measured).rows if row.again}
+    own = compare(measured).rows if measured.baseline else []
+    floor = {(row.model, row.task, row.metric): _moved(row) for row in own if row.again}
     failed = []
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)
     broken = {(one.name, metric) for one in measured.cells for metric in one.absent}

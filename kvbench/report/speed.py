@@ -12,7 +12,6 @@ from kvbench.results import Record
 
 NOT_RUN = "- (not run)"
 SAME_DTYPE = ("same_dtype_speedup", "same_dtype_peer", "same_dtype_us")  # older records have none
-SHAPE = ("query_heads", "kv_heads", "head_dim", "page_size")
 
 
 def kernel_tables(records: Sequence[Record]) -> list[Table]:

@@ -72,7 +72,9 @@ class Report:
             other = cls.read(kernels)
             return replace(found, kernels=found.kernels + other.kernels, problems=found.problems + other.problems)
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
+            raise FileNotFoundError(
+                f"{folder} is a file, not a run folder" if folder.exists() else f"no folder {folder}"
+            )
         store = Store(folder)
         if not store.cells.is_dir():
             raise NotARunError(
@@ -80,7 +82,7 @@ class Report:
             )
         contents = store.load()
         if not contents.records:
-            broken = f"; {len(contents.problems)} records cannot be read" if contents.problems else ""
+            broken = f"; {contents.problems[0]}" if contents.problems else ""
             raise NotARunError(f"nothing to report: {folder} has no finished cell{broken}")
         records = list(contents.records.values())
         return cls(folder, records, store.run(), contents.problems, [record for record in records if record.kernel])
@@ -214,7 +216,8 @@ class Report:
         for label, name in columns:
             found = [m for r in records if labels[r.cell] == label for m in r.metrics if m.name == name]
             counts = sorted({metric.n for metric in found})
-            unit = f" ({found[0].unit})" if found[0].unit and found[0].unit != "%" else ""
+            # a perplexity is called one
+            unit = f" ({found[0].unit})" if found[0].unit not in ("", "%", "ppl") else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
             headers.append(Header((label, f"{name}{unit}", size)))
         judged = self._verdict(records) != "-"
@@ -251,7 +254,12 @@ class Report:
         """Lines below all tables: how much is done, the canary, what failed, what cannot be read."""
         counts = {status: sum(record.status == status for record in self.records) for status in ("done", "failed")}
         left = set(self._planned()) - {record.cell for record in self.records}
-        lines = [f"{counts['done']} cells done, {counts['failed']} failed, {len(left)} of the sweep not run"]
+        noun = "cell" if counts["done"] == 1 else "cells"
+        lines = [f"{counts['done']} {noun} done, {counts['failed']} failed, {len(left)} of the sweep not run"]
+        if not self.run.get("baseline") and not all(record.kernel for record in self.records):
+            lines.append(
+                "no verdicts: run.json is missing or broken, which names the baseline; a sweep writes it again"
+            )
         lines += list(self._canary())
         if self._compared:
             cells, found = self._compared
@@ -292,7 +300,9 @@ class Report:
             lines += [f"## {table.title}", ""]
             lines += [line for warning in table.warnings for line in (f"**{warning}**", "")]
             lines.append(
-                "| " + " | ".join(" ".join(header.lines).replace("/ ", "/") for header in table.headers) + " |"
+                "| "
+                + " | ".join(" ".join(filter(None, header.lines)).replace("/ ", "/") for header in table.headers)
+                + " |"
             )
             lines.append("|" + "|".join("---:" if header.numeric else ":---" for header in table.headers) + "|")
             lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvbench.report.compare import DEFAULT_MARGIN, find_scheme
-from kvbench.results import NotARunError, Store
+from kvbench.results import NotARunError, Store, kernel_task
 from kvbench.stats import parse_margin, ratio_of_medians
 
 Verdict = Literal["FASTER", "SLOWER", "SAME", "AMBIGUOUS", "INVALID"]
@@ -138,11 +138,10 @@ def same_timing(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def timing_name(row: dict[str, Any]) -> str:
     """`decode 32×8192 · 32/8 heads × 128 · pages of 64 · int4_per_token_head · none`."""
-    size = f"{row['batch']}×{row['context']}" if row.get("context") else str(row["batch"])
     prefix = f" after {row['prefix']}" if row.get("prefix") else ""
     heads = f"{row.get('query_heads') or '-'}/{row.get('kv_heads') or '-'} heads × {row.get('head_dim') or '-'}"
     pages = f"pages of {row.get('page_size') or '-'}"
-    return " · ".join([f"{row['op']} {size}{prefix}", heads, pages, row["dtype"], row["rotation"]])
+    return " · ".join([f"{kernel_task(row)}{prefix}", heads, pages, row["dtype"], row["rotation"]])
 
 
 def _shape(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -75,7 +75,10 @@ def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned
     cells = choose(every, options.only, options.skip)
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")
-    return Planned(sweep, every, cells, Store(options.output or Path("results") / sweep.name))
+    store = Store(options.output or Path("results") / sweep.name)
+    if store.foreign:
+        raise ConfigError(f"{store.folder} {store.foreign}; --output takes a run folder, or a new one")
+    return Planned(sweep, every, cells, store)
 
 
 def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
@@ -124,14 +127,13 @@ def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
 def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
-    _check_margin(planned, contents, options.fresh)
+    _check_run(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
-    lacking = absent + missing_data(todo) + _missing_devices(options.devices)
+    lacking = absent + missing_data(todo)
     if lacking:
-        hint = "  --skip task=NAME or --skip model=NAME runs the rest"
-        raise UnusableError(
-            "\n".join(["this machine lacks what the sweep needs", *(f"  {line}" for line in lacking), hint])
-        )
+        lacking.append("--skip task=NAME or --skip model=NAME runs the rest")
+    if lacking := _missing_devices(options.devices) + lacking:
+        raise UnusableError("\n  ".join(["this machine lacks what the sweep needs", *lacking]))
     if options.fresh:
         store.remove(None if len(cells) == len(planned.every) else [cell.name for cell in cells])
         contents = store.load()
@@ -157,12 +159,19 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     return _conclude(planned, display)
 
 
-def _check_margin(planned: Planned, contents: Contents, fresh: bool) -> None:
-    """Raises ConfigError where records stay that were measured under another margin: it is fixed before them."""
+def _check_run(planned: Planned, contents: Contents, fresh: bool) -> None:
+    """Raises ConfigError where records stay of another sweep, or of another margin, which is fixed before them."""
     if fresh and len(planned.cells) == len(planned.every):
         return
-    fixed, wanted = planned.store.run().get("config", {}).get("margin"), planned.sweep.margin
+    run = planned.store.run()
     stays = contents.records.keys() - {cell.name for cell in planned.cells if fresh}
+    named, name = run.get("sweep"), planned.sweep.name
+    if stays and named and named != name:
+        raise ConfigError(
+            f"{planned.store.folder} is a run of the sweep '{named}', and this is '{name}': take another --output, or "
+            f"add to that run with --set name={named}"
+        )
+    fixed, wanted = run.get("config", {}).get("margin"), planned.sweep.margin
     if stays and fixed and parse_margin(fixed) != parse_margin(wanted):
         raise ConfigError(
             f"margin {wanted}: {planned.store.folder} was measured under margin {fixed}, fixed before its first cell; "
@@ -184,7 +193,12 @@ def _missing_devices(devices: Sequence[str]) -> list[str]:
     import torch
 
     count = torch.cuda.device_count() if any(one != "cpu" for one in devices) else 0
-    return [f"GPU {one}: there are {count} here" for one in devices if one != "cpu" and int(one) >= count]
+    here = "no GPU" if count == 0 else "GPU 0 alone" if count == 1 else f"GPUs 0 to {count - 1}"
+    return [
+        f"GPU {one}: this machine has {here}; name others with --devices, or leave it out"
+        for one in devices
+        if one != "cpu" and int(one) >= count
+    ]
 
 
 def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list[Cell]:

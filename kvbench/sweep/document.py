@@ -133,7 +133,7 @@ def read_document(text: str, name: str) -> tuple[Document, dict[str, Any]]:
 def syntax_message(text: str, name: str, error: yaml.MarkedYAMLError) -> str:
     """One message for a text that is no YAML."""
     mark = error.problem_mark or error.context_mark
-    problem = error.problem or "not YAML"
+    problem = (error.problem or "not YAML").removeprefix("but ")
     if "\\t" in problem:
         problem = "a tab: YAML is indented with spaces"
     elif error.context and not problem.startswith("could not determine"):
@@ -206,7 +206,8 @@ def apply_setting(data: Any, setting: str) -> Loc:
                 parent[step] = as_mapping(str(loc[depth - 1]), parent[step])
             parent = parent[step]
         else:
-            size = f"; there are {len(parent)} entries" if isinstance(parent, list) else ""
+            count = len(parent) if isinstance(parent, list) else 0
+            size = f"; the list has {count} {'entry' if count == 1 else 'entries'}" if count else ""
             raise ConfigError(f"--set {setting}: there is no {path_text(loc[: depth + 1])}{size}")
     raise AssertionError("the last step returns")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvbench.cache.paged import kv_bytes_per_token
-from kvbench.results import Metric, Record, name_of
+from kvbench.results import Metric, Record, kernel_task, name_of
 from kvbench.schemes import Scheme
 
 IDENTITY_VERSION = 1  # raised when the same row comes to mean another number
@@ -28,8 +28,7 @@ def as_record(row: dict[str, Any], environment: dict[str, Any]) -> tuple[Record,
         "scheme": {"dtype": row["dtype"], "rotation": row["rotation"]},
         "device": device,
     }
-    size = f"{row['batch']}×{row['context']}" if row["context"] else str(row["batch"])
-    task = f"{row['op']} {size}"
+    task = kernel_task(row)
     heads = f"{row['query_heads']}-{row['kv_heads']}x{row['head_dim']}"
     passed = row["gate"] == "ok"
     # queries are bf16, which the interpreter has not

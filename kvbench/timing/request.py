@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 import yaml
+
+from kvbench.schemes import Scheme
 
 Operation = Literal["decode", "prefill", "write", "mixed"]
 
@@ -23,7 +26,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         if min(self.query_heads, self.kv_heads, self.head_dim, self.page_size) < 1:
-            raise ValueError(f"heads, head_dim and page size are at least 1, not {self}")
+            given = ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
+            raise ValueError(f"heads, head_dim and page size are at least 1, not {given}")
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads} query heads are no multiple of {self.kv_heads} KV heads")
 
@@ -59,6 +63,24 @@ class KernelRequest:
                 f"a prefix of {self.prefix} tokens leaves no new ones in a context of {min(self.contexts)}"
             )
 
+    def schemes(self) -> list[Scheme]:
+        """Every dtype × rotation once, as a bf16 model has it.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        parsed = [Scheme.parse(d, r).resolve(torch.bfloat16) for d in self.dtypes for r in self.rotations or (None,)]
+        return list({(one.dtype_name, one.rotation_name): one for one in parsed}.values())
+
+    def check(self, gpu: bool) -> None:
+        """Raises ValueError for what would fail only when its turn comes: a name, a head_dim, bf16 without a GPU."""
+        for scheme in self.schemes():
+            scheme.bits_per_value(self.shape.head_dim)
+            if not gpu and {"bf16", "auto"} & set(scheme.dtype_name.split(":")):
+                raise ValueError(
+                    f"{scheme.dtype_name} needs a GPU: Triton's interpreter computes bf16 wrongly; take fp16"
+                )
+
 
 def parse_grid(text: str) -> tuple[int, ...]:
     """Numbers from `1,8,32`, `8k` (8192) and `1k..32k` (each twice the one before).
@@ -75,7 +97,7 @@ def parse_grid(text: str) -> tuple[int, ...]:
         while value <= ends[-1]:
             grid.append(value)
             value *= 2
-    return tuple(grid)
+    return tuple(dict.fromkeys(grid))
 
 
 def _number(text: str) -> int:

@@ -23,6 +23,7 @@ HEADER = (
     "vs same dtype",
     "rel. error",
 )
+TEXT = 2  # columns, before the numbers
 
 
 def render(timings: Timings, how: str) -> str:
@@ -40,14 +41,18 @@ def render(timings: Timings, how: str) -> str:
         return out.getvalue().rstrip("\n")
     cells = [_cells(row) for row in timings.rows]
     if how == "md":
-        lines = [f"| {' | '.join(line)} |" for line in (HEADER, ["---"] * len(HEADER), *cells)]
+        ruler = [":---"] * TEXT + ["---:"] * (len(HEADER) - TEXT)
+        lines = [f"| {' | '.join(line)} |" for line in (HEADER, ruler, *cells)]
         return "\n".join([_title(timings), "", *lines, "", *_notes(timings)]).rstrip()
     widths = [max(len(line[i]) for line in (HEADER, *cells)) for i in range(len(HEADER))]
     lines = [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        "   ".join(
+            text.ljust(width) if i < TEXT else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in (HEADER, *cells)
     ]
-    return "\n".join([_title(timings), *lines, *_notes(timings)])
+    return "\n".join([_title(timings), lines[0], "─" * len(lines[0]), *lines[1:], *_notes(timings)])
 
 
 def _title(timings: Timings) -> str:

@@ -262,7 +262,7 @@ def test_an_error_names_its_place(refused, text, expected):
     [
         ("sed=5", "--set sed=5: unknown key 'sed': did you mean seed?"),
         ("seed", "--set seed: expected KEY=VALUE, such as tasks[0].limit=50"),
-        ("tasks[3].limit=5", "--set tasks[3].limit=5: there is no tasks[3]; there are 1 entries"),
+        ("tasks[3].limit=5", "--set tasks[3].limit=5: there is no tasks[3]; the list has 1 entry"),
         ("seed.x=5", "--set seed.x=5: expected a whole number, not {'x': 5}"),
         (
             "dtypes[0]=int8_per_token_hed",

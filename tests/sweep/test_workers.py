@@ -225,8 +225,9 @@ def test_a_killed_parent_leaves_no_process(sweep):
 
 def test_a_gpu_that_is_not_here_is_said(tmp_path, toy):
     """
-    Before anything runs, with how many there are.
+    Before anything runs, with those that are, and without the advice to skip a task.
     """
     path = toy.write_config(tmp_path / "toys.yaml")
-    with pytest.raises(command.UnusableError, match=r"GPU 99: there are \d+ here"):
+    with pytest.raises(command.UnusableError, match=r"GPU 99: this machine has .*GPU.*; name others") as raised:
         run_sweep(path, Options(output=tmp_path / "run", devices=["cpu", "99"]), toy.PARTS)
+    assert "--skip" not in str(raised.value)
