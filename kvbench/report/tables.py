@@ -424,7 +424,9 @@ def _machine(record: Record) -> str:
     software = [f"{name} {versions[name]}" for name in ("torch", "transformers", "lm_eval") if versions.get(name)]
     git = environment.get("git") or {}
     revision = f" at {git['revision'][:9]}" if git.get("revision") else ""
-    return ", ".join([str(processor), *software, f"kvbench {environment.get('kvbench')}{revision}"])
+    return ", ".join(
+        [str(processor), *software, f"kvbench {environment.get('kvbench') or 'from a checkout'}{revision}"]
+    )
 
 
 def _limited(limit: int | None) -> str:
