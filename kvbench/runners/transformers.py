@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -302,33 +303,36 @@ class TransformersRunner:
         targets = to_device([token for r in requests for token in r.continuation], torch.int64, self.device)
         values = torch.empty(len(targets), device=self.device)
         likeliest = torch.empty(len(targets), dtype=torch.bool, device=self.device)
-        wanted = _wanted(roots, requests, sequences)
+        wanted = _wanted(roots, requests)
 
         done = 0
         for pieces, hidden in self._prefill(roots, sequences):
-            rows: list[int] = []  # of `hidden`, each once
-            asked: list[tuple[int, int]] = []  # (which of `rows`, which of `targets`)
+            rows: list[int] = []  # of `hidden`, and
+            asked: list[int] = []  # which of `targets` each must predict
             first = 0
             for piece in pieces:
-                of_segment = wanted.get(piece.segment, {})
-                for row in range(len(piece.tokens)) if of_segment else ():
-                    if (found := of_segment.get(piece.start + row)) is not None:
-                        asked += [(len(rows), target) for target in found]
-                        rows.append(first + row)
+                for begin, end, target in wanted.get(piece.segment, ()):
+                    # a segment may take several passes: a range that ends before it begins is empty
+                    low, high = max(begin, piece.start), min(end, piece.start + len(piece.tokens))
+                    rows += range(first + low - piece.start, first + high - piece.start)
+                    asked += range(target + low - begin, target + high - begin)
                 first += len(piece.tokens)
             self._score_rows(hidden, rows, asked, targets, values, likeliest)
             done += sum(len(piece.segment.ending) for piece in pieces if piece.completes)
             if progress is not None and any(piece.completes and piece.segment.ending for piece in pieces):
                 progress(done, len(requests))
-        split = zip(values.cpu().split(counts), likeliest.cpu().split(counts), strict=True)
-        return [Score(logprobs, bool(top.all())) for logprobs, top in split] if requests else []
+        if not requests:
+            return []
+        tops, ends = likeliest.tolist(), accumulate(counts)
+        split = zip(values.cpu().split(counts), counts, ends, strict=True)
+        return [Score(logprobs, all(tops[end - count : end])) for logprobs, count, end in split]
 
     @torch.inference_mode()
     def _score_rows(
         self,
         hidden: Tensor,
         rows: list[int],
-        asked: list[tuple[int, int]],
+        asked: list[int],
         targets: Tensor,
         values: Tensor,
         likeliest: Tensor,
@@ -336,20 +340,19 @@ class TransformersRunner:
         """Log-probabilities of the targets asked for, into `values`, and whether each is the likeliest token."""
         if not rows:
             return
-        row_of, target_of = to_device([x for pair in asked for x in pair], torch.int64, self.device).view(-1, 2).T
-        at = to_device(rows, torch.int64, self.device)
-        begin = 0
-        for low in range(0, len(rows), self._logit_rows):
-            high = min(low + self._logit_rows, len(rows))
-            # `asked` is in the order of its rows
-            end = begin
-            while end < len(asked) and asked[end][0] < high:
-                end += 1
-            log_p = self.log_probs(hidden[at[low:high]])
+        # a row that several ask for is computed once
+        at, row_of = torch.tensor(rows).unique(return_inverse=True)
+        row_of, order = row_of.sort()
+        lows = range(0, len(at), self._logit_rows)
+        bounds = [*torch.searchsorted(row_of, torch.tensor(lows)).tolist(), len(rows)]
+        at, row_of, target_of = (
+            to_device(x, torch.int64, self.device) for x in (at, row_of, torch.tensor(asked)[order])
+        )
+        for low, (begin, end) in zip(lows, pairwise(bounds), strict=True):
+            log_p = self.log_probs(hidden[at[low : low + self._logit_rows]])
             row, target = row_of[begin:end] - low, target_of[begin:end]
             values[target] = log_p[row, targets[target]]
             likeliest[target] = log_p.argmax(-1)[row] == targets[target]
-            begin = end
 
     def _hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None) -> list[Tensor]:
         found: list[list[Tensor]] = [[] for _ in documents]
@@ -793,24 +796,22 @@ def _decoder_returns(model: Any, hidden: Tensor) -> Iterator[None]:
         del decoder.forward
 
 
-Wanted = dict[Segment, dict[int, list[int]]]
+# of a segment: from a position to before another it must predict what stands from this place on in all continuations
+Wanted = dict[Segment, list[tuple[int, int, int]]]
 
 
-def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest], sequences: Sequence[Sequence[int]]) -> Wanted:
-    """What each segment's positions must predict: segment -> position -> places in all continuations joined."""
-    firsts = [0]
-    for request in requests:
-        firsts.append(firsts[-1] + len(request.continuation))
+def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest]) -> Wanted:
+    """What each segment must predict, joined in the order of the requests."""
+    firsts = list(accumulate((len(r.continuation) for r in requests), initial=0))
     found: Wanted = {}
     for leaf in _segments(roots):
         for i in leaf.ending:
+            begin, end = len(requests[i].context) - 1, leaf.end
             segment: Segment | None = leaf
-            begin = len(requests[i].context) - 1
-            for position in range(len(sequences[i]) - 1, begin - 1, -1):
-                while segment is not None and position < segment.start:
-                    segment = segment.parent
-                assert segment is not None
-                found.setdefault(segment, {}).setdefault(position, []).append(firsts[i] + position - begin)
+            while segment is not None and begin < end:
+                low = max(begin, segment.start)
+                found.setdefault(segment, []).append((low, end, firsts[i] + low - begin))
+                end, segment = segment.start, segment.parent
     return found
 
 
