@@ -27,6 +27,7 @@ from kvbench.environment import describe
 from kvbench.runners import models
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
+from kvbench.sweep.execute import clear_garbage
 from kvbench.tasks import RunContext, make_task
 from kvbench.tasks.runner_lm import RunnerLM
 
@@ -61,6 +62,7 @@ def timed(kind: type) -> Iterator[list[float]]:
 
 def run(task: Any, runner: Any, kind: type = RunnerLM) -> dict[str, Any]:
     """Seconds of a whole task, and its metrics."""
+    clear_garbage()  # as before each cell of a sweep
     with timed(kind) as spent:
         begin = time.perf_counter()
         outcome = task.run(runner, RunContext(lambda *_: {}, lambda *_: None))
