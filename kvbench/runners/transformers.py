@@ -31,8 +31,8 @@ from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.runners import models
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
 from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
-from kvbench.runners.prefix import Segment, build_tree
-from kvbench.runners.schedule import Piece, Prefill
+from kvbench.runners.prefix import Segment, build_tree, segments
+from kvbench.runners.schedule import Piece, Prefill, pages_for_one
 from kvbench.schemes import Scheme
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
@@ -287,12 +287,8 @@ class TransformersRunner:
         return self._caches[0]
 
     def longest_sequence(self, pages: int) -> int:
-        """Tokens of the longest sequence that so many pages are enough for, whatever it shares with others."""
-        return max(0, (pages - 2) // 2 * self.page_size)
-
-    def _pages_for(self, tokens: int) -> int:
-        """Pages for a sequence: its own, and as many again, for it may be shared and copied while it is computed."""
-        return 2 * -(-tokens // self.page_size) + 2
+        """Tokens of the longest sequence that so many pages are enough for, where it shares none with others."""
+        return max(0, pages - 1) * self.page_size
 
     # ---- scoring
 
@@ -376,13 +372,13 @@ class TransformersRunner:
         if not all(prompts):
             raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        each = self._pages_for(longest)
-        self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)))
+        roots = self._tree(prompts)
+        each = pages_for_one(roots, longest, self.page_size)
+        self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)), each)
         # so many that neither their prompts nor their answers can take each other's last page
         most = 1 if self._alone else max(1, min(self.limits.sequences, self._pool.free_pages // each))
-        roots = self._tree(prompts)
         if self.scoring == "prefill_exact":
-            for segment in _segments(roots):
+            for segment in segments(roots):
                 segment.exact = True
         prefill = self._plan(roots, longest)
         sampled = [r for r in requests if r.temperature > 0]
@@ -539,7 +535,7 @@ class TransformersRunner:
         if self._alone:
             raise ValueError(f"{self.info.name} runs one sequence at a time, which can't be scored as prefill_exact")
         roots = build_tree([r.context for r in requests])
-        for segment in list(_segments(roots)):
+        for segment in list(segments(roots)):
             segment.exact = True
             longer = [i for i in segment.ending if len(requests[i].continuation) > 1]
             segment.ending = [i for i in segment.ending if len(requests[i].continuation) == 1]
@@ -558,7 +554,8 @@ class TransformersRunner:
     ) -> Iterator[tuple[list[Piece], Tensor]]:
         """Every piece of the tree, parents before children: those of a pass with their hidden states [tokens, H]."""
         longest = max(map(len, sequences), default=0)
-        self._reserve_pages(longest, sum(-(-len(s.tokens) // self.page_size) + 1 for s in _segments(roots)))
+        least = pages_for_one(roots, longest, self.page_size)
+        self._reserve_pages(longest, sum(-(-len(s.tokens) // self.page_size) + 1 for s in segments(roots)), least)
         prefill = self._plan(roots, longest)
         self._state = None
         with paged_attention(self.model), self._cleared_pool():
@@ -630,8 +627,10 @@ class TransformersRunner:
 
     # ---- memory
 
-    def _reserve_pages(self, longest: int, wanted: int) -> None:
+    def _reserve_pages(self, longest: int, wanted: int, least: int) -> None:
         """Pages for `wanted`, or as many as there is memory for; made anew where there are fewer than that.
+
+        least: what one sequence of `longest` tokens needs.
 
         Raises:
             OutOfPages: the memory does not hold one sequence of `longest` tokens.
@@ -639,19 +638,18 @@ class TransformersRunner:
         schemes = [self.scheme.resolve(self.model.dtype)]
         if self.scoring == "prefill_exact":
             schemes.append(Scheme.parse("auto").resolve(self.model.dtype))
-        least = self._pages_for(longest)
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
             page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)
             held = sum(cache.nbytes for cache in self._caches)
             graphs = sum(lanes.graph_bytes for lanes in self._lanes.values())
             free = (_free_memory(self.device) - graphs + held) // page_bytes
-            # a share of the memory, or what one sequence needs: it may be shared and copied while it is computed
+            # a share of the memory, or what one sequence needs
             pages = min(max(wanted, least), max(int(self.limits.memory * free), least))
             if pages > free:
                 raise OutOfPages(
                     f"the device's free memory holds {free * self.page_size} tokens of {schemes[0].dtype_name}, "
-                    f"and a sequence of {longest} takes {least * self.page_size} with what is copied beside it"
+                    f"and a sequence of {longest} takes {least * self.page_size} with the pages that are copied"
                 )
         there = self._caches[0].pages if self._caches else 0
         # where memory is what limits them, a few pages more are not worth new graphs
@@ -804,7 +802,7 @@ def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest]) -> Wante
     """What each segment must predict, joined in the order of the requests."""
     firsts = list(accumulate((len(r.continuation) for r in requests), initial=0))
     found: Wanted = {}
-    for leaf in _segments(roots):
+    for leaf in segments(roots):
         for i in leaf.ending:
             begin, end = len(requests[i].context) - 1, leaf.end
             segment: Segment | None = leaf
@@ -818,12 +816,3 @@ def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest]) -> Wante
 def _unshared(sequences: Sequence[Sequence[int]]) -> list[Segment]:
     """A tree in which every sequence is a root of its own."""
     return [Segment(None, 0, list(tokens), ending=[i]) for i, tokens in enumerate(sequences)]
-
-
-def _segments(roots: Sequence[Segment]) -> Iterator[Segment]:
-    """Every segment of a tree."""
-    stack = list(roots)
-    while stack:
-        segment = stack.pop()
-        yield segment
-        stack += segment.children
