@@ -1,9 +1,10 @@
 """Seconds of whole tasks on one GPU: kvbench's cells against lm-eval's HFLM on the same model in the same run.
 
 HFLM is at batch 64 (128 for gsm8k) with torch's SDPA, under lm-eval as it is: templates are compiled for each document.
-"in the model" leaves out lm-eval's own work: prompts, metrics, bootstrap. A cell runs four times: the first compiles
-kernels, and of the others the median counts. How near the scores are is for benchmarks/parity.py. The data is the
-offline mirror's (`--data`, or KVBENCH_DATA).
+It runs a task first, so it loads it and makes its prompts, which kvbench's cells find made, as all but the first of a
+sweep do. A cell runs four times: the first compiles kernels and makes tokens, and of the others the median counts.
+"in the model" leaves out lm-eval's own work: prompts, metrics, bootstrap. How near the scores are is for
+benchmarks/parity.py. The data is the offline mirror's (`--data`, or KVBENCH_DATA).
 """
 
 from __future__ import annotations
