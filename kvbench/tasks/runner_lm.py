@@ -62,19 +62,22 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         """Token ids, with the tokenizer's own special tokens unless told otherwise or the text has its bos already."""
         if add_special_tokens is not None:
             return list(self.runner.tokenizer.encode(string, add_special_tokens=add_special_tokens))
-        return self._encode_all([string], self._prefix)[0]
+        key = string, has_bos_prefix(string, self._prefix)
+        if key not in self._encoded:
+            self._encode_all([string], self._prefix)
+        return self._encoded[key].tolist()
 
     @cached_property
     def _prefix(self) -> str:
         return str(self.runner.tokenizer.decode(self.prefix_token_id))
 
-    def _encode_all(self, strings: list[str], prefix: str | None) -> list[list[int]]:
-        """Each string's token ids, without special tokens where it begins with `prefix`.
+    def _encode_all(self, strings: list[str], prefix: str | None) -> list[tuple[str, bool]]:
+        """Puts what is new of these strings into `encoded`, without special tokens where it begins with `prefix`.
 
-        By one call, since the tokenizer encodes several texts in parallel.
+        By one call, since the tokenizer encodes several texts in parallel. Returns each string's key.
         """
-        wanted = [(string, has_bos_prefix(string, prefix)) for string in strings]
-        new = dict.fromkeys(key for key in wanted if key not in self._encoded)
+        keys = [(string, has_bos_prefix(string, prefix)) for string in strings]
+        new = dict.fromkeys(key for key in keys if key not in self._encoded)
         for has_prefix in (False, True):
             texts = [string for string, has in new if has == has_prefix]
             if texts:
@@ -86,7 +89,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
                 )["input_ids"]
                 for text, tokens in zip(texts, ids, strict=True):
                     self._encoded[text, has_prefix] = array("i", tokens)
-        return [self._encoded[key].tolist() for key in wanted]
+        return keys
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding gives it) of each continuation."""
@@ -138,10 +141,10 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         # HFLM looks for bos itself here, where tok_encode looks for the prefix token
         bos = getattr(self.runner.tokenizer, "bos_token", None)
-        prompts = self._encode_all([request.args[0] for request in requests], bos)
+        keys = self._encode_all([request.args[0] for request in requests], bos)
         wanted = [
-            self._generate_request(i, eos, tokens, request.args[1])
-            for i, (request, tokens) in enumerate(zip(requests, prompts, strict=True))
+            self._generate_request(i, eos, self._encoded[key].tolist(), request.args[1])
+            for i, (request, key) in enumerate(zip(requests, keys, strict=True))
         ]
         return [made.text for made in self.runner.generate(wanted, self._progress)]
 
