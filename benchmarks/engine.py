@@ -1,9 +1,10 @@
 """Seconds of whole tasks on one GPU: kvbench's cells against lm-eval's HFLM on the same model in the same run.
 
 HFLM is at batch 64 (128 for gsm8k) with torch's SDPA, under lm-eval as it is: templates are compiled for each document.
-"in the model" leaves out lm-eval's own work: prompts, metrics, bootstrap. A cell runs four times: the first compiles
-kernels, and of the others the median counts. How near the scores are is for benchmarks/parity.py. The data is the
-offline mirror's (`--data`, or KVBENCH_DATA).
+It runs a task first, so it loads it and makes its prompts, which kvbench's cells find made, as all but the first of a
+sweep do. A cell runs four times: the first compiles kernels and makes tokens, and of the others the median counts.
+"in the model" leaves out lm-eval's own work: prompts, metrics, bootstrap. How near the scores are is for
+benchmarks/parity.py. The data is the offline mirror's (`--data`, or KVBENCH_DATA).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kvbench.environment import describe
 from kvbench.runners import models
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
+from kvbench.sweep.execute import clear_garbage
 from kvbench.tasks import RunContext, make_task
 from kvbench.tasks.runner_lm import RunnerLM
 
@@ -61,6 +63,7 @@ def timed(kind: type) -> Iterator[list[float]]:
 
 def run(task: Any, runner: Any, kind: type = RunnerLM) -> dict[str, Any]:
     """Seconds of a whole task, and its metrics."""
+    clear_garbage()  # as before each cell of a sweep
     with timed(kind) as spent:
         begin = time.perf_counter()
         outcome = task.run(runner, RunContext(lambda *_: {}, lambda *_: None))

@@ -13,9 +13,9 @@ from kvbench.rotations import Rotation
 from kvbench.schemes import Scheme
 
 
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """[len(values)] on the device; where that is a GPU, the copy waits for nothing that runs there."""
-    made = torch.tensor(values, dtype=dtype)
+    made = torch.as_tensor(values, dtype=dtype)
     return made.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else made.to(device)
 
 

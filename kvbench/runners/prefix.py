@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 Tokens = Sequence[int]
@@ -28,6 +28,28 @@ class Segment:
     def end(self) -> int:
         """The position after its last token."""
         return self.start + len(self.tokens)
+
+
+def segments(roots: Sequence[Segment]) -> Iterator[Segment]:
+    """Every segment of a tree, a parent before its children."""
+    stack = list(roots)
+    while stack:
+        segment = stack.pop()
+        yield segment
+        stack += segment.children
+
+
+def longest(roots: Sequence[Segment]) -> int:
+    """Tokens of the longest sequence of a tree."""
+    return max((segment.end for segment in segments(roots)), default=0)
+
+
+def depth(roots: Sequence[Segment]) -> int:
+    """The most segments that one sequence of a tree is made of."""
+    found: dict[Segment | None, int] = {None: 0}
+    for segment in segments(roots):
+        found[segment] = found[segment.parent] + 1
+    return max(found.values())
 
 
 def build_tree(sequences: Sequence[Tokens], min_shared: int = 8) -> list[Segment]:

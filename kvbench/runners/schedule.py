@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvbench.cache import OutOfPages, PagePool, PageTable
-from kvbench.runners.prefix import Segment
+from kvbench.runners.prefix import Segment, depth, longest
 
 Copies = list[tuple[int, int]]  # pages to copy before a pass, (source, destination)
 
@@ -49,7 +49,8 @@ class Prefill:
     """Computes a prefix tree depth first, so that few sequences hold pages at a time.
 
     batch_tokens: tokens of one pass at most. chunk: of one sequence in one pass, None for no limit.
-    A segment starts only when the pool has pages for all of it, so what has started always ends.
+    A segment starts only when the pool has pages for all of it, and beside others only where enough are left for one
+    whole sequence: so a pool with pages for one (`pages_for_one`) computes all, if nothing else takes of them.
     """
 
     pool: PagePool
@@ -58,9 +59,11 @@ class Prefill:
     chunk: int | None = None
     _stack: list[Work] = field(init=False)
     _open: dict[Segment, _Open] = field(init=False, default_factory=dict)
+    _spare: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._stack = [Work(root) for root in reversed(self.roots)]
+        self._spare = pages_for_one(self.roots, longest(self.roots), self.pool.page_size)
 
     @property
     def finished(self) -> bool:
@@ -81,6 +84,11 @@ class Prefill:
         while self._stack and budget > 0 and len(pieces) < most:
             work = self._stack.pop()
             segment = work.segment
+            held = segment.start // self.pool.page_size if work.table is None else len(work.table.pages)
+            new = self.pool.pages_for(segment.end) - held
+            if pieces and new and self.pool.free_pages - new < self._spare:
+                self._stack.append(work)
+                break
             try:
                 if work.table is None:
                     work.table, copied = self._inherit(segment)
@@ -136,3 +144,11 @@ class Prefill:
 
     def _inherit(self, segment: Segment) -> tuple[PageTable, Copies]:
         return (PageTable(), []) if segment.parent is None else self.claim(segment.parent)
+
+
+def pages_for_one(roots: Sequence[Segment], tokens: int, page_size: int) -> int:
+    """Pages that any one of a tree's sequences, of so many tokens at most, needs to be computed.
+
+    Its own, and one for each of its segments: what follows a shared segment writes to a copy of its last page.
+    """
+    return -(-tokens // page_size) + depth(roots)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -30,8 +31,8 @@ from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.runners import models
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
 from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
-from kvbench.runners.prefix import Segment, build_tree
-from kvbench.runners.schedule import Piece, Prefill
+from kvbench.runners.prefix import Segment, build_tree, segments
+from kvbench.runners.schedule import Piece, Prefill, pages_for_one
 from kvbench.schemes import Scheme
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
@@ -286,12 +287,8 @@ class TransformersRunner:
         return self._caches[0]
 
     def longest_sequence(self, pages: int) -> int:
-        """Tokens of the longest sequence that so many pages are enough for, whatever it shares with others."""
-        return max(0, (pages - 2) // 2 * self.page_size)
-
-    def _pages_for(self, tokens: int) -> int:
-        """Pages for a sequence: its own, and as many again, for it may be shared and copied while it is computed."""
-        return 2 * -(-tokens // self.page_size) + 2
+        """Tokens of the longest sequence that so many pages are enough for, where it shares none with others."""
+        return max(0, pages - 1) * self.page_size
 
     # ---- scoring
 
@@ -302,33 +299,36 @@ class TransformersRunner:
         targets = to_device([token for r in requests for token in r.continuation], torch.int64, self.device)
         values = torch.empty(len(targets), device=self.device)
         likeliest = torch.empty(len(targets), dtype=torch.bool, device=self.device)
-        wanted = _wanted(roots, requests, sequences)
+        wanted = _wanted(roots, requests)
 
         done = 0
         for pieces, hidden in self._prefill(roots, sequences):
-            rows: list[int] = []  # of `hidden`, each once
-            asked: list[tuple[int, int]] = []  # (which of `rows`, which of `targets`)
+            rows: list[int] = []  # of `hidden`, and
+            asked: list[int] = []  # which of `targets` each must predict
             first = 0
             for piece in pieces:
-                of_segment = wanted.get(piece.segment, {})
-                for row in range(len(piece.tokens)) if of_segment else ():
-                    if (found := of_segment.get(piece.start + row)) is not None:
-                        asked += [(len(rows), target) for target in found]
-                        rows.append(first + row)
+                for begin, end, target in wanted.get(piece.segment, ()):
+                    # a segment may take several passes: a range that ends before it begins is empty
+                    low, high = max(begin, piece.start), min(end, piece.start + len(piece.tokens))
+                    rows += range(first + low - piece.start, first + high - piece.start)
+                    asked += range(target + low - begin, target + high - begin)
                 first += len(piece.tokens)
             self._score_rows(hidden, rows, asked, targets, values, likeliest)
             done += sum(len(piece.segment.ending) for piece in pieces if piece.completes)
             if progress is not None and any(piece.completes and piece.segment.ending for piece in pieces):
                 progress(done, len(requests))
-        split = zip(values.cpu().split(counts), likeliest.cpu().split(counts), strict=True)
-        return [Score(logprobs, bool(top.all())) for logprobs, top in split] if requests else []
+        if not requests:
+            return []
+        tops, ends = likeliest.tolist(), accumulate(counts)
+        split = zip(values.cpu().split(counts), counts, ends, strict=True)
+        return [Score(logprobs, all(tops[end - count : end])) for logprobs, count, end in split]
 
     @torch.inference_mode()
     def _score_rows(
         self,
         hidden: Tensor,
         rows: list[int],
-        asked: list[tuple[int, int]],
+        asked: list[int],
         targets: Tensor,
         values: Tensor,
         likeliest: Tensor,
@@ -336,20 +336,19 @@ class TransformersRunner:
         """Log-probabilities of the targets asked for, into `values`, and whether each is the likeliest token."""
         if not rows:
             return
-        row_of, target_of = to_device([x for pair in asked for x in pair], torch.int64, self.device).view(-1, 2).T
-        at = to_device(rows, torch.int64, self.device)
-        begin = 0
-        for low in range(0, len(rows), self._logit_rows):
-            high = min(low + self._logit_rows, len(rows))
-            # `asked` is in the order of its rows
-            end = begin
-            while end < len(asked) and asked[end][0] < high:
-                end += 1
-            log_p = self.log_probs(hidden[at[low:high]])
+        # a row that several ask for is computed once
+        at, row_of = torch.tensor(rows).unique(return_inverse=True)
+        row_of, order = row_of.sort()
+        lows = range(0, len(at), self._logit_rows)
+        bounds = [*torch.searchsorted(row_of, torch.tensor(lows)).tolist(), len(rows)]
+        at, row_of, target_of = (
+            to_device(x, torch.int64, self.device) for x in (at, row_of, torch.tensor(asked)[order])
+        )
+        for low, (begin, end) in zip(lows, pairwise(bounds), strict=True):
+            log_p = self.log_probs(hidden[at[low : low + self._logit_rows]])
             row, target = row_of[begin:end] - low, target_of[begin:end]
             values[target] = log_p[row, targets[target]]
             likeliest[target] = log_p.argmax(-1)[row] == targets[target]
-            begin = end
 
     def _hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None) -> list[Tensor]:
         found: list[list[Tensor]] = [[] for _ in documents]
@@ -373,13 +372,13 @@ class TransformersRunner:
         if not all(prompts):
             raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        each = self._pages_for(longest)
-        self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)))
+        roots = self._tree(prompts)
+        each = pages_for_one(roots, longest, self.page_size)
+        self._reserve_pages(longest, each * min(self.limits.sequences, len(requests)), each)
         # so many that neither their prompts nor their answers can take each other's last page
         most = 1 if self._alone else max(1, min(self.limits.sequences, self._pool.free_pages // each))
-        roots = self._tree(prompts)
         if self.scoring == "prefill_exact":
-            for segment in _segments(roots):
+            for segment in segments(roots):
                 segment.exact = True
         prefill = self._plan(roots, longest)
         sampled = [r for r in requests if r.temperature > 0]
@@ -536,7 +535,7 @@ class TransformersRunner:
         if self._alone:
             raise ValueError(f"{self.info.name} runs one sequence at a time, which can't be scored as prefill_exact")
         roots = build_tree([r.context for r in requests])
-        for segment in list(_segments(roots)):
+        for segment in list(segments(roots)):
             segment.exact = True
             longer = [i for i in segment.ending if len(requests[i].continuation) > 1]
             segment.ending = [i for i in segment.ending if len(requests[i].continuation) == 1]
@@ -555,7 +554,8 @@ class TransformersRunner:
     ) -> Iterator[tuple[list[Piece], Tensor]]:
         """Every piece of the tree, parents before children: those of a pass with their hidden states [tokens, H]."""
         longest = max(map(len, sequences), default=0)
-        self._reserve_pages(longest, sum(-(-len(s.tokens) // self.page_size) + 1 for s in _segments(roots)))
+        least = pages_for_one(roots, longest, self.page_size)
+        self._reserve_pages(longest, sum(-(-len(s.tokens) // self.page_size) + 1 for s in segments(roots)), least)
         prefill = self._plan(roots, longest)
         self._state = None
         with paged_attention(self.model), self._cleared_pool():
@@ -627,8 +627,10 @@ class TransformersRunner:
 
     # ---- memory
 
-    def _reserve_pages(self, longest: int, wanted: int) -> None:
+    def _reserve_pages(self, longest: int, wanted: int, least: int) -> None:
         """Pages for `wanted`, or as many as there is memory for; made anew where there are fewer than that.
+
+        least: what one sequence of `longest` tokens needs.
 
         Raises:
             OutOfPages: the memory does not hold one sequence of `longest` tokens.
@@ -636,19 +638,18 @@ class TransformersRunner:
         schemes = [self.scheme.resolve(self.model.dtype)]
         if self.scoring == "prefill_exact":
             schemes.append(Scheme.parse("auto").resolve(self.model.dtype))
-        least = self._pages_for(longest)
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
             page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)
             held = sum(cache.nbytes for cache in self._caches)
             graphs = sum(lanes.graph_bytes for lanes in self._lanes.values())
             free = (_free_memory(self.device) - graphs + held) // page_bytes
-            # a share of the memory, or what one sequence needs: it may be shared and copied while it is computed
+            # a share of the memory, or what one sequence needs
             pages = min(max(wanted, least), max(int(self.limits.memory * free), least))
             if pages > free:
                 raise OutOfPages(
                     f"the device's free memory holds {free * self.page_size} tokens of {schemes[0].dtype_name}, "
-                    f"and a sequence of {longest} takes {least * self.page_size} with what is copied beside it"
+                    f"and a sequence of {longest} takes {least * self.page_size} with the pages that are copied"
                 )
         there = self._caches[0].pages if self._caches else 0
         # where memory is what limits them, a few pages more are not worth new graphs
@@ -793,36 +794,25 @@ def _decoder_returns(model: Any, hidden: Tensor) -> Iterator[None]:
         del decoder.forward
 
 
-Wanted = dict[Segment, dict[int, list[int]]]
+# of a segment: from a position to before another it must predict what stands from this place on in all continuations
+Wanted = dict[Segment, list[tuple[int, int, int]]]
 
 
-def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest], sequences: Sequence[Sequence[int]]) -> Wanted:
-    """What each segment's positions must predict: segment -> position -> places in all continuations joined."""
-    firsts = [0]
-    for request in requests:
-        firsts.append(firsts[-1] + len(request.continuation))
+def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest]) -> Wanted:
+    """What each segment must predict, joined in the order of the requests."""
+    firsts = list(accumulate((len(r.continuation) for r in requests), initial=0))
     found: Wanted = {}
-    for leaf in _segments(roots):
+    for leaf in segments(roots):
         for i in leaf.ending:
+            begin, end = len(requests[i].context) - 1, leaf.end
             segment: Segment | None = leaf
-            begin = len(requests[i].context) - 1
-            for position in range(len(sequences[i]) - 1, begin - 1, -1):
-                while segment is not None and position < segment.start:
-                    segment = segment.parent
-                assert segment is not None
-                found.setdefault(segment, {}).setdefault(position, []).append(firsts[i] + position - begin)
+            while segment is not None and begin < end:
+                low = max(begin, segment.start)
+                found.setdefault(segment, []).append((low, end, firsts[i] + low - begin))
+                end, segment = segment.start, segment.parent
     return found
 
 
 def _unshared(sequences: Sequence[Sequence[int]]) -> list[Segment]:
     """A tree in which every sequence is a root of its own."""
     return [Segment(None, 0, list(tokens), ending=[i]) for i, tokens in enumerate(sequences)]
-
-
-def _segments(roots: Sequence[Segment]) -> Iterator[Segment]:
-    """Every segment of a tree."""
-    stack = list(roots)
-    while stack:
-        segment = stack.pop()
-        yield segment
-        stack += segment.children

@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
-from functools import lru_cache, partialmethod
+from functools import cache, lru_cache, partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from kvbench.tasks.base import Options, RunContext
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
+    from kvbench.tasks.runner_lm import Encoded
 
 # lm-eval's own seeds, so that its few-shot examples are ours
 RANDOM_SEED, OTHER_SEED = 0, 1234
@@ -102,9 +103,9 @@ class LmEval(Options):
         if lacking:
             raise ValueError("; ".join(lacking))
         identity = json.dumps(self.identity(), sort_keys=True)
-        model = RunnerLM(runner, context.progress, context.seed)
         with _quiet(), _seeded(), _compiled_once():
-            loaded = _load(self.model_dump_json(), identity, str(runner.tokenizer.name_or_path))
+            loaded, encoded = _load(self.model_dump_json(), identity, runner.tokenizer)
+            model = RunnerLM(runner, context.progress, context.seed, encoded)
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=OTHER_SEED)
             try:
@@ -276,9 +277,10 @@ class _Leaf:
 
 
 @lru_cache(maxsize=8)
-def _load(options: str, identity: str, tokenizer: str) -> dict[str, Any]:
-    """lm-eval's task objects for an LmEval as JSON, with their documents; `identity` stands for the files behind them.
+def _load(options: str, identity: str, tokenizer: Any) -> tuple[dict[str, Any], Encoded]:
+    """What the cells of one model and task share: lm-eval's task objects, and the tokens of their texts.
 
+    The objects keep their documents and requests. options: an LmEval as JSON; `identity` stands for the files behind.
     lm-eval scans a folder with no more than this task needs: each stock YAML, included, and redirected to the mirror.
     """
     from lm_eval.tasks import TaskManager
@@ -294,7 +296,9 @@ def _load(options: str, identity: str, tokenizer: str) -> dict[str, Any]:
                 lines += "custom_dataset: !function kvbench.tasks.mirror.load\n"
             Path(folder, f"{number:05}.yaml").write_text(lines, encoding="utf-8")
         manager = TaskManager(
-            include_path=folder, include_defaults=False, metadata={"tokenizer": tokenizer, **task.metadata}
+            include_path=folder,
+            include_defaults=False,
+            metadata={"tokenizer": str(tokenizer.name_or_path), **task.metadata},
         )
         loaded: dict[str, Any] = manager.load([task.task])
     for leaf in loaded["tasks"].values():
@@ -303,7 +307,26 @@ def _load(options: str, identity: str, tokenizer: str) -> dict[str, Any]:
             leaf.set_config(key="num_fewshot", value=task.num_fewshot)
         elif preset is None:
             leaf.set_config(key="num_fewshot", value=0)
-    return loaded
+        _build_once(leaf)
+    return loaded, {}
+
+
+def _build_once(task: Any) -> None:
+    """lm-eval's task processes its documents and makes its requests once; then it has the same ones, unanswered."""
+    task.test_docs, task.validation_docs = cache(task.test_docs), cache(task.validation_docs)
+    build = task.build_all_requests
+    drawn: Any = None  # where the first time left the global generators
+
+    def build_all_requests(**options: Any) -> None:
+        nonlocal drawn
+        if drawn is None:
+            build(**options)
+            drawn = _generators()
+        _set_generators(drawn)
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = build_all_requests
 
 
 def _is_mean(metric: dict[str, Any]) -> bool:
@@ -386,22 +409,37 @@ def _ratio_stderr(rows: list[dict[str, Any]], metric: str, value: float) -> floa
     return float(drawn.standard_error)
 
 
+def _generators() -> tuple[Any, Any, Any]:
+    """The states of the global generators: Python's, numpy's, torch's."""
+    import numpy as np
+    import torch
+
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_generators(states: tuple[Any, Any, Any]) -> None:
+    import numpy as np
+    import torch
+
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
     """The global generators as lm-eval seeds them inside the block, and as before after it."""
     import numpy as np
     import torch
 
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(RANDOM_SEED)
-        np.random.seed(OTHER_SEED)
-        torch.manual_seed(OTHER_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    before = _generators()
+    random.seed(RANDOM_SEED)
+    np.random.seed(OTHER_SEED)
+    torch.manual_seed(OTHER_SEED)
+    try:
+        yield
+    finally:
+        _set_generators(before)
 
 
 @contextlib.contextmanager

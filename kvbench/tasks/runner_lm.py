@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -12,6 +14,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest
 
+# by text, and whether that begins with the tokenizer's prefix: in 4 bytes a token, for they are kept from cell to cell
+Encoded = dict[tuple[str, bool], "array[int]"]
+
 MAX_GEN_TOKENS = 256
 GENERATION_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
 
@@ -21,17 +26,20 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
 
     Tokenization, truncation and the cutting of generated text are those of `lm_eval.models.huggingface.HFLM` 0.4.13 for
     decoder-only models, so that with an exact cache the scores are HFLM's.
+    encoded: texts that this tokenizer has encoded already; new ones are added.
     truncated: how many requests were cut from the left so far.
     """
 
-    def __init__(self, runner: Runner, progress: Progress | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, runner: Runner, progress: Progress | None = None, seed: int = 0, encoded: Encoded | None = None
+    ) -> None:
         super().__init__()
         self.runner = runner
         self.tokenizer = runner.tokenizer
         self.max_length = runner.info.max_length
         self._progress = progress
         self._seed = seed
-        self._encoded: dict[str, list[int]] = {}
+        self._encoded: Encoded = {} if encoded is None else encoded
         self.truncated = 0
 
     @property
@@ -54,44 +62,42 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         """Token ids, with the tokenizer's own special tokens unless told otherwise or the text has its bos already."""
         if add_special_tokens is not None:
             return list(self.runner.tokenizer.encode(string, add_special_tokens=add_special_tokens))
-        known = self._encoded.get(string)
-        return self._encode_all([string], self._prefix)[0] if known is None else known
+        key = string, has_bos_prefix(string, self._prefix)
+        if key not in self._encoded:
+            self._encode_all([string], self._prefix)
+        return self._encoded[key].tolist()
 
-    @property
+    @cached_property
     def _prefix(self) -> str:
         return str(self.runner.tokenizer.decode(self.prefix_token_id))
 
-    def _encode_all(self, strings: list[str], prefix: str | None) -> list[list[int]]:
-        """Each string's token ids, without special tokens where it begins with `prefix`.
+    def _encode_all(self, strings: list[str], prefix: str | None) -> list[tuple[str, bool]]:
+        """Puts what is new of these strings into `encoded`, without special tokens where it begins with `prefix`.
 
-        By one call, since the tokenizer encodes several texts in parallel.
+        By one call, since the tokenizer encodes several texts in parallel. Returns each string's key.
         """
-        found: list[list[int]] = [[] for _ in strings]
+        keys = [(string, has_bos_prefix(string, prefix)) for string in strings]
+        new = dict.fromkeys(key for key in keys if key not in self._encoded)
         for has_prefix in (False, True):
-            chosen = [i for i, string in enumerate(strings) if bool(has_bos_prefix(string, prefix)) == has_prefix]
-            if chosen:
-                texts = [strings[i] for i in chosen]
+            texts = [string for string, has in new if has == has_prefix]
+            if texts:
                 ids = self.runner.tokenizer(
                     texts,
                     add_special_tokens=not has_prefix,
                     return_attention_mask=False,
                     return_token_type_ids=False,
                 )["input_ids"]
-                for i, tokens in zip(chosen, ids, strict=True):
-                    found[i] = list(tokens)
-        return found
+                for text, tokens in zip(texts, ids, strict=True):
+                    self._encoded[text, has_prefix] = array("i", tokens)
+        return keys
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding gives it) of each continuation."""
         # lm-eval encodes, a text at a time, a context without its last spaces and the whole
         pairs = [request.args for request in requests if request.args[0]]
         texts = [text for context, continuation in pairs for text in (context.rstrip(), context + continuation)]
-        distinct = list(dict.fromkeys(texts))
-        self._encoded = dict(zip(distinct, self._encode_all(distinct, self._prefix), strict=True))
-        try:
-            return list(super().loglikelihood(requests, disable_tqdm=True))
-        finally:
-            self._encoded = {}
+        self._encode_all(texts, self._prefix)
+        return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -135,10 +141,10 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         # HFLM looks for bos itself here, where tok_encode looks for the prefix token
         bos = getattr(self.runner.tokenizer, "bos_token", None)
-        prompts = self._encode_all([request.args[0] for request in requests], bos)
+        keys = self._encode_all([request.args[0] for request in requests], bos)
         wanted = [
-            self._generate_request(i, eos, tokens, request.args[1])
-            for i, (request, tokens) in enumerate(zip(requests, prompts, strict=True))
+            self._generate_request(i, eos, self._encoded[key].tolist(), request.args[1])
+            for i, (request, key) in enumerate(zip(requests, keys, strict=True))
         ]
         return [made.text for made in self.runner.generate(wanted, self._progress)]
 

@@ -6,7 +6,7 @@ import pytest
 
 from kvbench.cache import PagePool
 from kvbench.runners.prefix import build_tree
-from kvbench.runners.schedule import Prefill
+from kvbench.runners.schedule import Prefill, pages_for_one
 
 
 def simulate(requests, *, pages, page_size=4, batch_tokens=16, chunk=None, most=100):
@@ -53,6 +53,23 @@ def test_every_request_finds_its_tokens_in_its_pages(chunk):
         for pieces in passes:
             assert sum(len(piece.tokens) for piece in pieces) <= 16
             assert chunk is None or all(len(piece.tokens) <= chunk for piece in pieces)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+def test_pages_for_one_sequence_are_enough_for_all(chunk):
+    """
+    However requests branch and nest, the pages that the longest needs alone, shared prefixes counted, never run out.
+    """
+    rng = random.Random(1)
+    for _ in range(200):
+        stems = [[rng.randrange(50) for _ in range(rng.randrange(9, 60))] for _ in range(3)]
+        requests = [[*rng.choice(stems)[: rng.randint(1, 60)], rng.randrange(50)] for _ in range(15)]
+        requests += [[*stems[0][: 4 * i + 1], 99] for i in range(rng.randrange(9))]  # each a little longer
+        page_size = rng.choice([1, 4, 16])
+        pages = pages_for_one(build_tree(requests, 3), max(map(len, requests)), page_size)
+        read, _ = simulate(requests, pages=pages, page_size=page_size, chunk=chunk)
+
+        assert [read[i] for i in range(len(requests))] == requests
 
 
 def test_few_pages_are_enough_for_many_requests():

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import weakref
 
 import pytest
 
@@ -176,6 +177,26 @@ def test_a_model_is_loaded_once(config, tmp_path, toy):
     assert run_sweep(path, Options(output=tmp_path / "run"), parts) == 0
     assert run_sweep(path, Options(output=tmp_path / "run"), parts) == 0
     assert opened == ["toy", "other"]
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(config, tmp_path, toy):
+    """
+    Its memory is free by then, though it lies in a cycle and collections spare what outlives a cell.
+    """
+    held = []
+
+    def open_model(*arguments):
+        assert [one() for one in held] == [None] * len(held)
+        model = toy.open_model(*arguments)
+        model.itself = model
+        held.append(weakref.ref(model))
+        return model
+
+    parts = toy.Parts(toy.find_model, toy.fetch_model, open_model, toy.make_task)
+    path = config(model=None, models=["toy", "other"])
+
+    assert run_sweep(path, Options(output=tmp_path / "run"), parts) == 0
+    assert len(held) == 2
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_cells_alone(config, tmp_path, toy):

@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from lm_eval.api.task import ConfigurableTask
+from transformers import PreTrainedTokenizerFast
 
 from kvbench.measured import series_of
 from kvbench.results import headline, write_samples
 from kvbench.runners.toy import ToyRunner
-from kvbench.tasks import lm_eval_index, make_task
+from kvbench.tasks import lm_eval, lm_eval_index, make_task
 
 METRICS = {
     "arc_easy": {"acc", "acc_norm"},
@@ -101,6 +103,52 @@ def test_running_twice_gives_the_same_and_leaves_the_global_generators_alone(mir
     zero = make_task({"task": "gsm8k", "num_fewshot": 0, "limit": 3}, mirror).run(ToyRunner(), context)
     assert zero.samples[0]["doc_hash"] == first.samples[0]["doc_hash"]
     assert zero.samples[0]["prompt_hash"] != first.samples[0]["prompt_hash"]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_later_cells_repeat_no_work_and_score_as_the_first(name, mirror, context, monkeypatch):
+    """
+    A task's prompts are made and encoded once a process, and a later cell's outcome is what it is as the first.
+    """
+    task = make_task({"task": name, "limit": 3, **({"num_fewshot": 2} if name == "gsm8k" else {})}, mirror)
+    alone = task.run(ToyRunner(noise=0.5), context)
+    lm_eval._load.cache_clear()
+    exact = task.run(ToyRunner(), context)
+    monkeypatch.setattr(ConfigurableTask, "fewshot_context", None)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", None)
+
+    later = [task.run(ToyRunner(noise), context) for noise in (0.5, 0.0)]
+
+    assert later == [alone, exact]
+    said = [[row.get("logprobs", row.get("resps")) for row in outcome.samples] for outcome in (alone, exact)]
+    assert said[0] != said[1]
+
+
+def test_documents_that_are_shuffled_are_scored_as_they_were_asked(tmp_path, mirror, context, monkeypatch):
+    """
+    A task whose `process_docs` draws its answers' order is scored in that order, in later cells too.
+    """
+    (tmp_path / "shuffle.py").write_text(
+        "import random\n"
+        "def shuffled(row):\n"
+        "    label = random.randrange(2)\n"
+        "    return row | {'label': label} | ({'sol1': row['sol2'], 'sol2': row['sol1']} if label else {})\n"
+        "def process_docs(docs):\n"
+        "    return docs.map(shuffled)\n"
+    )
+    index = lm_eval_index.index()
+    text = f"include: {index['piqa'].path}\ntask: drawn\nprocess_docs: !function shuffle.process_docs\n"
+    (tmp_path / "drawn.yaml").write_text(text)
+    monkeypatch.setattr(lm_eval_index, "index", lambda: index | lm_eval_index.scan(tmp_path))
+    task = make_task("drawn", mirror)
+
+    stock, first, again = (one.run(ToyRunner(), context) for one in (make_task("piqa", mirror), task, task))
+
+    assert first == again
+    # which answer scores higher is the same in either order, and so is whether that is the right one
+    pairs = list(zip(stock.samples, first.samples, strict=True))
+    assert {a["logprobs"] == b["logprobs"] for a, b in pairs} == {True, False}
+    assert all(sorted(a["logprobs"]) == sorted(b["logprobs"]) and a["acc"] == b["acc"] for a, b in pairs)
 
 
 def test_nothing_is_printed(mirror, context, capfd):

@@ -113,11 +113,11 @@ def test_the_smaller_limit_is_the_longest_context(shape):
     """
     runner = TransformersModel.load(models.resolve(str(shape))).runner(Scheme.parse("int4"), page_size=16)
     assert _longest(runner, 10_000, 256) == (256, "the model's positions")
-    longest, limit = _longest(runner, 320, 256)
+    longest, limit = _longest(runner, 160, 256)
     assert (longest, limit) == (144, "memory")
 
     runner.limits = replace(runner.limits, memory=1.0)
-    free = 320 * kv_bytes_per_token(runner.info.layers, runner.scheme.resolve(torch.float32))
+    free = 160 * kv_bytes_per_token(runner.info.layers, runner.scheme.resolve(torch.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvbench.runners.transformers._free_memory", lambda _: free)
         runner.generate([GenerateRequest(tuple(range(longest - 4)), 4)])
