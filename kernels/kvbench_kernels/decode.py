@@ -554,7 +554,10 @@ def decode(
         maxnreg=tuning.registers,
         launch_pdl=assembly,
     )
-    merge_kernel[(batch * query_heads,)](
+    block_d = triton.next_power_of_2(head_dim)
+    # heads that one program merges, a warp each, or one: a warp then takes every eighth split
+    together = 4 if splits <= 16 and query_heads % 4 == 0 else 1
+    merge_kernel[(batch * query_heads // together,)](
         part_o,
         part_m,
         part_l,
@@ -570,10 +573,12 @@ def decode(
         heads,
         head_dim,
         v_turn.block,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        CHUNK=min(128, triton.next_power_of_2(splits)),
+        BLOCK_D=block_d,
+        TOGETHER=together,
+        CHUNK=min(32, max(8 // together, triton.next_power_of_2(splits))),
+        CHUNKS=triton.cdiv(splits, 32),
         ASSEMBLY=assembly,
-        num_warps=4 if splits <= 16 else 8 if splits <= 64 else 16,
+        num_warps=max(1, (8 if together == 1 else together) * min(block_d, 128) // 128),
         launch_pdl=assembly,
     )
     return out

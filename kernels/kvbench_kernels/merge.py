@@ -26,16 +26,27 @@ def merge_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TOGETHER: tl.constexpr,  # heads a program
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """One program: one sequence and query head. The result is turned back where values were turned."""
+    """One program: TOGETHER query heads of a sequence. The result is turned back where values were turned.
+
+    A row of the tile is one warp's: a head, or every eighth split of the one head. The warp adds up and turns its row
+    by itself; only the eight rows of one head meet, at the end.
+    """
     GROUPS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    row = tl.program_id(0).to(tl.int64)
-    query = row // (HKV * GROUP)
-    head = (row % (HKV * GROUP)).to(tl.int32)
-    pair = row // GROUP * GROUPS + head % GROUP // HEADS
-    g = head % GROUP % HEADS
+    PARTS: tl.constexpr = 8 if TOGETHER == 1 else 1
+    ROWS: tl.constexpr = TOGETHER * PARTS
+    AXIS: tl.constexpr = 1 if PARTS == 1 else 0
+    first = tl.program_id(0).to(tl.int64) * TOGETHER
+    query = first // (HKV * GROUP)
+    head = (first % (HKV * GROUP)).to(tl.int32)
+    if TOGETHER > 1:
+        head = (head + tl.arange(0, TOGETHER))[:, None]
+    part_0 = query * (HKV * GROUPS) + head // GROUP * GROUPS + head % GROUP // HEADS
+    part_0 = part_0 * SPLITS * HEADS + head % GROUP % HEADS  # a head's first split
     d = tl.arange(0, BLOCK_D)
 
     # what no launch before this one wrote is there early
@@ -48,36 +59,55 @@ def merge_kernel(
         query = tl.load(query_starts_ptr + b).to(tl.int64)
         if tl.load(query_starts_ptr + b + 1) - query != 1:
             return
-    m = float("-inf")
+    # all at once: a split without tokens has written its maximum alone, and what lies in its place is not used
+    parts = ()
+    parts_o = ()  # [ROWS, CHUNK // PARTS, BLOCK_D]
+    for i in tl.static_range(CHUNKS):
+        split = i * CHUNK + tl.arange(0, CHUNK // PARTS)[None, :] * PARTS + (tl.arange(0, ROWS) % PARTS)[:, None]
+        parts = parts + (part_0 + split * HEADS,)
+        at = part_o_ptr + parts[i][:, :, None] * D + d[None, None, :]
+        parts_o = parts_o + (tl.load(at, mask=(split < SPLITS)[:, :, None] & (d < D)[None, None, :], other=0.0),)
+    if ASSEMBLY:
+        # or the assembler puts these loads off until the maxima are there, or registers free
+        tl.debug_barrier()
+    parts_m = ()  # [ROWS, CHUNK // PARTS]
+    all_m = ()  # of each row's head, or of the one: every warp looks at all its splits, so that none waits for another
+    all_l = ()
+    for i in tl.static_range(CHUNKS):
+        split = i * CHUNK + tl.arange(0, CHUNK // PARTS)[None, :] * PARTS + (tl.arange(0, ROWS) % PARTS)[:, None]
+        part_m = tl.load(part_m_ptr + parts[i], mask=split < SPLITS, other=float("-inf"))
+        parts_m = parts_m + (part_m,)
+        part = parts[i]
+        if PARTS > 1:
+            split = i * CHUNK + tl.arange(0, CHUNK)
+            part = part_0 + split * HEADS
+            part_m = tl.load(part_m_ptr + part, mask=split < SPLITS, other=float("-inf"))
+        all_m = all_m + (part_m,)
+        all_l = all_l + (tl.load(part_l_ptr + part, mask=split < SPLITS, other=0.0),)
+    m = tl.max(all_m[0], axis=AXIS, keep_dims=PARTS == 1)
+    for i in tl.static_range(1, CHUNKS):
+        m = tl.maximum(m, tl.max(all_m[i], axis=AXIS, keep_dims=PARTS == 1))
+    m = tl.where(m == float("-inf"), 0.0, m)
     l = 0.0
-    o = tl.zeros([BLOCK_D], tl.float32)
-    for chunk in range(0, SPLITS, CHUNK):
-        split = chunk + tl.arange(0, CHUNK)
-        part = (pair * SPLITS + split) * HEADS + g
-        # all at once: a split without tokens has written its maximum alone, and what lies in its place is not used
-        part_m = tl.load(part_m_ptr + part, mask=split < SPLITS, other=float("-inf"))
-        part_l = tl.load(part_l_ptr + part, mask=split < SPLITS, other=0.0)
-        mask = (split < SPLITS)[:, None] & (d < D)[None, :]
-        part_o = tl.load(part_o_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
-        has_tokens = part_m > float("-inf")
-        part_l = tl.where(has_tokens, part_l, 0.0)
-        part_o = tl.where(has_tokens[:, None], part_o, 0.0)
-        new_m = tl.maximum(m, tl.max(part_m, axis=0))
-        top = tl.where(new_m == float("-inf"), 0.0, new_m)
-        decay = tl.exp2(m - top)
-        m = new_m
-        weight = tl.exp2(part_m - top)
-        l = l * decay + tl.sum(part_l * weight, axis=0)
-        o = o * decay + tl.sum(part_o * weight[:, None], axis=0)
+    o = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        has_tokens = all_m[i] > float("-inf")
+        l += tl.sum(tl.where(has_tokens, all_l[i], 0.0) * tl.exp2(all_m[i] - m), axis=AXIS, keep_dims=PARTS == 1)
+        part_o = tl.where((parts_m[i] > float("-inf"))[:, :, None], parts_o[i], 0.0)
+        o += tl.sum(part_o * tl.exp2(parts_m[i] - m)[:, :, None], axis=1)
     if sinks_ptr is not None:
-        l += tl.exp2(tl.load(sinks_ptr + head) * _LOG2E - tl.where(m == float("-inf"), 0.0, m))
-    if v_scale_ptr is not None:
-        o *= tl.load(v_scale_ptr)
+        l += tl.exp2(tl.load(sinks_ptr + head) * _LOG2E - m)
     # a sequence of no tokens gets zeros
     o = o / tl.where(l == 0.0, 1.0, l)
+    if v_scale_ptr is not None:
+        o *= tl.load(v_scale_ptr)
     if BLOCK > 1:
-        (turned,) = butterfly((tl.reshape(o, [1, BLOCK_D]),), BLOCK)
-        o = tl.reshape(turned, [BLOCK_D]) * factor
+        (o,) = butterfly((o,), BLOCK)
+    if PARTS > 1:
+        o = tl.sum(o, axis=0, keep_dims=True)
+    if BLOCK > 1:
+        o *= factor
         if signs_ptr is not None:
-            o *= signs
-    tl.store(out_ptr + (query * HKV * GROUP + head) * D + d, o.to(out_ptr.dtype.element_ty), mask=d < D)
+            o *= signs[None, :]
+    at = out_ptr + (query * HKV * GROUP + head) * D + d[None, :]
+    tl.store(at, o.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
