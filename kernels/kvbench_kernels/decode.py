@@ -42,14 +42,14 @@ def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr
 
 @triton.jit
 def _prefetch(ptr, first, COUNT: tl.constexpr):
-    """Asks for COUNT elements from each of `first` [PARTS] on, into the L2 cache."""
+    """Asks for COUNT elements from `first` on, into the L2 cache."""
     LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
     LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(COUNT, LINE))
     line = tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
         "=r,l",
-        [ptr + (first[:, None] + line[None, :])],
+        [ptr + (first + line)],
         tl.int32,
         False,
         1,
@@ -58,34 +58,43 @@ def _prefetch(ptr, first, COUNT: tl.constexpr):
 
 @triton.jit
 def _together(tiles):
-    """A tuple of 2^m tiles [P, W, G] as [P, W, G, 2^m]."""
-    P: tl.constexpr = tiles[0].shape[0]
-    W: tl.constexpr = tiles[0].shape[1]
-    G: tl.constexpr = tiles[0].shape[2]
+    """A tuple of 2^m tiles [W, G] as [W, G, 2^m]."""
+    W: tl.constexpr = tiles[0].shape[0]
+    G: tl.constexpr = tiles[0].shape[1]
     COUNT: tl.constexpr = len(tiles)
     if COUNT == 1:
-        return tl.reshape(tiles[0], [P, W, G, 1])
+        return tl.reshape(tiles[0], [W, G, 1])
     else:
-        return tl.reshape(tl.join(_together(tiles[0::2]), _together(tiles[1::2])), [P, W, G, COUNT])
+        return tl.reshape(tl.join(_together(tiles[0::2]), _together(tiles[1::2])), [W, G, COUNT])
 
 
 @triton.jit
 def _slices(x, N: tl.constexpr):
-    """[P, M, G] as a tuple of tiles [P, N, G]: N tokens each, in their order."""
-    P: tl.constexpr = x.shape[0]
-    M: tl.constexpr = x.shape[1]
-    G: tl.constexpr = x.shape[2]
+    """[M, G] as a tuple of tiles [N, G]: N rows each, in their order."""
+    M: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[1]
     if M == N:
         return (x,)
     else:
-        first, second = tl.split(tl.permute(tl.reshape(x, [P, 2, M // 2, G]), (0, 2, 3, 1)))
+        first, second = tl.split(tl.permute(tl.reshape(x, [2, M // 2, G]), (1, 2, 0)))
         return _slices(first, N) + _slices(second, N)
 
 
 @triton.jit
 def _every_eighth(x):
-    """[P, N, G] to [P, 8, G]: sums of every eighth token, which are one lane's where x comes from a product."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), axis=1)
+    """[N, G] to [8, G]: sums of every eighth row, which are one lane's where x comes from a product."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), axis=0)
+
+
+@triton.jit
+def _by_column(x, ABREAST: tl.constexpr, BLOCK_G: tl.constexpr):
+    """What belongs to tokens, [N], where scores lie: [N, 1], or [N / ABREAST, ABREAST * BLOCK_G]."""
+    if ABREAST == 1:
+        return x[:, None]
+    else:
+        ROWS: tl.constexpr = x.shape[0] // ABREAST
+        x = tl.broadcast_to(tl.reshape(x, [ROWS, ABREAST, 1]), [ROWS, ABREAST, BLOCK_G])
+        return tl.reshape(x, [ROWS, ABREAST * BLOCK_G])
 
 
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS"])
@@ -132,7 +141,7 @@ def _decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     TURN_QUERIES: tl.constexpr,
-    PARTS: tl.constexpr,
+    ABREAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_KW: tl.constexpr,
@@ -146,8 +155,11 @@ def _decode_kernel(
     the cache's tiles are left operands and are decoded in registers. The weight of a token includes its value's
     scale, and the running maximum is that of their product: a weight is at most 1 and keeps its digits in 16 bits.
 
-    Each warp takes BLOCK_N tokens of every tile for itself, with a maximum and sums of its own. These parts are added
-    up after the loop, and the splits by the launch that follows.
+    A program is one warp: weights never leave it.
+
+    ABREAST: 2 where a token's words are half a product's: two tokens lie in a row of every tile, and each has columns
+    of its own, whose queries are 0 at the other's words. So what follows has BLOCK_N / ABREAST rows and
+    ABREAST * BLOCK_G columns. Of the outputs the rows of one token under the columns of the other mean nothing.
     """
     GROUPS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     pair = tl.program_id(0).to(tl.int64)
@@ -155,7 +167,6 @@ def _decode_kernel(
     b = pair // (HKV * GROUPS)
     kv_head = (pair // GROUPS % HKV).to(tl.int32)
     first_head = (pair % GROUPS * HEADS).to(tl.int32)  # of the group
-    TILE: tl.constexpr = PARTS * BLOCK_N
     K_WORDS: tl.constexpr = D * K_BITS // 16
     V_WORDS: tl.constexpr = D * V_BITS // 16
     K_STREAMS: tl.constexpr = 16 // K_BITS
@@ -171,17 +182,23 @@ def _decode_kernel(
     V_MASKED: tl.constexpr = V_KIND == UNSIGNED or V_KIND == SYMMETRIC4
     K_OFFSET: tl.constexpr = K_STEP - 1.5 if K_KIND == SYMMETRIC4 else -(2.0 ** (K_BITS - 1))
     V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
-    # tokens of a product with values. Products that add to the same sums wait for each other, so where a stream has few
-    # channels, all streams take their turn with 16 tokens before the next 16
-    SLICE: tl.constexpr = 16 if V_MASKED else BLOCK_N
+    ROWS: tl.constexpr = BLOCK_N // ABREAST
+    COLUMNS: tl.constexpr = BLOCK_G * ABREAST
+    # rows of a product with values. Products that add to the same sums wait for each other, so where a stream has few
+    # channels, all streams take their turn with 16 rows before the next 16
+    SLICE: tl.constexpr = min(16, ROWS) if V_MASKED else ROWS
 
-    g = tl.arange(0, BLOCK_G)
-    n = tl.arange(0, PARTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
+    n = tl.arange(0, BLOCK_N)
     kw = tl.arange(0, BLOCK_KW)
     vw = tl.arange(0, BLOCK_VW)
+    g = tl.arange(0, BLOCK_G)
     head_0 = kv_head * GROUP + first_head
-    head = head_0 + g
     is_head = (g < HEADS) & (first_head + g < GROUP)
+    column = tl.arange(0, COLUMNS)
+    own = column // BLOCK_G  # which of a row's tokens it sees
+    g_column = column % BLOCK_G
+    has_head = (g_column < HEADS) & (first_head + g_column < GROUP)
+    head = head_0 + g_column
 
     if ASSEMBLY:
         tl.extra.cuda.gdc_wait()
@@ -196,43 +213,46 @@ def _decode_kernel(
     length = tl.load(seq_lens_ptr + b)
     loaded = ()
     if TURN_QUERIES:
-        # all streams as one tile [K_STREAMS * BLOCK_G, BLOCK_KW], to be turned by one product. Rows that are no head's
+        # all streams as one tile [K_STREAMS * COLUMNS, BLOCK_KW], to be turned by one product. Rows that are no head's
         # repeat the first head, which changes nothing
-        r = tl.arange(0, K_STREAMS * BLOCK_G)
+        r = tl.arange(0, K_STREAMS * COLUMNS)
         r_head = r % BLOCK_G
         r_head = head_0 + tl.where((r_head < HEADS) & (first_head + r_head < GROUP), r_head, 0)
-        channel = channels(kw[None, :], (r // BLOCK_G)[:, None], K_BITS, K_WORDS)
+        channel = channels((kw % K_WORDS)[None, :], (r // COLUMNS)[:, None], K_BITS, K_WORDS)
         q_all = tl.load(q_ptr + query * stride_qt + (r_head * stride_qh)[:, None] + channel * stride_qd)
         if k_signs_ptr is not None:
             signs = tl.load(k_signs_ptr + channel)
     else:
-        q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, 0) * stride_qh)[:, None]  # [BLOCK_G, 1]
-        for stream in tl.static_range(K_STREAMS):
-            channel = channels(kw, stream, K_BITS, K_WORDS)
-            if BLOCK_KW != K_WORDS:
-                channel = tl.minimum(channel, D - 1)
-            loaded = loaded + (tl.load(q_at + (channel * stride_qd)[None, :]),)  # [BLOCK_G, BLOCK_KW]
+        q_at = q_ptr + query * stride_qt + (tl.where(has_head, head, 0) * stride_qh)[:, None]
+        if K_BITS == 8:
+            # neighbouring channels are a word's two streams
+            channel = tl.minimum(tl.arange(0, 2 * BLOCK_KW), D - 1)
+            q_all = tl.load(q_at + (channel * stride_qd)[None, :])
+            loaded = tl.split(tl.reshape(q_all, [COLUMNS, BLOCK_KW, 2]))
+        else:
+            for stream in tl.static_range(K_STREAMS):
+                channel = channels(kw % K_WORDS if ABREAST > 1 else kw, stream, K_BITS, K_WORDS)
+                if BLOCK_KW != K_WORDS:
+                    channel = tl.minimum(channel, D - 1)
+                loaded = loaded + (tl.load(q_at + (channel * stride_qd)[None, :]),)  # [COLUMNS, BLOCK_KW]
 
     # the split's tokens: whole tiles
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
-    first_tile = first // TILE
-    tiles = tl.cdiv(length, TILE) - first_tile
+    first_tile = first // BLOCK_N
+    tiles = tl.cdiv(length, BLOCK_N) - first_tile
     tiles_each = tl.cdiv(tiles, SPLITS)
-    start = (first_tile + split * tiles_each) * TILE
-    end = tl.minimum(start + tiles_each * TILE, length)
+    start = (first_tile + split * tiles_each) * BLOCK_N
+    end = tl.minimum(start + tiles_each * BLOCK_N, length)
     part = (pair * SPLITS + split) * HEADS + g
     if start >= end or not has_query:
         tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
         return
     table = page_table_ptr + b * stride_table
     last = tl.maximum(end - 1, 0)
-    # the BLOCK_N tokens of a part lie in one page, or each of them looks its page up
-    if S % BLOCK_N == 0:
-        at = tl.arange(0, PARTS) * BLOCK_N  # [PARTS]
-    else:
-        at = n
+    # a tile lies in one page, or each of its tokens looks its page up
+    at = 0 if S % BLOCK_N == 0 else n
     page = tl.load(table + tl.minimum(start + at, last) // S)
 
     if ASSEMBLY and S % BLOCK_N == 0:
@@ -249,47 +269,50 @@ def _decode_kernel(
     if TURN_QUERIES:
         if k_signs_ptr is not None:
             q_all = (q_all.to(tl.float32) * signs).to(q_all.dtype)
-        sign = kw[:, None] & kw[None, :]
+        if ABREAST > 1:
+            own_word = (kw // K_WORDS)[None, :] == (r % COLUMNS // BLOCK_G)[:, None]
+            q_all = tl.where(own_word, q_all, 0.0)
+        sign = (kw[:, None] & kw[None, :]) % K_WORDS
         sign ^= sign >> 4
         sign ^= sign >> 2
         sign ^= sign >> 1
         hadamard = (1 - 2 * (sign & 1)).to(q_all.dtype)
-        # every part turns them all. Rows are streams and heads: what a lane gets is what the next product asks of it
-        q_all = tl.broadcast_to(q_all[None], [PARTS, K_STREAMS * BLOCK_G, BLOCK_KW])
-        q_all = tl.dot(q_all, tl.broadcast_to(hadamard[None], [PARTS, BLOCK_KW, BLOCK_KW]))
-        turned = butterfly_across(_slices(q_all, BLOCK_G))
+        if ABREAST > 1:
+            hadamard = tl.where((kw // K_WORDS)[:, None] == (kw // K_WORDS)[None, :], hadamard, 0.0)
+        # rows are streams and heads: what a lane gets is what the next product asks of it
+        turned = butterfly_across(_slices(tl.dot(q_all, hadamard), COLUMNS))
     else:
         turned = ()
-        is_query = is_head[:, None] & (kw < K_WORDS)[None, :]
+        # a column's words are those of its own token
+        is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == own[:, None])
         for stream in tl.static_range(K_STREAMS):
-            q = tl.where(is_query, loaded[stream].to(tl.float32), 0.0)
-            turned = turned + (tl.broadcast_to(q[None], [PARTS, BLOCK_G, BLOCK_KW]),)
+            turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
     peak = tl.abs(turned[0])
     for stream in tl.static_range(1, K_STREAMS):
         peak = tl.maximum(peak, tl.abs(turned[stream]))
-    peak = tl.max(tl.max(peak, axis=2), axis=1)  # [PARTS]
+    peak = tl.max(tl.max(peak, axis=1), axis=0)
     exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    q_sum = tl.zeros([PARTS, BLOCK_G, BLOCK_KW], tl.float32)
-    q_offset = tl.zeros([PARTS, BLOCK_G, BLOCK_KW], tl.float32)
+    q_sum = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
+    q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     queries = ()
     upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
     for stream in tl.static_range(K_STREAMS):
-        q = turned[stream] * q_inverse[:, None, None]  # [PARTS, BLOCK_G, BLOCK_KW]
+        q = turned[stream] * q_inverse  # [COLUMNS, BLOCK_KW]
         if K_MASKED:
             # against the small units of the codes; all scores become 2^-10 of what they are
             q *= 2.0**-10 / masked_unit(K_BITS, stream)
         q = q.to(k_type)
         q_sum += q.to(tl.float32) * (masked_unit(K_BITS, stream) if K_MASKED else 1.0)
-        queries = queries + (tl.permute(q, (0, 2, 1)),)
+        queries = queries + (tl.trans(q),)
         if K_KIND == SYMMETRIC4:
             q_offset += q.to(tl.float32) * -halves_base(stream)
             q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
-            upper_queries = upper_queries + (tl.permute(q, (0, 2, 1)),)
+            upper_queries = upper_queries + (tl.trans(q),)
     if K_MASKED or K_KIND == SYMMETRIC4:
-        q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=2)  # [PARTS, BLOCK_G]: a part of every score
-    q_sum = tl.sum(q_sum, axis=2)  # [PARTS, BLOCK_G]
+        q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=1)  # [COLUMNS]: a part of every score
+    q_sum = tl.sum(q_sum, axis=1)  # [COLUMNS]
 
     # scores are in base 2, except where the softcap needs them as they are
     score_scale = scale * q_unit
@@ -302,44 +325,46 @@ def _decode_kernel(
     if K_SCALE == 0:
         score_scale *= tl.load(k_scale_ptr)
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head, mask=is_head, other=0.0) * _LOG2E
-    v_step = tl.full([1, 1, 1], V_STEP, tl.float16)
+        slope = tl.load(slopes_ptr + head, mask=has_head, other=0.0) * _LOG2E
+    v_step = tl.full([1, 1], V_STEP, tl.float16)
 
-    m = tl.full([PARTS, BLOCK_G], float("-inf"), tl.float32)
+    m = tl.full([COLUMNS], float("-inf"), tl.float32)
     # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
-    l = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)
-    shift = tl.zeros([PARTS, 8, BLOCK_G], tl.float32)  # the zero-points' share of the output
-    ones = tl.full([PARTS, BLOCK_VW, SLICE], 1.0, tl.float16)
+    l = tl.zeros([8, COLUMNS], tl.float32)
+    shift = tl.zeros([8, COLUMNS], tl.float32)  # the zero-points' share of the output
+    ones = tl.full([BLOCK_VW, SLICE], 1.0, tl.float16)
     acc = ()
     for _ in tl.static_range(V_STREAMS):
-        acc = acc + (tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32),)
+        acc = acc + (tl.zeros([BLOCK_VW, COLUMNS], tl.float32),)
 
-    for tile in tl.range(start, end, TILE, num_stages=STAGES):
+    for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         token = tile + n
         visible = token < end
         if HAS_WINDOW:
             visible = visible & (token >= first)
         # the next page is asked for one tile ahead
         base = (page.to(tl.int64) * HKV + kv_head) * S + (tile + at) % S
-        page = tl.load(table + tl.minimum(tile + TILE + at, last) // S)
+        page = tl.load(table + tl.minimum(tile + BLOCK_N + at, last) // S)
         if S % BLOCK_N == 0:
-            row = base[:, None] + tl.arange(0, BLOCK_N)[None, :]  # [PARTS, BLOCK_N]
-            k_at = (base * K_WORDS)[:, None, None] + (tl.arange(0, BLOCK_N)[:, None] * K_WORDS + kw[None, :])[None]
+            row = base + n
+            k_at = k_ptr + base * K_WORDS + (tl.arange(0, ROWS)[:, None] * (ABREAST * K_WORDS) + kw[None, :])
         else:
             row = base
-            k_at = (row * K_WORDS)[:, :, None] + kw[None, None, :]
+            row_0 = tl.split(tl.reshape(row, [ROWS, 2]))[0] if ABREAST > 1 else row  # [ROWS], where each row begins
+            k_at = k_ptr + (row_0 * K_WORDS)[:, None] + kw[None, :]
 
         # scores
-        if BLOCK_KW == K_WORDS:
-            k_words = tl.load(k_ptr + k_at)  # [PARTS, BLOCK_N, BLOCK_KW]
+        if BLOCK_KW == ABREAST * K_WORDS:
+            k_words = tl.load(k_at)  # [ROWS, BLOCK_KW]
         else:
-            k_words = tl.load(k_ptr + k_at, mask=(kw < K_WORDS)[None, None, :], other=0.0)
-        score = tl.zeros([PARTS, BLOCK_N, BLOCK_G], tl.float32)
+            k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
+        score = tl.zeros([ROWS, COLUMNS], tl.float32)
         if K_MASKED or K_KIND == SYMMETRIC4:
-            score += q_offset[:, None, :]
+            score += q_offset[None, :]
         for stream in tl.static_range(K_STREAMS):
             if K_MASKED:
-                score = tl.dot(masked(k_words, stream, K_BITS, False, ASSEMBLY), queries[stream], score)
+                k = masked(k_words, stream, K_BITS, False, ASSEMBLY)
+                score = tl.dot(k, queries[stream], score)
             elif K_KIND == SYMMETRIC4:
                 lower, upper = unpack_halves(k_words, stream, ASSEMBLY)
                 score = tl.dot(lower, queries[stream], score)
@@ -352,43 +377,43 @@ def _decode_kernel(
             v_stored = tl.load(v_scale_ptr + row, mask=visible, other=1.0)
             v_scale, v_zero = row_scale(v_stored, V_KIND, V_BITS, V_UNIT)
             v_log = log2(v_scale, ASSEMBLY)
-            bias = tl.where(visible, v_log, float("-inf"))[:, :, None]
+            bias = _by_column(tl.where(visible, v_log, float("-inf")), ABREAST, BLOCK_G)
         else:
-            bias = tl.where(visible, 0.0, float("-inf"))[:, :, None]
+            bias = _by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
         if K_SCALE == 1:
             k_stored = tl.load(k_scale_ptr + row, mask=visible, other=0.0)
             k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-            k_scale = (k_scale * score_scale[:, None])[:, :, None]
+            k_scale = _by_column(k_scale * score_scale, ABREAST, BLOCK_G)
         else:
-            k_scale = score_scale[:, None, None]
+            k_scale = score_scale
         if HAS_SOFTCAP or slopes_ptr is not None:
             if K_KIND == UNSIGNED:
-                score -= k_zero[:, :, None] * q_sum[:, None, :]
+                score -= _by_column(k_zero, ABREAST, BLOCK_G) * q_sum[None, :]
             score *= k_scale
             if HAS_SOFTCAP:
                 score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
             if slopes_ptr is not None:
-                score += slope[None, None, :] * (token - length + 1).to(tl.float32)[:, :, None]
+                score += slope[None, :] * _by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G)
             score += bias
         elif K_KIND == UNSIGNED:
-            score = score * k_scale + (bias - (k_scale * k_zero[:, :, None]) * q_sum[:, None, :])
+            score = score * k_scale + (bias - (k_scale * _by_column(k_zero, ABREAST, BLOCK_G)) * q_sum[None, :])
         else:
             score = score * k_scale + bias
         if K_NAN:
-            score = tl.where(visible[:, :, None], score, float("-inf"))
+            score = tl.where(_by_column(visible, ABREAST, BLOCK_G), score, float("-inf"))
 
         # weights
-        new_m = tl.maximum(m, tl.max(score, axis=1))  # [PARTS, BLOCK_G]
+        new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]
         new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-        decay = exp2(m - new_m, ASSEMBLY)[:, None, :]
+        decay = exp2(m - new_m, ASSEMBLY)[None, :]
         m = new_m
-        weight = exp2(score - m[:, None, :], ASSEMBLY)
+        weight = exp2(score - m[None, :], ASSEMBLY)
         unscaled = weight
         if V_SCALE == 1:
-            unscaled *= exp2(-v_log, ASSEMBLY)[:, :, None]
+            unscaled *= _by_column(exp2(-v_log, ASSEMBLY), ABREAST, BLOCK_G)
         l = l * decay + _every_eighth(unscaled)
         if V_KIND == UNSIGNED:
-            shift = shift * decay + _every_eighth(weight * v_zero[:, :, None])
+            shift = shift * decay + _every_eighth(weight * _by_column(v_zero, ABREAST, BLOCK_G))
 
         # outputs
         new_acc = ()
@@ -396,22 +421,22 @@ def _decode_kernel(
             new_acc = new_acc + (acc[stream] * decay,)
         acc = new_acc
         if V_MASKED:
-            w_sum = tl.zeros([PARTS, BLOCK_VW, BLOCK_G], tl.float32)  # of the tile's weights in 16 bits, in every row
+            w_sum = tl.zeros([BLOCK_VW, COLUMNS], tl.float32)  # of the tile's weights in 16 bits, in every row
         weights = _slices(weight.to(v_type), SLICE)
         if S % BLOCK_N != 0:
-            rows = _slices(row[:, :, None], SLICE)
-        for i in tl.static_range(BLOCK_N // SLICE):
+            rows = _slices(row_0[:, None], SLICE)
+        for i in tl.static_range(ROWS // SLICE):
             if S % BLOCK_N == 0:
-                of_slice = i * SLICE + tl.arange(0, SLICE)
-                v_at = (base * V_WORDS)[:, None, None] + (of_slice[None, :] * V_WORDS + vw[:, None])[None]
+                of_slice = (i * SLICE + tl.arange(0, SLICE)) * (ABREAST * V_WORDS)
+                v_at = v_ptr + base * V_WORDS + (of_slice[None, :] + vw[:, None])
             else:
-                v_at = tl.permute(rows[i], (0, 2, 1)) * V_WORDS + vw[None, :, None]
+                v_at = v_ptr + tl.trans(rows[i]) * V_WORDS + vw[:, None]
             if V_NAN:
-                v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None] & visible[:, None, :], other=0.0)
-            elif BLOCK_VW == V_WORDS:
-                v_words = tl.load(v_ptr + v_at)  # [PARTS, BLOCK_VW, SLICE]
+                v_words = tl.load(v_at, mask=(vw < V_WORDS)[:, None] & visible[None, :], other=0.0)
+            elif BLOCK_VW == ABREAST * V_WORDS:
+                v_words = tl.load(v_at)  # [BLOCK_VW, SLICE]
             else:
-                v_words = tl.load(v_ptr + v_at, mask=(vw < V_WORDS)[None, :, None], other=0)
+                v_words = tl.load(v_at, mask=(vw < V_WORDS)[:, None], other=0)
             if V_MASKED:
                 w_sum = tl.dot(ones, weights[i], w_sum)
                 # after a product of the weights, whose layout it then shares
@@ -419,11 +444,10 @@ def _decode_kernel(
             new_acc = ()
             for stream in tl.static_range(V_STREAMS):
                 if V_MASKED:
-                    o = tl.dot(masked(v_words, stream, V_BITS, False, ASSEMBLY), weights[i], acc[stream])
+                    v = masked(v_words, stream, V_BITS, False, ASSEMBLY)
                 else:
                     v = unpack(v_words, None, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
-                    o = tl.dot(v, weights[i], acc[stream])
-                new_acc = new_acc + (o,)
+                new_acc = new_acc + (tl.dot(v, weights[i], acc[stream]),)
             acc = new_acc
             if V_KIND == SYMMETRIC4:
                 new_acc = ()
@@ -438,23 +462,33 @@ def _decode_kernel(
                 new_acc = new_acc + (acc[stream] + w_sum * (V_OFFSET * masked_unit(V_BITS, stream)),)
             acc = new_acc
 
-    # the parts relative to one maximum
-    top = tl.max(m, axis=0)  # [BLOCK_G]
-    share = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    l_sum = tl.sum(l, axis=0)
+    shift_sum = tl.sum(shift, axis=0)
+    top = m
+    if ABREAST > 1:
+        # both tokens of a row relative to one maximum, to which a column that saw no token does not count
+        m = tl.where(l_sum == 0.0, float("-inf"), m)
+        top = tl.max(tl.reshape(m, [ABREAST, BLOCK_G]), axis=0)
+        share = tl.reshape(m, [ABREAST, BLOCK_G]) - tl.where(top == float("-inf"), 0.0, top)[None, :]
+        share = tl.exp2(tl.reshape(share, [COLUMNS]))
+        l_sum = tl.sum(tl.reshape(l_sum * share, [ABREAST, BLOCK_G]), axis=0)
     tl.store(part_m_ptr + part, top, mask=is_head)
-    tl.store(part_l_ptr + part, tl.sum(tl.sum(l, axis=1) * share, axis=0), mask=is_head)
-    shift_sum = tl.sum(shift, axis=1)
+    tl.store(part_l_ptr + part, l_sum, mask=is_head)
     streams = ()
     for stream in tl.static_range(V_STREAMS):
         o = acc[stream]
         if V_MASKED:
             o *= 1 / masked_unit(V_BITS, stream)
         streams = streams + (o,)
-    # all streams in one sum: each would have barriers of its own
-    o = (_together(streams) - shift_sum[:, None, :, None]) * share[:, None, :, None]
-    o = tl.sum(o, axis=0)  # [BLOCK_VW, BLOCK_G, V_STREAMS]
+    o = _together(streams) - shift_sum[None, :, None]
+    if ABREAST > 1:
+        vw = tl.arange(0, V_WORDS)
+        own_row = tl.arange(0, BLOCK_VW)[:, None] // V_WORDS == own[None, :]
+        o = tl.where(own_row[:, :, None], o * share[None, :, None], 0.0)
+        o = tl.sum(tl.reshape(o, [ABREAST, V_WORDS, COLUMNS, V_STREAMS]), axis=0)
+        o = tl.sum(tl.reshape(o, [V_WORDS, ABREAST, BLOCK_G, V_STREAMS]), axis=1)
     channel = channels(vw[:, None, None], tl.arange(0, V_STREAMS)[None, None, :], V_BITS, V_WORDS)
-    o_at = part_o_ptr + part[None, :, None] * D + channel
+    o_at = part_o_ptr + part[None, :, None] * D + channel  # [BLOCK_VW, BLOCK_G, V_STREAMS]
     tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
 
 
@@ -498,8 +532,8 @@ def decode(
     group = query_heads // kv_heads
     heads = min(group, MAX_HEADS)
     pairs = batch * kv_heads * -(-group // heads)
-    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim, pairs * max_seq_len)
-    tokens = min(max_seq_len, window + tuning.tile) if window else max_seq_len
+    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
+    tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
     splits = tuning.splits(pairs, tokens)
     part_o = torch.empty(pairs, splits, heads, head_dim, dtype=torch.float32, device=q.device)
     part_m, part_l = torch.empty(2, pairs, splits, heads, dtype=torch.float32, device=q.device)
@@ -507,8 +541,11 @@ def decode(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
     words = k.layout.words(head_dim)
+    # where a token's words are half a product's, and its heads no more than half of those that a program can take
+    packed = max(k.layout.bits, v.layout.bits) <= 4
+    abreast = 2 if packed and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
     # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words
-    turn_here = k_turn.block == head_dim and q.element_size() == 2 and words in (16, 32, 64)
+    turn_here = k_turn.block == head_dim and q.element_size() == 2 and words * abreast in (16, 32, 64)
     if k_turn.block > 1 and not turn_here:
         q = rotate(q, k_turn, dtype=torch.float32)
     assembly = q.is_cuda and not INTERPRETED
@@ -543,14 +580,14 @@ def decode(
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
         TURN_QUERIES=turn_here,
-        PARTS=tuning.parts,
-        BLOCK_G=max(8, triton.next_power_of_2(heads)),
+        ABREAST=abreast,
+        BLOCK_G=max(8 // abreast, triton.next_power_of_2(heads)),
         BLOCK_N=tuning.block_n,
         BLOCK_KW=max(16, triton.next_power_of_2(words)),
         BLOCK_VW=max(16, triton.next_power_of_2(v.layout.words(head_dim))),
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
-        num_warps=tuning.parts,
+        num_warps=1,
         maxnreg=tuning.registers,
         launch_pdl=assembly,
     )

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from kvbench_kernels import decode
 from kvbench_kernels.attention import attend
 from kvbench_kernels.hadamard import Turn
+from kvbench_kernels.tuning import Tuning
 
 from kvbench.attention import Batch
 from kvbench.attention import attend as reference
@@ -173,6 +175,40 @@ def test_every_group_of_query_heads(heads, device):
     """
     Case("int8", device, heads=heads, seqs=((40, 1), (21, 1))).check()
     Case("int2", device, heads=heads, seqs=((40, 1), (21, 6))).check()
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (8, 2), (8, 1), (9, 1)], ids=str)
+def test_short_rows_lie_side_by_side(heads, device):
+    """
+    Rows of eight words, two in a row of a product for up to eight heads: as exact, whatever the pages and turn.
+    """
+    options = {"sliding_window": 35, "softcap": 3.0, "sinks": torch.randn(heads[0], device=device)}
+    seqs = ((75, 1), (1, 1), (22, 1))
+    Case("int2", device, heads=heads, seqs=seqs).check(**options)
+    Case("int2", device, heads=heads, page_size=64, seqs=seqs).check(**options)
+    Case("int2", device, rotation="randomized_hadamard", heads=heads, page_size=64, seqs=seqs).check()
+    Case("int4", device, rotation="hadamard", heads=heads, head_dim=32, seqs=seqs).check()
+
+
+def test_a_row_of_one_token_is_as_exact(device):
+    """
+    The other token's place does not count, however low the one token's score.
+    """
+    case = Case("int2", device, heads=(8, 1), seqs=((1, 1), (33, 1)))
+    case.q *= 300
+    case.check()
+
+
+@pytest.mark.parametrize("programs", [1, 6, 12, 50], ids=str)
+@pytest.mark.parametrize("heads", [(4, 1), (3, 1)], ids=str)
+def test_any_number_of_splits_is_merged(programs, heads, device, monkeypatch):
+    """
+    Few splits, whose heads share a program of the merge, and more than it takes at once; some have no tokens.
+    """
+    monkeypatch.setattr("kvbench_kernels.tuning.multiprocessors", lambda: 2)
+    monkeypatch.setattr(decode, "choose_tuning", lambda *_: Tuning(16, 2, programs, least=16))
+    case = Case("int4", device, rotation="randomized_hadamard", heads=heads, seqs=((801, 1), (40, 1)))
+    case.check(sinks=torch.randn(heads[0], device=device))
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 128])
