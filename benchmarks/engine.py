@@ -83,12 +83,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("KVBENCH_DATA"), help="the offline mirror's folder")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    names = [str(spec["task"]) for spec, _ in TASKS]
+    parser.add_argument("--task", action="append", choices=names, help="all four when not given; repeatable")
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     options = parser.parse_args()
     if options.data is None:
         sys.exit("error: no data: name the offline mirror's folder with --data or KVBENCH_DATA")
     if not torch.cuda.is_available():
         sys.exit("error: no GPU: benchmarks/scoring.py is the one for CPUs")
+    tasks = [f"--task {name}" for name in options.task or ()]
     logging.disable(logging.WARNING)
     source = models.resolve(options.model)
     rows: list[dict[str, Any]] = []
@@ -106,7 +109,7 @@ def main() -> None:
     loaded = TransformersModel.load(source, "bfloat16", "cuda")
     sdpa = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=64, device="cuda")
     sdpa.truncated = 0  # what our own model class counts
-    for spec, batch_size in TASKS:
+    for spec, batch_size in (one for one in TASKS if one[0]["task"] in (options.task or names)):
         task = make_task(spec, options.data)
         loaded.model.set_attn_implementation("sdpa")
         sdpa.batch_size_per_gpu = batch_size
@@ -131,9 +134,9 @@ def main() -> None:
                 model_ratio=base["model_seconds"] / middle["model_seconds"],
             )
             fp16 = fp16 or middle
-    if options.output:
-        environment = {**describe(), "command": "benchmarks/engine.py"}
-        options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+        if options.output:
+            environment = {**describe(), "command": " ".join(["benchmarks/engine.py", *tasks])}
+            options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
