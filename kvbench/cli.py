@@ -589,6 +589,7 @@ def _print_parity(name: str) -> None:
             "equal" if not one.wrong_rows else f"{one.wrong_rows} differ, the first in layer {one.first_wrong_layer}"
         )
         rows.append((one.dtype, one.rotation, str(one.layers), str(one.rows), verdict))
+        print(f"{one.dtype} · {one.rotation}   {verdict}", file=sys.stderr)
     _print_rows(("dtype", "rotation", "layers", "rows", "bytes"), rows)
     if any(row[-1] != "equal" for row in rows):
         raise typer.Exit(GATE_FAILED)
