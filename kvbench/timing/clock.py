@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-WARM_UP = 3  # replays before the first sample
+WARM_UP_S = 0.1  # of replays before the first sample: after a pause a GPU raises its clock for some milliseconds
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,10 @@ def time_calls(calls: Sequence[Callable[[], object]], samples: int, least: int =
     with torch.cuda.graph(graph):
         for i in range(count):
             calls[i % len(calls)]()
-    for _ in range(WARM_UP):
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_UP_S:
         graph.replay()
+        torch.cuda.synchronize()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)]
     for begin_event, end_event in events:
         begin_event.record()
