@@ -91,6 +91,12 @@ def shown_number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
+def shown_megabytes(nbytes: int) -> str:
+    """Bytes as MB (1e6): to a tenth, and below that to three digits, so that what was read is never 0.0."""
+    megabytes = nbytes / 1e6
+    return f"{megabytes:.1f}" if megabytes >= 0.1 else f"{megabytes:.3g}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a task gave: its metrics, and a row a document (and filter) with what the paired tests need.

@@ -437,6 +437,20 @@ def test_a_plan_says_what_is_missing(kvbench, toy, tmp_path):
     assert "12 to run" in result.stdout
 
 
+def test_a_plan_warns_of_a_task_longer_than_the_model(kvbench, toy, tmp_path):
+    """
+    It stands under what is missing, and the other tasks still run.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", tasks=["toy_a", {"task": "toy_b", "tokens": 2000}])
+
+    result = kvbench("plan", config)
+
+    assert (
+        "missing here:\n  model toy, task toy_b: 2000 tokens are more than the model's 1024; ask for fewer\n"
+    ) in result.stdout
+    assert kvbench("sweep", config, "--only", "task=toy_a").exit_code == 0
+
+
 def test_a_quick_look_is_marked(kvbench, toy, tmp_path):
     """
     --limit is marked in the progress, the plan and the report.
@@ -638,7 +652,8 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
     shown = kvbench("report", "out/kernel")
     assert shown.exit_code == 0, shown.output
     (row,) = [line.split() for line in shown.stdout.splitlines() if line.startswith("int2")]
-    assert row[4:8] == ["0.0", "-", "-", "-"]
+    assert float(row[4]) == pytest.approx(record.facts["read_bytes"] / 1e6, rel=0.005)
+    assert row[5:8] == ["-"] * 3
     assert row[-1] == "ok"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.results import Metric, Record, Store, headline, kernel_task, name_of, shown_metric
+from kvbench.results import Metric, Record, Store, headline, kernel_task, name_of, shown_megabytes, shown_metric
 
 
 def record(cell: str = "toy-1", status: str = "done", **changes) -> Record:
@@ -298,3 +298,21 @@ def test_a_kernel_s_size_is_spelled_in_one_place():
     """
     assert kernel_task({"op": "decode", "batch": 32, "context": 8192}) == "decode 32×8192"
     assert kernel_task({"op": "write", "batch": 64, "context": None}) == "write 64"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (4_295_032_832, "4295.0"),
+        (299_008, "0.3"),
+        (100_000, "0.1"),
+        (99_999, "0.1"),
+        (34_816, "0.0348"),
+        (96, "9.6e-05"),
+    ],
+)
+def test_few_bytes_are_not_shown_as_none(nbytes, text):
+    """
+    Megabytes have one decimal, and from 0.1 down three digits: what a small kernel reads is never 0.0.
+    """
+    assert shown_megabytes(nbytes) == text

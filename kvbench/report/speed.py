@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbench.report.table import Header, Table
-from kvbench.results import Record
+from kvbench.results import Record, shown_megabytes
 
 NOT_RUN = "- (not run)"
 SAME_DTYPE = ("same_dtype_speedup", "same_dtype_peer", "same_dtype_us")  # older records have none
@@ -53,7 +53,7 @@ def _row(row: dict[str, Any], compared: bool) -> list[str]:
         row["rotation"],
         str(row["batch"]),
         str(row["context"] or "-"),
-        f"{row['read_bytes'] / 1e6:.1f}",
+        shown_megabytes(row["read_bytes"]),
         f"{row['us']:.1f} [{row['us_p10']:.1f}, {row['us_p90']:.1f}]" if timed else "-",
         f"{row['gbps']:.0f}" if timed else "-",
         f"{row['share_of_copy']:.0%}" if timed else "-",

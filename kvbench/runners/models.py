@@ -142,6 +142,8 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         source = _shape_source(Path(name).expanduser())
     elif name and Path(name).expanduser().is_dir():
         source = _folder_source(Path(name).expanduser())
+    elif name and Path(name).expanduser().exists():
+        raise ModelError(f"model '{name}' is a file, but no .gguf file and no model's configuration (.json)")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _hub_source(name, revision)
     elif "/" in name or name.startswith((".", "~")):

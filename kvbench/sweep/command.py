@@ -24,7 +24,7 @@ from kvbench.sweep.execute import (
     terminable,
 )
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
-from kvbench.sweep.plan import Cell, choose, missing_data, plan
+from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.sweep.workers import execute_on, seat_for
@@ -294,10 +294,10 @@ def plan_rows(planned: Planned) -> list[dict[str, Any]]:
 
 
 def plan_lacks(planned: Planned) -> list[str]:
-    """What this machine lacks to run the cells, one line each with what to do."""
+    """What this machine or a model lacks to run the cells, one line each with what to do."""
     models = {cell.model.name: cell.model.missing for cell in planned.cells if cell.model.missing}
     left = _left(planned.cells, planned.store.load(), retry_failed=True)
-    return [f"model {name}: {todo}" for name, todo in models.items()] + missing_data(left)
+    return [f"model {name}: {todo}" for name, todo in models.items()] + missing_data(left) + too_long(left)
 
 
 def plan_tables(planned: Planned) -> list[tuple[str, list[str], list[list[str]]]]:

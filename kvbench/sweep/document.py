@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import yaml
 
+from kvbench.tasks.messages import path_text
+
 Loc = tuple[str | int, ...]
 
 
@@ -87,22 +89,6 @@ def child(node: yaml.Node, step: str | int, key: bool = False) -> yaml.Node | No
             if name.value == str(step):
                 return cast(yaml.Node, name if key else value)
     return None
-
-
-def path_text(loc: Loc) -> str:
-    """`tasks[0].limit`."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
-    return text.removeprefix(".")
-
-
-def shown(value: Any) -> str:
-    """A value as a person wrote it, cut where it is long."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def read_document(text: str, name: str) -> tuple[Document, dict[str, Any]]:

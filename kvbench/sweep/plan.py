@@ -17,7 +17,7 @@ from kvbench.schemes import Scheme
 from kvbench.sweep.config import ModelSpec, Sweep
 from kvbench.sweep.document import ConfigError
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
-from kvbench.tasks.base import Task
+from kvbench.tasks.base import Task, beyond
 
 IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another number
 
@@ -238,3 +238,13 @@ def missing_data(cells: Sequence[Cell]) -> list[str]:
     """What this machine lacks to run the cells' tasks, one line each with what to do."""
     tasks = {cell.task.name: cell.task for cell in cells}
     return list(dict.fromkeys(line for task in tasks.values() for line in task.missing()))
+
+
+def too_long(cells: Sequence[Cell]) -> list[str]:
+    """A line for each task that would fail: its sequences are longer than a model's positions, where both are known."""
+    lines = []
+    for model, task in {(cell.model.name, cell.task.name): (cell.model, cell.task) for cell in cells}.values():
+        tokens, positions = task.longest(), model.max_length
+        if tokens is not None and positions is not None and tokens > positions:
+            lines.append(f"model {model.name}, task {task.name}: {beyond(tokens, positions)}")
+    return lines

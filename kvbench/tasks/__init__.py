@@ -14,6 +14,7 @@ from kvbench.tasks import lm_eval_index
 from kvbench.tasks.base import Options, RunContext, Task
 from kvbench.tasks.divergence import Divergence
 from kvbench.tasks.lm_eval import LmEval
+from kvbench.tasks.messages import path_text, wrong
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.throughput import Throughput
 
@@ -75,11 +76,11 @@ def list_tasks() -> list[TaskInfo]:
 
 def _explain(error: ValidationError, kind: type[Options]) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = path_text(first["loc"])
     if first["type"] == "extra_forbidden":
         known = sorted(set(kind.model_fields) - {"task"})
         return f"unknown option '{where}': {_nearest(where, known) or ''}".rstrip(": ")
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    return f"{where}: {wrong(first)}"
 
 
 def _nearest(text: str, names: Iterable[str]) -> str:

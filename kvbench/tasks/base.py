@@ -59,6 +59,10 @@ class Task(Protocol):
         """Documents to be answered right or wrong; None where there are none, or the data that says is not here."""
         ...
 
+    def longest(self) -> int | None:
+        """Tokens of its longest sequence, where its options say: a model needs as many positions; else None."""
+        ...
+
     def metrics(self) -> tuple[str, ...] | None:
         """Names of the metrics that are compared: a sample has a number of each; None where only a run tells."""
         ...
@@ -66,6 +70,11 @@ class Task(Protocol):
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Measures the runner."""
         ...
+
+
+def beyond(tokens: int, positions: int) -> str:
+    """What is said where a task asks for more tokens than a model has positions."""
+    return f"{tokens} tokens are more than the model's {positions}; ask for fewer"
 
 
 class Options(BaseModel):
@@ -84,3 +93,13 @@ class Options(BaseModel):
     def timed(self) -> bool:
         """See Task."""
         return False
+
+    def longest(self) -> int | None:
+        """See Task."""
+        return None
+
+    def check_length(self, positions: int) -> None:
+        """Raises ValueError where its longest sequence has more tokens than a model has positions."""
+        tokens = self.longest()
+        if tokens is not None and tokens > positions:
+            raise ValueError(beyond(tokens, positions))

@@ -60,6 +60,9 @@ class Divergence(Options):
     def answers(self) -> None:
         return None
 
+    def longest(self) -> int:
+        return self.context
+
     def metrics(self) -> tuple[str, ...]:
         return "kld", "same_top", "ppl_ratio"
 
@@ -70,11 +73,13 @@ class Divergence(Options):
         it is reported as measured. Standard errors are over documents: the tokens of one are not independent.
 
         Raises:
-            ValueError: the text is too short, or the model gave a value that is not finite.
+            ValueError: a document is longer than the model's positions, the text is too short, or the model gave a
+                value that is not finite.
         """
         import numpy as np
         import torch
 
+        self.check_length(runner.info.max_length)
         source = text.read(self.text)
         documents = split(source.text, runner.tokenizer, self.context, self._documents)
         hashes = [text.sha256(" ".join(map(str, tokens))) for tokens in documents]

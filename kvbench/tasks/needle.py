@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
@@ -71,25 +71,41 @@ class Needle(Options):
         made = len(self.contexts) * self.depths * self.per_cell
         return min(made, self.limit or made)
 
+    def longest(self) -> int:
+        return max(self._asked)
+
     def metrics(self) -> tuple[str, ...]:
-        asked = self.contexts[: math.ceil(self.answers() / (self.depths * self.per_cell))]
-        return "acc", *(f"acc@{length}" for length in asked if len(self.contexts) > 1)
+        return "acc", *(f"acc@{length}" for length in self._asked if len(self.contexts) > 1)
+
+    @property
+    def _asked(self) -> tuple[int, ...]:
+        """The contexts that the limit leaves."""
+        return self.contexts[: math.ceil(self.answers() / (self.depths * self.per_cell))]
 
     def documents(self, tokenizer: Any) -> list[Document]:
-        """The prompts, each no longer than its context leaves beside the answer; tokenizer and seed decide them."""
+        """The prompts, each no longer than its context leaves beside the answer; tokenizer and seed decide them.
+
+        Raises:
+            ValueError: the text is too short for a context.
+        """
         places = [i / (self.depths - 1) if self.depths > 1 else 0.5 for i in range(self.depths)]
-        made = [
+        made = (
             _document(random.Random(f"{self.seed}/{context}/{i}/{depth}"), tokenizer, context, depth)
             for context in self.contexts
             for i in range(self.per_cell)
             for depth in places
-        ]
-        return made[: self.limit]
+        )
+        return list(islice(made, self.limit))
 
     def run(self, runner: Runner, context: RunContext) -> Outcome:
-        """Accuracy over all documents, and for each context length where there are several."""
+        """Accuracy over all documents, and for each context length where there are several.
+
+        Raises:
+            ValueError: a context is longer than the model's positions, or than the text.
+        """
         from kvbench.runners.base import GenerateRequest
 
+        self.check_length(runner.info.max_length)
         documents = self.documents(runner.tokenizer)
         requests = [
             GenerateRequest(tuple(runner.tokenizer.encode(document.prompt)), ANSWER_TOKENS, stop=("\n",))
@@ -143,6 +159,8 @@ def _document(draw: random.Random, tokenizer: Any, context: int, depth: float) -
         if room < 0:
             break
         wanted.append(sentence)
+    else:
+        raise ValueError(f"the text ends {room} tokens before a context of {context}: ask for a shorter one")
 
     def prompt() -> str:
         at = round(depth * len(wanted))

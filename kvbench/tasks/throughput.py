@@ -59,6 +59,9 @@ class Throughput(Options):
     def answers(self) -> None:
         return None
 
+    def longest(self) -> int:
+        return self.prompt + self.new
+
     def metrics(self) -> tuple[str, ...]:
         return ()
 
@@ -69,10 +72,7 @@ class Throughput(Options):
             ValueError: prompt and answer are longer than the model's positions, the runner measures nothing, or nothing
                 was decoded after the prompts.
         """
-        if self.prompt + self.new > runner.info.max_length:
-            raise ValueError(
-                f"{self.prompt} + {self.new} tokens are more than the model's {runner.info.max_length}; ask for fewer"
-            )
+        self.check_length(runner.info.max_length)
         if not hasattr(runner, "stats"):
             raise ValueError(f"{runner.info.name} is run by what counts no tokens and seconds: take another runner")
         memory = _Memory(runner)

@@ -7,6 +7,7 @@ import io
 import json
 from typing import Any
 
+from kvbench.results import shown_megabytes
 from kvbench.timing.grid import Timings
 
 FORMATS = ("table", "md", "csv", "json")
@@ -70,7 +71,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["rotation"],
         str(row["batch"]),
         "-" if row["context"] is None else str(row["context"]),
-        f"{row['read_bytes'] / 1e6:.1f}",
+        shown_megabytes(row["read_bytes"]),
         time,
         "-" if row["gbps"] is None else f"{row['gbps']:.0f}",
         "-" if row["share_of_copy"] is None else f"{row['share_of_copy']:.0%}",

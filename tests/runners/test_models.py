@@ -247,12 +247,14 @@ def test_the_doctor_finds_the_embedded_model_whole():
         ("NO_WEIGHTS", "weights are not all there"),
         ("HALF", "weights are not all there"),
         ("BROKEN_INDEX", "cannot read .*index.json"),
+        ("EMPTY/model.bin", "is a file, but no .gguf file"),
+        (os.devnull, "is a file, but no .gguf file"),
     ],
 )
 def test_what_is_no_model_is_told_in_one_line(name, expected, tmp_path):
     """Each wrong name or folder has its own message, with what would be right."""
     files = {
-        "EMPTY": {"mistral.gguf": ""},
+        "EMPTY": {"mistral.gguf": "", "model.bin": ""},
         "ONLY_GGUF": {"some.gguf": ""},
         "NO_WEIGHTS": {"config.json": "{}"},
         "HALF": {
@@ -271,6 +273,16 @@ def test_what_is_no_model_is_told_in_one_line(name, expected, tmp_path):
     with pytest.raises(ModelError, match=expected) as caught:
         models.resolve(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_here_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
+    """`configs/qwen.yaml` reads like a hub's org/name, but it is a file that is no model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "qwen.yaml").write_text("name: qwen")
+
+    with pytest.raises(ModelError, match=r"model 'configs/qwen.yaml' is a file, but no .gguf file"):
+        models.resolve("configs/qwen.yaml")
 
 
 def test_only_a_hub_id_takes_a_revision():

@@ -191,6 +191,14 @@ def with_line(line):
             """,
         ),
         (
+            with_line("seed: 99999999999999999999"),
+            """\
+            bad.yaml:5:7: seed: expected a number of at most 9223372036854775807, not 99999999999999999999
+                5 | seed: 99999999999999999999
+                  |       ^^^^^^^^^^^^^^^^^^^^
+            """,
+        ),
+        (
             GOOD.replace("[toy_a]", "toy_a"),
             """\
             bad.yaml:4:8: tasks: expected a list, not 'toy_a'

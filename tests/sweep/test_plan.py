@@ -8,7 +8,7 @@ import pytest
 
 from kvbench.sweep.config import parse_sweep
 from kvbench.sweep.document import ConfigError
-from kvbench.sweep.plan import choose, missing_data, plan
+from kvbench.sweep.plan import choose, missing_data, plan, too_long
 
 TEXT = """\
 name: toys
@@ -200,3 +200,16 @@ def test_what_is_missing_is_said_once(cells):
     text = TEXT.replace("[toy_a, toy_b]", "[toy_a, {task: toy_b, lacks: toy_b needs a file}]")
 
     assert missing_data(cells(text)) == ["toy_b needs a file"]
+
+
+def test_a_task_longer_than_a_model_is_said_before_it_runs(cells):
+    """
+    A task whose sequences need more positions than a model has is one line a model; one that just fits is none.
+    """
+    models = "model: toy", "models: [toy, other]"
+    text = TEXT.replace(*models).replace("[toy_a, toy_b]", "[{task: toy_a, tokens: 1024}, {task: toy_b, tokens: 1025}]")
+
+    assert too_long(cells(text)) == [
+        f"model {model}, task toy_b: 1025 tokens are more than the model's 1024; ask for fewer"
+        for model in ("toy", "other")
+    ]

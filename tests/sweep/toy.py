@@ -68,12 +68,16 @@ class ToyTask:
     dies: str = ""
     breaks: str = ""
     timed: bool = False
+    tokens: int | None = None
 
     def identity(self) -> dict[str, Any]:
         return {"task": self.name, "limit": self.limit, "n": self.n}
 
     def answers(self) -> int:
         return min(self.n, self.limit or self.n)
+
+    def longest(self) -> int | None:
+        return self.tokens
 
     def metrics(self) -> tuple[str, ...]:
         return "acc", "kld"

@@ -175,3 +175,12 @@ def test_samples_hold_numbers_and_hashes_but_no_text(small, context):
     for sample in make_task(small).run(ToyRunner(noise=0.1), context).samples:
         assert {"doc_id", "doc_hash", "prompt_hash", "filter", "tokens", "kld", "same_top"} <= sample.keys()
         assert len(json.dumps(sample)) < 1000
+
+
+def test_a_document_beyond_the_model_is_refused_and_not_scored(small, context):
+    """
+    Beyond its positions a model's output means nothing; as many tokens as positions are scored.
+    """
+    assert make_task(small).run(ToyRunner(max_length=40), context).metrics
+    with pytest.raises(ValueError, match="40 tokens are more than the model's 39; ask for fewer"):
+        make_task(small).run(ToyRunner(max_length=39), context)

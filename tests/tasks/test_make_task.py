@@ -37,15 +37,22 @@ def test_a_task_can_be_listed_twice_under_two_names():
         ("divergance", "unknown task 'divergance': did you mean divergence?"),
         ({"task": "divergence", "contxt": 8}, "task divergence: unknown option 'contxt': did you mean context?"),
         ({"task": "gsm8k", "num_fewshots": 8}, "task gsm8k: unknown option 'num_fewshots': did you mean num_fewshot?"),
-        ({"task": "needle", "contexts": [5]}, "task needle: contexts.0: input should be greater than or equal to 128"),
-        ({"task": "gsm8k", "limit": "5"}, "task gsm8k: limit: input should be a valid integer, not '5'"),
-        ({"task": "gsm8k", "limit": 0}, "task gsm8k: limit: input should be greater than 0, not 0"),
+        ({"task": "needle", "contexts": [256, 5]}, "needle: contexts[1]: expected a number of at least 128, not 5"),
+        ({"task": "needle", "contexts": []}, "needle: contexts: expected at least one entry, the list is empty"),
+        ({"task": "needle", "contexts": 1024}, "needle: contexts: expected a list, not 1024"),
+        ({"task": "divergence", "text": 5}, "divergence: text: expected a path, not 5"),
+        ({"task": "throughput", "batch": None}, "throughput: batch: expected a whole number, not nothing"),
+        ({"task": "gsm8k", "metadata": 3}, "gsm8k: metadata: expected a mapping, not 3"),
+        ({"task": "gsm8k", "apply_chat_template": "y"}, "apply_chat_template: expected true or false, not 'y'"),
+        ({"task": "gsm8k", 5: 3}, "gsm8k: [5]: expected a key that is text, not 5"),
+        ({"task": "gsm8k", "limit": "5"}, "task gsm8k: limit: expected a whole number, not '5'"),
+        ({"task": "gsm8k", "limit": 0}, "task gsm8k: limit: expected a number above 0, not 0"),
         ({"tsk": "gsm8k"}, "a task is a name"),
     ],
 )
 def test_a_mistake_is_named_with_what_was_meant(spec, message):
     """
-    An unknown task, an unknown option and a bad value each give one line with the nearest good one.
+    An unknown task, an unknown option and a bad value each give one line in a YAML's words, with the nearest good one.
     """
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
         make_task(spec)

@@ -93,3 +93,24 @@ def test_an_impossible_context_is_refused():
     """
     with pytest.raises(ValueError, match="contexts"):
         make_task({"task": "needle", "contexts": []})
+
+
+def test_a_context_beyond_the_model_is_refused_and_not_scored(context):
+    """
+    A model has no positions for it; a context that the limit leaves out asks for none.
+    """
+    longer = SPEC | {"contexts": [600, 5000]}
+
+    with pytest.raises(ValueError, match="5000 tokens are more than the model's 4096; ask for fewer"):
+        make_task(longer).run(Oracle(), context)
+    assert make_task(longer | {"limit": 6}).run(Oracle(), context).metrics[0].value == 1.0
+
+
+def test_a_context_beyond_the_text_is_refused():
+    """
+    A prompt that the text cannot fill would stand in a table as one of that length.
+    """
+    task = make_task(SPEC | {"contexts": [10_000_000], "limit": 1})
+
+    with pytest.raises(ValueError, match=r"the text ends \d+ tokens before a context of 10000000"):
+        task.documents(ToyRunner().tokenizer)
