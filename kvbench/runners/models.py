@@ -140,9 +140,9 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         source = _gguf_source(Path(name).expanduser())
     elif name.endswith(".json"):
         source = _shape_source(Path(name).expanduser())
-    elif name and Path(name).expanduser().is_dir():
-        source = _folder_source(Path(name).expanduser())
-    elif name and Path(name).expanduser().exists():
+    elif (path := _existing(name)) and path.is_dir():
+        source = _folder_source(path)
+    elif path:
         raise ModelError(f"model '{name}' is a file, but no .gguf file and no model's configuration (.json)")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _hub_source(name, revision)
@@ -155,12 +155,21 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
     return source
 
 
+def _existing(text: str) -> Path | None:
+    """The file or folder of this name; None also for what can be no path, such as a name of 300 letters."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and path.exists() else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def _embedded_name(text: str) -> str | None:
     """The embedded model of this name, or of this beginning where it is unique and no folder here has that name."""
     if text in EMBEDDED:
         return text
     begins = [name for name in EMBEDDED if text and name.startswith(text)]
-    return begins[0] if len(begins) == 1 and not Path(text).exists() else None
+    return begins[0] if len(begins) == 1 and not _existing(text) else None
 
 
 def _embedded_source(model: EmbeddedModel) -> ModelSource:

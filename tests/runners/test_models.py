@@ -241,6 +241,8 @@ def test_the_doctor_finds_the_embedded_model_whole():
         ("", "unknown model ''"),
         ("./nowhere", "no such folder"),
         ("a/b/c", "no such folder"),
+        ("a" * 300, "unknown model 'aaa"),
+        ("~nobody-here/x", "no such folder"),
         ("EMPTY", "no config.json"),
         ("EMPTY/mistrl.gguf", "no such file: did you mean mistral.gguf"),
         ("ONLY_GGUF", "name its file some.gguf"),
