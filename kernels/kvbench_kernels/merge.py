@@ -60,13 +60,15 @@ def merge_kernel(
         if tl.load(query_starts_ptr + b + 1) - query != 1:
             return
     # all at once: a split without tokens has written its maximum alone, and what lies in its place is not used
-    parts = ()
+    parts = ()  # [ROWS, CHUNK // PARTS]
+    there = ()
     parts_o = ()  # [ROWS, CHUNK // PARTS, BLOCK_D]
     for i in tl.static_range(CHUNKS):
         split = i * CHUNK + tl.arange(0, CHUNK // PARTS)[None, :] * PARTS + (tl.arange(0, ROWS) % PARTS)[:, None]
         parts = parts + (part_0 + split * HEADS,)
+        there = there + (split < SPLITS,)
         at = part_o_ptr + parts[i][:, :, None] * D + d[None, None, :]
-        parts_o = parts_o + (tl.load(at, mask=(split < SPLITS)[:, :, None] & (d < D)[None, None, :], other=0.0),)
+        parts_o = parts_o + (tl.load(at, mask=there[i][:, :, None] & (d < D)[None, None, :], other=0.0),)
     if ASSEMBLY:
         # or the assembler puts these loads off until the maxima are there, or registers free
         tl.debug_barrier()
@@ -74,16 +76,15 @@ def merge_kernel(
     all_m = ()  # of each row's head, or of the one: every warp looks at all its splits, so that none waits for another
     all_l = ()
     for i in tl.static_range(CHUNKS):
-        split = i * CHUNK + tl.arange(0, CHUNK // PARTS)[None, :] * PARTS + (tl.arange(0, ROWS) % PARTS)[:, None]
-        part_m = tl.load(part_m_ptr + parts[i], mask=split < SPLITS, other=float("-inf"))
+        part, inside = parts[i], there[i]
+        part_m = tl.load(part_m_ptr + part, mask=inside, other=float("-inf"))
         parts_m = parts_m + (part_m,)
-        part = parts[i]
         if PARTS > 1:
             split = i * CHUNK + tl.arange(0, CHUNK)
-            part = part_0 + split * HEADS
-            part_m = tl.load(part_m_ptr + part, mask=split < SPLITS, other=float("-inf"))
+            part, inside = part_0 + split * HEADS, split < SPLITS
+            part_m = tl.load(part_m_ptr + part, mask=inside, other=float("-inf"))
         all_m = all_m + (part_m,)
-        all_l = all_l + (tl.load(part_l_ptr + part, mask=split < SPLITS, other=0.0),)
+        all_l = all_l + (tl.load(part_l_ptr + part, mask=inside, other=0.0),)
     m = tl.max(all_m[0], axis=AXIS, keep_dims=PARTS == 1)
     for i in tl.static_range(1, CHUNKS):
         m = tl.maximum(m, tl.max(all_m[i], axis=AXIS, keep_dims=PARTS == 1))
