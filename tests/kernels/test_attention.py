@@ -108,13 +108,13 @@ def test_errors_do_not_add_up_over_a_long_context(dtype, device):
     """
     Outputs shrink as attention spreads over a context, and an error that all tokens share does not: none is left.
 
-    On a GPU the context is one whose products, cut off and not rounded, would show in one split.
+    On a GPU the context is one whose products, cut off and not rounded, would show.
     """
     length = 4096 if device.type == "cpu" else 131072
     batch = 1 if device.type == "cpu" else 33
     case = Case(dtype, device, seqs=((length, 1),), heads=(2, 2), page_size=64)
     budget = 4e-4
-    if batch > 1:  # the same sequence often: enough pairs that each has one split
+    if batch > 1:  # the same sequence often: pairs enough that a program has 8k tokens or more
         case.batch = Batch(
             torch.arange(batch + 1, dtype=torch.int32, device=device),
             case.batch.seq_lens.repeat(batch),
