@@ -6,10 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 import kvbench.dtypes
-import kvbench.rotations
+import kvbench.transforms
 from kvbench.dtypes import Affine, Cast, Dtype, all_dtypes
-from kvbench.rotations import Rotation, all_rotations
 from kvbench.schemes import Scheme
+from kvbench.transforms import Rotation, all_rotations
 
 INTRODUCTION = """\
 <!-- written by docs/generate_dtypes.py (make docs); not by hand -->
@@ -108,7 +108,7 @@ def document() -> str:
     rotations = [
         [f"`{r.name}`", str(r.block(128)), str(r.block(96)), first_line(module), r.source, link(module)]
         for r in all_rotations().values()
-        for module in [home(kvbench.rotations, r.name)]
+        for module in [home(kvbench.transforms, r.name)]
     ]
     return "\n".join(
         [

@@ -616,7 +616,7 @@ def ls_dtypes(as_format: AsList = ListFormat.TABLE) -> None:
 @ls.command("rotations")
 def ls_rotations(as_format: AsList = ListFormat.TABLE) -> None:
     """Rotations."""
-    from kvbench.rotations import all_rotations
+    from kvbench.transforms import all_rotations
 
     _print_list([{"name": one.name, "source": one.source} for one in all_rotations().values()], as_format)
 

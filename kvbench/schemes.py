@@ -10,7 +10,7 @@ import torch
 
 from kvbench.dtypes import Dtype, all_dtypes
 from kvbench.registry import find_name
-from kvbench.rotations import Rotation, all_rotations
+from kvbench.transforms import Rotation, all_rotations
 
 Pair = str | Mapping[str, str]  # one name for both, "key:value", or {"key": …, "value": …}
 

@@ -43,7 +43,7 @@ def test_imports_point_down():
 PLANTED = {
     "a lower layer imports a higher one": ("kvbench/cache/pages.py", "import kvbench.attention", "Imports point down"),
     "sweep and report meet": ("kvbench/report/__init__.py", "import kvbench.sweep", "Imports point down"),
-    "a rotation knows a dtype": ("kvbench/rotations/none.py", "import kvbench.dtypes.base", "Imports point down"),
+    "a rotation knows a dtype": ("kvbench/transforms/none.py", "import kvbench.dtypes.base", "Imports point down"),
     "a module outside all layers": ("kvbench/brand_new.py", "", "Imports point down"),
     "a dtype knows Triton": ("kvbench/dtypes/int2.py", "import triton", "Definitions are pure torch"),
     "results load torch": ("kvbench/results.py", "import torch", "load without torch"),

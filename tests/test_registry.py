@@ -6,7 +6,7 @@ import pytest
 
 from kvbench.dtypes import all_dtypes
 from kvbench.registry import find_name, suggest, walk
-from kvbench.rotations import all_rotations
+from kvbench.transforms import all_rotations
 
 NAMES = ["fp8_per_tensor", "fp8_per_token_head", "int4_per_token_head", "int2_per_token_head", "auto"]
 

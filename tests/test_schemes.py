@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvbench.dtypes import all_dtypes
-from kvbench.rotations import all_rotations
 from kvbench.schemes import Scheme, split_pair
+from kvbench.transforms import all_rotations
 
 PAIRS = [(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
 

@@ -15,8 +15,8 @@ from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype
 from kvbench.dtypes.int2 import THRESHOLD
-from kvbench.rotations import Rotation
 from kvbench.schemes import Scheme
+from kvbench.transforms import Rotation
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {

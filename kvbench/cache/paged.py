@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvbench.dtypes import Dtype, Rows
-from kvbench.rotations import Rotation
 from kvbench.schemes import Scheme
+from kvbench.transforms import Rotation
 
 
 def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:

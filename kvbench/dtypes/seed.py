@@ -1,7 +1,7 @@
 """The byte layout of the seed (vLLM's per-token-head caches), for comparing rows with it to the bit.
 
 A row of the seed is its codes, channel after channel from the low bits of each byte up, and then its scale as a
-little-endian float32. Its Hadamard matrix is unnormalised; ours carries a power of two (see rotations/base.py), so
+little-endian float32. Its Hadamard matrix is unnormalised; ours carries a power of two (see transforms/base.py), so
 scales are multiplied by a power of two and codes stay as they are. The seed's int2 also folds the 1/b of turning
 back into the stored scale.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvbench.dtypes.base import SCALE_BYTES, Codebook, Dtype, Rows
-from kvbench.rotations import Rotation
+from kvbench.transforms import Rotation
 
 
 def export_rows(rows: Rows, dtype: Dtype, rotation: Rotation, head_dim: int) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from kvbench.attention import append, choose
 from kvbench.cache import PagedCache
 from kvbench.dtypes import all_dtypes
-from kvbench.rotations import all_rotations
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
+from kvbench.transforms import all_rotations
 
 PAGE_SIZE = 16
 

@@ -8,8 +8,8 @@ import torch
 from kvbench.attention import Batch, attend
 from kvbench.cache import PagedCache, PagePool, PageTable
 from kvbench.dtypes import all_dtypes
-from kvbench.rotations import all_rotations
 from kvbench.schemes import Scheme
+from kvbench.transforms import all_rotations
 
 SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
 SCHEMES.append(Scheme.parse("int4:int2"))

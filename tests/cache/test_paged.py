@@ -6,8 +6,8 @@ import torch
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import fitting_tokens, kv_bytes_per_token
 from kvbench.dtypes import all_dtypes
-from kvbench.rotations import all_rotations
 from kvbench.schemes import Scheme
+from kvbench.transforms import all_rotations
 
 SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
 SCHEMES.append(Scheme.parse("int4:int2"))

@@ -292,7 +292,7 @@ def test_int4_loses_a_row_of_equal_values(value):
     The zero-point ends at 0 and 15, so a row far from zero for its range is read near zero; a Hadamard rotation,
     which int4 is run with, gives such a row a value and zeros, and saves it.
     """
-    from kvbench.rotations import all_rotations
+    from kvbench.transforms import all_rotations
 
     int4, hadamard = all_dtypes()["int4_per_token_head"], all_rotations()["hadamard"]
     x = torch.full((1, 64), value)
@@ -456,7 +456,7 @@ def test_int2_breaks_on_heavy_tails_and_the_rotation_mends_it():
     """
     A Gaussian codebook with a norm scale fails where a few values carry the norm; spread over all channels they fit.
     """
-    from kvbench.rotations import all_rotations
+    from kvbench.transforms import all_rotations
 
     int2, hadamard = all_dtypes()["int2_per_token_head"], all_rotations()["hadamard"]
     x = heavy_tailed(2000, 128)

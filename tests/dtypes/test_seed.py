@@ -15,7 +15,7 @@ import torch
 
 from kvbench.dtypes import all_dtypes
 from kvbench.dtypes.seed import export_rows, import_rows
-from kvbench.rotations import all_rotations
+from kvbench.transforms import all_rotations
 
 F = np.float32
 

@@ -12,8 +12,8 @@ from kvbench.attention import attend as reference
 from kvbench.attention import triton as kernels
 from kvbench.cache import PagedCache
 from kvbench.dtypes import all_dtypes
-from kvbench.rotations import all_rotations
 from kvbench.schemes import Scheme
+from kvbench.transforms import all_rotations
 
 GPU = torch.cuda.is_available()
 # `auto` is one of the 16-bit types; bf16 products and casts are wrong in the interpreter

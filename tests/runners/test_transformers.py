@@ -13,11 +13,11 @@ import transformers
 from kvbench.cache import OutOfPages
 from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.dtypes import all_dtypes
-from kvbench.rotations import all_rotations
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
 from kvbench.runners.lanes import Lanes
 from kvbench.runners.transformers import Limits, TransformersModel, TransformersRunner
 from kvbench.schemes import Scheme
+from kvbench.transforms import all_rotations
 
 SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
 SCHEMES.append(Scheme.parse("int4:int2"))

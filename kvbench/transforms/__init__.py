@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from kvbench.registry import walk
-from kvbench.rotations.base import Rotation
+from kvbench.transforms.base import Rotation
 
 __all__ = ["Rotation", "all_rotations"]
 

@@ -1,5 +1,5 @@
 """No rotation."""
 
-from kvbench.rotations.base import Rotation
+from kvbench.transforms.base import Rotation
 
 none = Rotation("none", source="values as they are")

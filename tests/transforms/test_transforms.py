@@ -1,4 +1,4 @@
-"""What holds for every rotation; a new file in kvbench/rotations is tested here unasked."""
+"""What holds for every rotation; a new file in kvbench/transforms is tested here unasked."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch.testing import assert_close
 
-from kvbench.rotations import all_rotations
+from kvbench.transforms import all_rotations
 
 HEAD_DIMS = [64, 80, 96, 128, 256, 6, 24, 81]
 # head_dim: size of a block, the largest power of two that divides it
