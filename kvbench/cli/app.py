@@ -1,0 +1,70 @@
+"""The application: its verbs, in the order in which help lists them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, show, sweep
+from kvbench.cli.shared import INTERRUPTED
+
+EPILOG = (
+    "Exit codes: 0 all done and gates passed; 1 a gate failed; 2 bad usage or config; 3 finished, some cells failed; "
+    "4 environment unusable; 5 not comparable, or nothing to report or compare; 130 interrupted, resumable."
+)
+
+# plain help: rich would take longer to import than all the rest
+app = typer.Typer(
+    name="kvbench",
+    help="How few bits can a language model's KV cache have, at what cost in accuracy, and how sure are we?",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(ls.ls)
+for verb in (
+    sweep.sweep,
+    plan.plan,
+    report.report,
+    compare.compare,
+    check.check,
+    show.show,
+    kernel.kernel,
+    doctor.doctor,
+):
+    app.command()(verb)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"kvbench {version('kvbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; what it prints may be cut off by a pipe that closes."""
+    try:
+        app()
+    except BrokenPipeError:
+        # the interpreter would try to flush it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,82 @@
+"""`kvbench compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, Baseline, Margin, ReportFormat, fail, print_rows
+
+if TYPE_CHECKING:
+    from kvbench.report.timings import SpeedComparison
+
+
+def compare(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or kernel timings.", show_default=False)],
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR2]", help="Another: its cells against the same of DIR.", show_default=False),
+    ] = None,
+    baseline: Baseline = None,
+    margin: Margin = None,
+    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+) -> None:
+    """Compare every cell with its baseline on the same documents.
+
+    Differences with 95 % intervals, paired tests, p after Holm over the whole report, and a verdict. With DIR2 and
+    --baseline, the cells of DIR2 are compared with that baseline of DIR. Exits 5 where a pair had to be refused.
+    """
+    from kvbench import measured
+    from kvbench.report import compare as comparing
+    from kvbench.report import timings
+    from kvbench.results import NotARunError
+
+    try:
+        if timings.is_timings(folder):
+            before, after = timings.read(folder), timings.read(other) if other else None
+            rows = timings.compare_speed(before, after, baseline, margin)
+            _print_speed(rows, as_format)
+            if not rows or any(row.verdict == "INVALID" for row in rows):
+                raise typer.Exit(NOTHING_TO_COMPARE)
+            return
+        first, second = measured.read(folder), measured.read(other) if other else None
+        if empty := next((one for one in (first, second) if one and not one.cells), None):
+            raise NotARunError(
+                f"nothing to compare: {empty.path} holds no cell of a model; times are compared with times"
+            )
+        scheme = comparing.find_scheme(first.schemes, baseline, first.baseline) if baseline else None
+        found = comparing.compare(first, second, baseline=scheme, margin=margin)
+    except NotARunError as error:
+        fail(error, NOTHING_TO_COMPARE)
+    except (FileNotFoundError, ValueError) as error:
+        fail(error, BAD_INPUT)
+    if as_format == ReportFormat.TABLE:
+        for title, table in comparing.tables(found):
+            print(title)
+            print_rows(comparing.HEADERS, table, comparing.NUMERIC)
+            print()
+        print("\n".join([comparing.LEGEND, *comparing.summary(first, found, second)]))
+    elif as_format == ReportFormat.MD:
+        print(comparing.markdown(first, found, second), end="")
+    else:
+        print(
+            comparing.rows_json(found.rows) if as_format == ReportFormat.JSON else comparing.rows_csv(found.rows),
+            end="",
+        )
+    if found.invalid or not found.family:
+        raise typer.Exit(NOTHING_TO_COMPARE)
+
+
+def _print_speed(rows: Sequence[SpeedComparison], as_format: ReportFormat) -> None:
+    from kvbench.report import compare as comparing
+    from kvbench.report import timings
+
+    if as_format == ReportFormat.TABLE:
+        print_rows(timings.HEADERS, timings.table(rows), timings.NUMERIC)
+    elif as_format == ReportFormat.MD:
+        print("\n".join(comparing.markdown_table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
+    else:
+        print(comparing.rows_json(rows) if as_format == ReportFormat.JSON else comparing.rows_csv(rows), end="")

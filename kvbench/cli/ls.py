@@ -1,0 +1,55 @@
+"""`kvbench ls`."""
+
+from __future__ import annotations
+
+import typer
+
+from kvbench.cli.shared import AsList, ListFormat, print_list
+
+ls = typer.Typer(
+    name="ls", help="List dtypes, rotations, tasks or models.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@ls.command("dtypes")
+def ls_dtypes(as_format: AsList = ListFormat.TABLE) -> None:
+    """KV-cache dtypes, with their true bits a value at head_dim 128."""
+    from kvbench.dtypes import all_dtypes
+
+    rows = [
+        {
+            "name": dtype.name,
+            "bits_per_value": None if dtype.name == "auto" else dtype.bits_per_value(128),
+            "granularity": dtype.granularity,
+            "default_rotation": dtype.default_rotation,
+            "source": dtype.source,
+        }
+        for dtype in all_dtypes().values()
+    ]
+    print_list(rows, as_format, {"bits_per_value": "model's own"})
+
+
+@ls.command("rotations")
+def ls_rotations(as_format: AsList = ListFormat.TABLE) -> None:
+    """Rotations."""
+    from kvbench.transforms import all_rotations
+
+    print_list([{"name": one.name, "source": one.source} for one in all_rotations().values()], as_format)
+
+
+@ls.command("tasks")
+def ls_tasks(as_format: AsList = ListFormat.TABLE) -> None:
+    """Tasks: kvbench's own first, then lm-eval's."""
+    from dataclasses import asdict
+
+    from kvbench.tasks import list_tasks
+
+    print_list([asdict(task) for task in list_tasks()], as_format)
+
+
+@ls.command("models")
+def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
+    """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
+    from kvbench.runners.models import list_models
+
+    print_list(list_models(), as_format)

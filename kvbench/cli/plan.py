@@ -1,0 +1,80 @@
+"""`kvbench plan`, and what `kvbench sweep` shares with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvbench.cli.shared import BAD_INPUT, AsList, Config, Limit, ListFormat, Only, Output, Set, Skip, fail, print_rows
+
+if TYPE_CHECKING:
+    from kvbench.sweep.command import Options, Planned
+
+
+def plan(
+    config: Config,
+    only: Only = None,
+    skip: Skip = None,
+    settings: Set = None,
+    limit: Limit = None,
+    output: Output = None,
+    as_format: AsList = ListFormat.TABLE,
+) -> None:
+    """Show what a sweep would run.
+
+    Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
+    missing on this machine. Runs nothing.
+    """
+    planned = prepared(config, chosen(only, skip, settings, limit, output))
+    if as_format == ListFormat.JSON:
+        from kvbench.sweep.command import plan_rows
+
+        print(json.dumps(plan_rows(planned), indent=1))
+    else:
+        print_plan(planned)
+
+
+def chosen(
+    only: Sequence[str] | None,
+    skip: Sequence[str] | None,
+    settings: Sequence[str] | None,
+    limit: int | None,
+    output: Path | None,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    devices: str | None = None,
+) -> Options:
+    """What the options of sweep and plan ask for."""
+    from kvbench.sweep.command import Options
+
+    names = [name.strip() for name in devices.split(",")] if devices is not None else []
+    if wrong := [name for name in names if not (name.isdecimal() or name == "cpu")]:
+        fail(f"--devices {devices}: '{wrong[0]}' is neither a GPU's number nor cpu; write 0,1", BAD_INPUT)
+    gpus = [int(name) for name in names if name != "cpu"]
+    if twice := [gpu for gpu in gpus if gpus.count(gpu) > 1]:
+        fail(f"--devices {devices}: GPU {twice[0]} stands twice, and a GPU has one process; name each once", BAD_INPUT)
+    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names)
+
+
+def prepared(config: Path, options: Options) -> Planned:
+    """CONFIG as a plan; a mistake in it is said, and exits 2."""
+    from kvbench.sweep.command import prepare
+    from kvbench.sweep.document import ConfigError
+
+    try:
+        return prepare(config, options)
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
+
+
+def print_plan(planned: Planned) -> None:
+    """The plan's tables, and what they add up to."""
+    from kvbench.sweep.command import plan_summary, plan_tables
+
+    for title, headers, rows in plan_tables(planned):
+        print(title)
+        print_rows(headers, rows, numeric=(2, 3, 4))
+        print()
+    print("\n".join(plan_summary(planned)))

@@ -1,0 +1,126 @@
+"""What the verbs share: exit codes, options, and how a table is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from kvbench.report.table import Table
+
+# 3 comes from the sweep itself
+GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 1, 2, 4, 5, 130
+
+
+class ReportFormat(StrEnum):
+    """How a report is printed."""
+
+    TABLE = "table"
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+
+
+class ListFormat(StrEnum):
+    """How a list is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False)]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="KEY=PATTERN", help="Only cells that match, such as dtype=int4*; repeatable."),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option("--skip", metavar="KEY=PATTERN", help="No cells that match, such as task=gsm8k; repeatable."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the YAML: tasks[0].limit=50; repeatable."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, metavar="N", help="A quick look at N documents a task: NOT A REAL SCORE."),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: results/<sweep name>]")
+]
+AsList = Annotated[ListFormat, typer.Option("--format", help="A table, or JSON.")]
+
+Margin = Annotated[
+    str | None,
+    typer.Option(
+        "--margin", metavar="Npp", help="The difference that does not matter.  [default: the sweep's, or 1pp]"
+    ),
+]
+Baseline = Annotated[
+    str | None,
+    typer.Option(
+        "--baseline", metavar="DTYPE[/ROTATION]", help="Compare with it.  [default: the sweep's; of timings fp16]"
+    ),
+]
+
+
+def fail(error: object, code: int) -> NoReturn:
+    """The message alone on stderr, and the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def print_table(table: Table) -> None:
+    """A report's table, its warnings above and its notes below."""
+    print(table.title)
+    for warning in table.warnings:
+        print(warning)
+    numeric = [index for index, header in enumerate(table.headers) if header.numeric]
+    print_rows(["\n".join(header.lines) for header in table.headers], table.rows, numeric)
+    print("\n".join([*table.notes, ""]))
+
+
+def print_list(rows: Sequence[dict[str, Any]], as_format: ListFormat, absent: dict[str, str] | None = None) -> None:
+    """Rows as a table or as JSON; `absent` says what None is called in a column."""
+    if as_format == ListFormat.JSON:
+        print(json.dumps(rows, indent=1))
+        return
+    names = list(rows[0]) if rows else []
+    shown = [[_shown(row[name], (absent or {}).get(name, "-")) for name in names] for row in rows]
+    numeric = [i for i, name in enumerate(names) if any(isinstance(row[name], (int, float)) for row in rows)]
+    print_rows([name.replace("_", " ") for name in names], shown, numeric)
+
+
+def _shown(value: object, absent: str) -> str:
+    if value is None:
+        return absent
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
+    """A table as wide as it needs to be, whatever the terminal: a value that is cut short is a wrong value."""
+    heads = [header.split("\n") for header in headers]
+    depth = max(map(len, heads)) if any(headers) else 0
+    lines = [[*[""] * (depth - len(head)), *head] for head in heads]
+    head_rows = [[line[level] for line in lines] for level in range(depth)]
+    widths = [max(map(len, column)) for column in zip(*head_rows, *rows, strict=True)]
+
+    def joined(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if index in numeric else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "   ".join(cells).rstrip()
+
+    print("\n".join(map(joined, head_rows)), end="\n" if head_rows else "")
+    if head_rows:
+        print("─" * (sum(widths) + 3 * (len(widths) - 1)))
+    print("\n".join(map(joined, rows)))

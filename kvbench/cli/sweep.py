@@ -1,0 +1,50 @@
+"""`kvbench sweep`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvbench.cli.plan import chosen, prepared, print_plan
+from kvbench.cli.shared import BAD_INPUT, UNUSABLE, Config, Limit, Only, Output, Set, Skip, fail
+
+
+def sweep(
+    config: Config,
+    only: Only = None,
+    skip: Skip = None,
+    settings: Set = None,
+    limit: Limit = None,
+    output: Output = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="0,1",
+            help="Run on these GPUs at once, a process each; or cpu,cpu.  [default: the first GPU, else the CPU]",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
+) -> None:
+    """Run the cells of CONFIG that are not done yet.
+
+    A cell is one model × dtype × rotation × task. What is done is kept, whatever stops the sweep.
+    """
+    from kvbench.sweep.command import UnusableError, run_sweep
+
+    options = chosen(only, skip, settings, limit, output, fresh, retry_failed, devices)
+    if dry_run:
+        print_plan(prepared(config, options))
+        return
+    from kvbench.sweep.document import ConfigError
+
+    try:
+        code = run_sweep(config, options)
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
+    except UnusableError as error:
+        fail(error, UNUSABLE)
+    raise typer.Exit(code)
