@@ -25,7 +25,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from kvbench.environment import describe
-from kvbench.runners import models
+from kvbench.runners import catalog
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.execute import clear_garbage
@@ -93,7 +93,7 @@ def main() -> None:
         sys.exit("error: no GPU: benchmarks/scoring.py is the one for CPUs")
     tasks = [f"--task {name}" for name in options.task or ()]
     logging.disable(logging.WARNING)
-    source = models.resolve(options.model)
+    source = catalog.resolve(options.model)
     rows: list[dict[str, Any]] = []
 
     def show(**row: Any) -> None:

@@ -19,7 +19,7 @@ from unittest import mock
 from lm_eval.models.huggingface import HFLM
 
 from kvbench.environment import describe
-from kvbench.runners import models
+from kvbench.runners import catalog
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.tasks import RunContext, make_task
@@ -72,7 +72,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
 
     tasks = [make_task({"limit": options.documents, **spec}, options.data) for spec in TASKS]
-    source = models.resolve(options.model)
+    source = catalog.resolve(options.model)
     context = RunContext(lambda *_: {}, lambda *_: None)
 
     def run(dtype: str, *batch_sizes: int) -> list[list[Any]]:

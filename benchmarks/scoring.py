@@ -22,7 +22,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from kvbench.environment import describe
-from kvbench.runners import models, transformers
+from kvbench.runners import catalog, transformers
 from kvbench.runners.prefix import build_tree
 from kvbench.runners.transformers import TransformersModel, TransformersRunner
 from kvbench.schemes import Scheme
@@ -75,7 +75,7 @@ def main() -> None:
         sys.exit("error: no data: name the offline mirror's folder with --data or KVBENCH_DATA")
     logging.disable(logging.WARNING)
 
-    loaded = TransformersModel.load(models.resolve(options.model), "float32")
+    loaded = TransformersModel.load(catalog.resolve(options.model), "float32")
     runner = loaded.runner(Scheme.parse("fp16"))
     facts = describe()
     print(f"{options.model}, float32, {torch.get_num_threads()} threads, {facts['cpu']}")

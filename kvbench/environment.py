@@ -188,7 +188,7 @@ class Check:
 def doctor() -> list[Check]:
     """What this machine lacks to run kvbench. `fail`: nothing runs; `warn`: something will not, or not as one thinks.
 
-    What concerns models is `kvbench.runners.models.doctor`.
+    What concerns models is `kvbench.runners.catalog.doctor`.
     """
     return [
         _check_python(),

@@ -23,12 +23,12 @@ def doctor(
 ) -> None:
     """Say what this machine lacks to run kvbench."""
     from kvbench import environment
-    from kvbench.runners import models
+    from kvbench.runners import catalog
 
     if parity is not None:
         _print_parity(parity)
         return
-    checks = [*environment.doctor(), *models.doctor()]
+    checks = [*environment.doctor(), *catalog.doctor()]
     print_rows(("", "", "", ""), [(check.status, check.name, check.detail, check.todo) for check in checks])
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(UNUSABLE)
@@ -39,14 +39,14 @@ def _print_parity(name: str) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
-    from kvbench.runners import models
+    from kvbench.runners import catalog
     from kvbench.runners.parity import parity
     from kvbench.runners.transformers import TransformersModel
     from kvbench.tasks import text
 
     gpu = torch.cuda.is_available()
     try:
-        source = models.resolve(name)
+        source = catalog.resolve(name)
         # the interpreter gets bf16 wrong, and takes milliseconds a program
         loaded = TransformersModel.load(source, "bfloat16" if gpu else "float16", "cuda" if gpu else "cpu")
     except ValueError as error:

@@ -50,6 +50,6 @@ def ls_tasks(as_format: AsList = ListFormat.TABLE) -> None:
 @ls.command("models")
 def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
     """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
-    from kvbench.runners.models import list_models
+    from kvbench.runners.facts import list_models
 
     print_list(list_models(), as_format)

@@ -15,6 +15,8 @@ from typing import Any
 
 from kvbench.environment import cache_dir
 
+Layers = tuple[tuple[int, int], ...]  # (KV heads, head_dim) of each layer that has a KV cache
+
 CLOCK_STEP_S = 2.0  # file systems' times are this coarse: a file changed so lately may change again at the same time
 
 

@@ -28,9 +28,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from kvbench.attention import Batch, Implementation, append, attend, choose
 from kvbench.cache import OutOfPages, PagedCache, PagePool, to_device
 from kvbench.cache.paged import kv_bytes_per_token
-from kvbench.runners import models
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
+from kvbench.runners.catalog import ModelSource
+from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
+from kvbench.runners.load import ComputeDtype
+from kvbench.runners.load import load as load_model
 from kvbench.runners.prefix import Segment, build_tree, segments
 from kvbench.runners.schedule import Piece, Prefill, pages_for_one
 from kvbench.schemes import Scheme
@@ -166,13 +169,13 @@ class TransformersModel:
     info: ModelInfo
 
     @classmethod
-    def load(cls, source: models.ModelSource, dtype: models.ComputeDtype = "float32", device: str = "cpu") -> Self:
+    def load(cls, source: ModelSource, dtype: ComputeDtype = "float32", device: str = "cpu") -> Self:
         """The model of this source, computing in `dtype`.
 
         Raises:
             ModelError: it is not here, or can't be loaded.
         """
-        return cls(*models.load(source, dtype, device))
+        return cls(*load_model(source, dtype, device))
 
     def runner(
         self,
@@ -234,7 +237,7 @@ class TransformersRunner:
                 f"{self.info.name} has layers that share a cache or attend in chunks: this runner has neither; "
                 f"use a model of full, sliding or linear attention"
             )
-        layers = models.cache_layer_indices(config)
+        layers = cache_layer_indices(config)
         self._layer_index = {layer: i for i, layer in enumerate(layers)}
         self._has_state = len(layers) < config.num_hidden_layers
         rope = getattr(config, "rope_parameters", None) or {}

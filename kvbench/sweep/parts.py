@@ -77,17 +77,17 @@ def find_model(spec: ModelSpec) -> ModelFacts:
     Raises:
         ValueError: a name that can be no model.
     """
-    from kvbench.runners import models
+    from kvbench.runners import catalog, facts, model_files
 
-    source = models.resolve(spec.name, spec.revision)
+    source = catalog.resolve(spec.name, spec.revision)
     compute_dtype = spec.compute_dtype or default_compute_dtype()
     try:
-        layers, max_length = models.shape(source)
-    except models.ModelError:
+        layers, max_length = facts.shape(source)
+    except model_files.ModelError:
         if source.available:
             raise
         return ModelFacts(source.name, compute_dtype, missing=source.missing)
-    revision = models.revision(source) if source.available else None
+    revision = facts.revision(source) if source.available else None
     return ModelFacts(source.name, compute_dtype, revision, layers, max_length, source.missing)
 
 
@@ -97,9 +97,9 @@ def fetch_model(spec: ModelSpec) -> None:
     Raises:
         ValueError: it can't be had.
     """
-    from kvbench.runners import models
+    from kvbench.runners import catalog, load
 
-    models.prepare(models.resolve(spec.name, spec.revision))
+    load.prepare(catalog.resolve(spec.name, spec.revision))
 
 
 def open_model(spec: ModelSpec, compute_dtype: ComputeDtype, device: str) -> LoadedModel:
@@ -108,10 +108,10 @@ def open_model(spec: ModelSpec, compute_dtype: ComputeDtype, device: str) -> Loa
     Raises:
         ValueError: it can't be.
     """
-    from kvbench.runners import models
+    from kvbench.runners import catalog
     from kvbench.runners.transformers import TransformersModel
 
-    return TransformersModel.load(models.resolve(spec.name, spec.revision), compute_dtype, device)
+    return TransformersModel.load(catalog.resolve(spec.name, spec.revision), compute_dtype, device)
 
 
 def make_task(spec: Any, data: Path | None) -> Task:

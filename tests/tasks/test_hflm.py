@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from kvbench.runners import models
+from kvbench.runners import catalog
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.tasks import make_task
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def loaded():
-    return TransformersModel.load(models.resolve("smollm2-135m-instruct"), "float32")
+    return TransformersModel.load(catalog.resolve("smollm2-135m-instruct"), "float32")
 
 
 def both(spec, data, loaded, context):

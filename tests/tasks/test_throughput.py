@@ -14,7 +14,7 @@ from kvbench.measured import read
 from kvbench.report.compare import compare, noise_floor
 from kvbench.report.tables import Report
 from kvbench.results import Store
-from kvbench.runners import models
+from kvbench.runners import catalog, facts, model_files
 from kvbench.runners.base import GenerateRequest
 from kvbench.runners.toy import ToyRunner
 from kvbench.runners.transformers import TransformersModel
@@ -111,7 +111,7 @@ def test_the_smaller_limit_is_the_longest_context(shape):
     """
     What memory holds counts as far as the runner takes it as one sequence; the model's positions where they are fewer.
     """
-    runner = TransformersModel.load(models.resolve(str(shape))).runner(Scheme.parse("int4"), page_size=16)
+    runner = TransformersModel.load(catalog.resolve(str(shape))).runner(Scheme.parse("int4"), page_size=16)
     assert _longest(runner, 10_000, 256) == (256, "the model's positions")
     longest, limit = _longest(runner, 160, 256)
     assert (longest, limit) == (144, "memory")
@@ -130,18 +130,18 @@ def test_a_shape_is_a_model_of_random_weights(shape):
     """
     Named as such; the same weights each time, in the compute dtype; its generated answers have their whole length.
     """
-    source = models.resolve(str(shape))
+    source = catalog.resolve(str(shape))
     loaded, again = (TransformersModel.load(source, "bfloat16") for _ in range(2))
     weights = list(loaded.model.parameters())
 
     assert loaded.info.name == "tiny (random weights)"
-    assert loaded.info.revision == models.revision(source)
+    assert loaded.info.revision == facts.revision(source)
     assert loaded.info.revision.startswith("random-")
-    assert loaded.info.layers == models.shape(source)[0] == ((2, 32),) * 2
+    assert loaded.info.layers == facts.shape(source)[0] == ((2, 32),) * 2
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
     assert all(torch.equal(a, b) for a, b in zip(weights, again.model.parameters(), strict=True))
     assert torch.std(loaded.model.lm_head.weight.float()) == pytest.approx(0.02, rel=0.05)
-    with pytest.raises(models.ModelError, match="has no tokenizer: run the task throughput"):
+    with pytest.raises(model_files.ModelError, match="has no tokenizer: run the task throughput"):
         loaded.tokenizer.encode("words")
 
 
@@ -192,7 +192,7 @@ def test_what_the_memory_holds_was_allocated(shape):
     """
     A quarter of the bits, about four times the tokens; all of them fit what was free.
     """
-    loaded = TransformersModel.load(models.resolve(str(shape)), "bfloat16", "cuda")
+    loaded = TransformersModel.load(catalog.resolve(str(shape)), "bfloat16", "cuda")
     found = {}
     for name in ("fp16", "int4"):
         task = make_task({"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1})

@@ -1,0 +1,154 @@
+"""What is known of a model without its weights: the shape of its KV cache, its longest sequence, its revision.
+
+Imports neither torch nor transformers where a configuration says all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvbench.runners.catalog import EMBEDDED, ModelSource, hub_models, resolve
+from kvbench.runners.gguf import CONVERTER, read_gguf
+from kvbench.runners.model_files import Layers, ModelError, file_sha256, read_json, transformers_config
+
+# what a model's numbers depend on, in a folder
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+# layer types of transformers' configurations; the others (linear attention, convolutions) keep a state, not a KV cache
+KV_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+STATE_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"}
+# model types whose config.json can be read as it is; a missing head_dim is hidden_size / heads, as in their classes
+PLAIN_TYPES = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+
+
+def cache_layers(config: Any) -> Layers:
+    """(KV heads, head_dim) of each layer that has a KV cache, in order.
+
+    config: a config.json as a dict, or a transformers configuration. Of a multi-modal model, its text part. A dict of
+    a type that leaves facts to transformers' defaults is read through transformers, which is slow to import.
+
+    Raises:
+        ModelError: a cache that is no plain list of keys and values, or an unknown kind of layer.
+    """
+    text = text_config(config)
+    # multi-head latent attention; and layers that differ in head_dim
+    if any(value_of(text, key) for key in ("kv_lora_rank", "global_head_dim")):
+        raise ModelError(
+            f"models of type '{value_of(text, 'model_type')}' keep no keys and values of one shape per layer"
+        )
+    heads = value_of(text, "num_attention_heads")
+    head_dim = value_of(text, "head_dim") or value_of(text, "hidden_size") // heads
+    return ((int(value_of(text, "num_key_value_heads") or heads), int(head_dim)),) * len(cache_layer_indices(text))
+
+
+def cache_layer_indices(config: Any) -> tuple[int, ...]:
+    """The decoder layers that have a KV cache, in order: all, but for a hybrid only those with attention."""
+    text = text_config(config)
+    types: Sequence[str] = value_of(text, "layer_types") or ["attention"] * int(value_of(text, "num_hidden_layers"))
+    if unknown := sorted(set(types) - KV_LAYER_TYPES - STATE_LAYER_TYPES):
+        raise ModelError(f"unknown layer type '{unknown[0]}' in a model of type '{value_of(text, 'model_type')}'")
+    # the last layers of some models read the cache of an earlier one
+    own = len(types) - int(value_of(text, "num_kv_shared_layers") or 0)
+    return tuple(index for index, kind in enumerate(types[:own]) if kind in KV_LAYER_TYPES)
+
+
+def shape(source: ModelSource) -> tuple[Layers, int]:
+    """(cache_layers, longest sequence) of a model, from its configuration alone; of an embedded one, even if missing.
+
+    Raises:
+        ModelError: a hub model that isn't on this machine, or a configuration that can't be read.
+    """
+    if source.kind == "embedded":
+        return EMBEDDED[source.name].layers, EMBEDDED[source.name].max_length
+    if source.path is None:
+        raise ModelError(f"model '{source.name}': {source.missing}")
+    config: Any
+    if source.kind == "gguf":
+        config = read_gguf(source.path).config
+        if not config:
+            config = transformers_config(source.path.parent, gguf_file=source.path.name)
+    else:
+        config = text_config(read_json(source.path if source.kind == "shape" else source.path / "config.json"))
+    return cache_layers(config), max_length(config)
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part, as a dict where config.json says all we read, else as a transformers configuration."""
+    if not isinstance(config, Mapping):
+        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+    if config.get("model_type") in PLAIN_TYPES and all(config.get(key) for key in needed):
+        return config
+    if config.get("model_type") == "gemma3_text" and config.get("head_dim") and config.get("layer_types"):
+        return config
+    return transformers_config(config).get_text_config(decoder=True)
+
+
+def value_of(config: Any, key: str) -> Any:
+    """A configuration's value, None where it has none."""
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def max_length(config: Any, tokenizer: Any = None) -> int:
+    """The model's positions, or fewer where the tokenizer says so."""
+    lengths = [value_of(text_config(config), "max_position_embeddings"), getattr(tokenizer, "model_max_length", None)]
+    # a tokenizer that doesn't know says 1e30
+    known = [int(length) for length in lengths if length and length < 1e9]
+    if not known:
+        raise ModelError("neither the model's configuration nor its tokenizer says how long a sequence may be")
+    return min(known)
+
+
+def revision(source: ModelSource) -> str:
+    """What the model's numbers depend on: the hub's commit, else a hash of weights, configuration and tokenizer.
+
+    The hash of a file that has not changed is remembered in the cache directory.
+
+    Raises:
+        ModelError: the model isn't on this machine.
+    """
+    if source.missing or source.path is None:
+        raise ModelError(f"model '{source.name}': {source.missing}")
+    if source.kind == "hub":
+        return source.path.name
+    if source.kind == "folder":
+        files = sorted({file for pattern in MODEL_FILES for file in source.path.glob(pattern)})
+        lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
+        return f"sha256-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
+    if source.kind == "shape":
+        return f"random-{file_sha256(source.path)[:16]}"
+    # the file decides; an embedded model's is the pinned one, or it isn't loaded
+    digest = EMBEDDED[source.name].sha256 if source.kind == "embedded" else file_sha256(source.path)
+    return f"gguf-{digest[:16]}-c{CONVERTER}"
+
+
+def list_models() -> list[dict[str, Any]]:
+    """A row a model that this machine knows by name: the embedded ones, and the hub's that are in its cache.
+
+    parameters, license: None where only the weights or the hub could say. kv_bytes_per_token: at 16 bits a value.
+    """
+    rows = []
+    for model in EMBEDDED.values():
+        found = resolve(model.name)
+        row = {"name": model.name, "available": found.available, "source": f"package {model.package} {model.version}"}
+        row |= {"license": model.license, "parameters": model.parameters}
+        rows.append(row | _shape_row(model.layers, model.max_length) | {"missing": found.missing})
+    for found in hub_models():
+        row = {"name": found.name, "available": True, "source": "hub cache", "license": None, "parameters": None}
+        try:
+            row |= _shape_row(*shape(found))
+        except ModelError:
+            continue  # no decoder with a KV cache
+        rows.append(row | {"missing": ""})
+    return rows
+
+
+def _shape_row(layers: Layers, max_length: int) -> dict[str, Any]:
+    kinds = sorted(set(layers), key=layers.index)
+    text = " + ".join(f"{layers.count(kind)} × {kind[0]} × {kind[1]}" for kind in kinds)
+    return {
+        "layers_kv_heads_head_dim": text,
+        "kv_bytes_per_token": sum(2 * 2 * heads * head_dim for heads, head_dim in layers),
+        "max_length": max_length,
+    }

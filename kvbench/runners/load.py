@@ -1,0 +1,173 @@
+"""Loading a model: made an ordinary folder where it is none, then read by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvbench.runners.catalog import EMBEDDED, EmbeddedModel, ModelSource
+from kvbench.runners.facts import cache_layer_indices, cache_layers, max_length, revision, text_config, value_of
+from kvbench.runners.gguf import convert
+from kvbench.runners.model_files import (
+    ModelError,
+    draft_folder,
+    file_sha256,
+    one_error,
+    read_json,
+    transformers_config,
+)
+
+if TYPE_CHECKING:
+    from kvbench.runners.base import ModelInfo
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
+    """(model, tokenizer, what identifies them): a transformers model in eval mode, without gradients.
+
+    A hub model that isn't in the cache is downloaded, unless HF_HUB_OFFLINE is set; nothing else touches the network.
+
+    Raises:
+        ModelError: it isn't here, or can't be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvbench.runners.base import ModelInfo
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ModelError(f"unknown compute dtype '{dtype}': one of float32, bfloat16, float16")
+    model: Any
+    tokenizer: Any
+    if source.kind == "shape":
+        model, tokenizer = _random_model(source, getattr(torch, dtype), device)
+    else:
+        source, folder, options = _prepare(source)
+        with _quiet(), one_error(f"model '{source.name}' cannot be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), local_files_only=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    model = model.to(device).eval().requires_grad_(False)
+    info = ModelInfo(
+        name=source.name,
+        revision=revision(source),
+        compute_dtype=dtype,
+        layers=cache_layers(model.config),
+        max_length=max_length(model.config, tokenizer),
+        extra={"model_type": model.config.model_type, "layer_indices": list(cache_layer_indices(model.config))},
+    )
+    return model, tokenizer, info
+
+
+@dataclass(frozen=True)
+class NoTokenizer:
+    """What stands for the tokenizer of a shape: token ids alone, none of which ends an answer."""
+
+    vocabulary: int
+    eos_token_id: None = None
+
+    def __len__(self) -> int:
+        return self.vocabulary
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        """No text."""
+        return ""
+
+    def encode(self, *_: Any, **__: Any) -> list[int]:
+        """Raises ModelError: there are no words."""
+        raise ModelError("a model of random weights has no tokenizer: run the task throughput, which needs none")
+
+    __call__ = encode
+
+
+def _random_model(source: ModelSource, dtype: Any, device: str) -> tuple[Any, NoTokenizer]:
+    """A model of this shape, its weights drawn on the device; always the same ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert source.path is not None
+    # no token ends an answer
+    config = transformers_config({**read_json(source.path), "eos_token_id": None})
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    what = f"model '{source.name}' cannot be made"
+    with _quiet(), one_error(what), torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model, NoTokenizer(value_of(text_config(config), "vocab_size"))
+
+
+def prepare(source: ModelSource) -> Path:
+    """An ordinary model folder with this model in it, for other tools: a GGUF file is converted, a hub model fetched.
+
+    Raises:
+        ModelError: it can't be had, or is a GGUF file of an architecture that only transformers' own loader reads.
+    """
+    source, folder, options = _prepare(source)
+    if options:
+        raise ModelError(f"model '{source.name}': a GGUF file of this architecture is not converted to a folder")
+    return folder
+
+
+def _prepare(source: ModelSource) -> tuple[ModelSource, Path, dict[str, str]]:
+    """The source once it is here, its folder, and what transformers must be told to read it."""
+    if source.kind == "hub" and source.missing:
+        source = _download(source)
+    if source.missing or source.path is None:
+        raise ModelError(f"model '{source.name}' is not on this machine: {source.missing}")
+    if source.kind in ("folder", "hub"):
+        return source, source.path, {}
+    if source.kind == "embedded":
+        _check_embedded(EMBEDDED[source.name], source.path)
+    folder = convert(source.path)
+    return (source, folder, {}) if folder else (source, source.path.parent, {"gguf_file": source.path.name})
+
+
+def _download(source: ModelSource) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return source
+    with one_error(f"model '{source.name}' is not on this machine and cannot be fetched"):
+        folder = snapshot_download(
+            source.name,
+            revision=source.hub_revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+        )
+    return ModelSource(source.name, "hub", Path(folder), source.hub_revision)
+
+
+def _check_embedded(model: EmbeddedModel, file: Path) -> None:
+    """Joins the file from its parts where that is due, and compares its hash."""
+    if model.file is None and not file.exists():
+        import importlib
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(file.parent) as draft, one_error(f"{model.package} cannot be joined"):
+            importlib.import_module(model.module).assemble(draft / file.name)
+            (draft / file.name).replace(file)
+    if (found := file_sha256(file)) != model.sha256:
+        raise ModelError(
+            f"model '{model.name}': the file of {model.package} has sha256 {found[:16]}…, not {model.sha256[:16]}…: "
+            f"{model.install}"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers' inside the block."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()

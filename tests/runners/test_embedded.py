@@ -1,0 +1,91 @@
+"""The embedded models: their facts, weights and tokenizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from kvbench.runners import catalog, load
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded model in float32; converted once a machine, since it stays in the user's cache."""
+    return load.load(catalog.resolve("smollm2-135m-instruct"), "float32")
+
+
+def test_the_facts_of_the_embedded_model_are_true(embedded):
+    """What listings say without weights is what the weights say."""
+    model, _, info = embedded
+    facts = catalog.EMBEDDED["smollm2-135m-instruct"]
+
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (facts.layers, facts.max_length) == (info.layers, info.max_length)
+    assert info.name == facts.name
+    assert info.revision == facts.revision(catalog.resolve(facts.name))
+
+
+def test_the_embedded_model_knows_english(embedded):
+    """Its weights and its tokenizer belong together."""
+    model, tokenizer, _ = embedded
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+    with torch.no_grad():
+        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+
+    assert "Paris" in tokenizer.decode(answer[0, prompt.input_ids.shape[1] :])
+
+
+def logits(model, ids=tuple(range(20, 60))):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "héllo wörld 日本語 🎉👩‍👧 nbsp\u00a0x",
+        "a  b   c\t\td\n\n\ne \r\n f",
+        "<|im_start|>user\nhi<|im_end|>",
+        "",
+        "  ",
+        "\n 1",
+    ],
+)
+def test_the_embedded_tokenizer_loses_nothing(embedded, text):
+    """Tokens decode to the text they were made from, and no token is put before it."""
+    _, tokenizer, _ = embedded
+
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_embedded_tokenizer_cuts_at_digits(embedded):
+    """Spaces before a number belong together, as in SmolLM2's own tokenizer.json and in llama.cpp."""
+    _, tokenizer, _ = embedded
+
+    assert tokenizer.convert_ids_to_tokens(tokenizer(":\n\n10  25").input_ids) == [":", "ĊĊ", "1", "0", "ĠĠ", "2", "5"]
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_the_one_of_transformers_loader(embedded):
+    """Weights and logits equal those of `from_pretrained(gguf_file=…)` to the bit, and, digits apart, the tokens."""
+    model, tokenizer, _ = embedded
+    file = catalog.resolve("smollm2-135m-instruct").path
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    weights = model.state_dict()
+
+    assert set(weights) == set(theirs.state_dict())
+    assert all(torch.equal(weights[name], weight) for name, weight in theirs.state_dict().items())
+    assert torch.equal(logits(model), logits(theirs.eval()))
+    for text in (
+        "héllo 日本語 🎉 \u00a0x",
+        "a  b\t\td\n\n\ne \r\n f",
+        "<|im_start|>user\nhi<|im_end|>",
+        "it's we'll I'M",
+    ):
+        assert tokenizer(text).input_ids == their_tokenizer(text).input_ids
+    assert tokenizer.chat_template == their_tokenizer.chat_template
+    assert tokenizer.all_special_ids == their_tokenizer.all_special_ids

@@ -1,0 +1,95 @@
+"""Loading models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+from kvbench.runners import catalog, facts, load
+from kvbench.runners.model_files import ModelError
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "tie_word_embeddings": True}
+
+
+def test_a_hub_model_that_is_not_here_cannot_be_loaded_offline(hub):
+    """Where the hub is switched off, the message says what to fetch, and no connection is tried."""
+    with pytest.raises(ModelError, match="hf download org/absent --revision v2"):
+        load.load(catalog.resolve("org/absent", revision="v2"), "float32")
+
+
+def test_a_network_that_fails_is_one_line(hub, monkeypatch):
+    """A download that fails, of whatever cause, says for which model."""
+
+    def fail(*args, **options):
+        raise OSError("name resolution\nfailed")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+
+    with pytest.raises(ModelError, match=r"model 'org/absent' .* cannot be fetched: name resolution failed"):
+        load.load(catalog.resolve("org/absent"), "float32")
+
+
+@pytest.fixture
+def folder(tmp_path, cache):
+    """A small model folder, as `save_pretrained` writes it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, vocab_size=300)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "folder")
+    tokenizer = Tokenizer(models.BPE(vocab={"h": 0, "e": 1, "he": 2}, merges=[("h", "e")]))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128)
+    fast.save_pretrained(tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_loaded_model_is_ready_to_be_measured(folder, dtype):
+    """In the dtype asked for, in eval mode, without gradients, and named without its path."""
+    model, tokenizer, info = load.load(catalog.resolve(str(folder)), dtype)
+
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer("he").input_ids
+    assert (info.name, info.compute_dtype, info.layers, info.max_length) == ("folder", dtype, ((2, 16),) * 2, 128)
+
+
+def test_a_broken_folder_is_one_line(folder):
+    """Weights that can't be read, or a configuration of no known type, name the model and no line of ours."""
+    source = catalog.resolve(str(folder))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="model 'folder' cannot be loaded") as caught:
+        load.load(source, "float32")
+    assert "\n" not in str(caught.value)
+
+    (folder / "config.json").write_text('{"model_type": "nobody-knows"}')
+    with pytest.raises(ModelError, match="nobody-knows"):
+        load.load(source, "float32")
+    with pytest.raises(ModelError, match="nobody-knows"):
+        facts.shape(source)
+
+
+def test_an_unknown_compute_dtype_is_refused(folder):
+    """Only the three that a record can name."""
+    with pytest.raises(ModelError, match="unknown compute dtype 'fp8': one of float32"):
+        load.load(catalog.resolve(str(folder)), "fp8")
+
+
+def test_a_revision_is_of_the_content(folder):
+    """The same files elsewhere are the same revision; another weight or another configuration is another."""
+    before = facts.revision(catalog.resolve(str(folder)))
+    moved = folder.rename(folder.parent / "moved")
+    assert facts.revision(catalog.resolve(str(moved))) == before
+
+    weights = moved / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    other_weight = facts.revision(catalog.resolve(str(moved)))
+    weights.write_bytes(content)
+    assert facts.revision(catalog.resolve(str(moved))) == before
+    (moved / "config.json").write_text((moved / "config.json").read_text() + "\n")
+
+    assert len({before, other_weight, facts.revision(catalog.resolve(str(moved)))}) == 3
