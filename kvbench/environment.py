@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -59,6 +60,7 @@ def describe() -> dict[str, Any]:
     return {
         "kvbench": _version("kvbench"),
         "git": git_state(),
+        "source_sha256": source_sha256(),
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{'.'.join(platform.release().split('.')[:2])}-{platform.machine()}",
         "cpu": _cpu_model(),
@@ -93,6 +95,25 @@ def git_state() -> dict[str, Any] | None:
     # a new file counts, since the folders are walked; results do not
     changes = _run("git", "-C", str(root), "status", "--porcelain", "--", "kvbench", "kernels")
     return {"revision": commit, "dirty": changes != ""} if commit else None
+
+
+def source_sha256() -> str:
+    """A hash of the code that runs: of `sha256sum`'s lines for every .py file of kvbench and kvbench_kernels, by name.
+
+    The same for a checkout, a copy of it without git, and a wheel of it, so a record names its code even where no
+    commit does. docs/method.md has the shell line that gives it for any commit.
+    """
+    spec = find_spec("kvbench_kernels")
+    folders = {"kvbench": Path(__file__).parent}
+    if spec is not None and spec.origin is not None:
+        folders["kvbench_kernels"] = Path(spec.origin).parent
+    files = {
+        f"{package}/{file.relative_to(folder).as_posix()}": file
+        for package, folder in folders.items()
+        for file in folder.rglob("*.py")
+    }
+    lines = (f"{hashlib.sha256(files[name].read_bytes()).hexdigest()}  {name}\n" for name in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _run(*command: str) -> str | None:
@@ -191,6 +212,7 @@ def doctor() -> list[Check]:
     What concerns models is `kvbench.runners.catalog.doctor`.
     """
     return [
+        _check_source(),
         _check_python(),
         _check_dependencies(),
         _check_name_kernels(),
@@ -199,6 +221,13 @@ def doctor() -> list[Check]:
         _check_cache(),
         _check_memory(),
     ]
+
+
+def _check_source() -> Check:
+    """What records call this code; nothing is wrong with it."""
+    git = git_state()
+    commit = f", commit {git['revision'][:9]}{' and changes' if git['dirty'] else ''}" if git else ", no checkout"
+    return Check("source", "ok", f"sha256 {source_sha256()}{commit}")
 
 
 def _check_python() -> Check:

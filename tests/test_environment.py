@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,34 @@ def test_a_record_s_facts_name_versions_and_no_place():
     assert facts["ram_gib"] > 0
     private = [str(Path.home()), str(Path.cwd()), os.uname().nodename, sys.prefix, f'"{getpass.getuser()}"']
     assert [word for word in private if word in text] == []
+
+
+def test_the_source_s_hash_is_what_a_shell_says(tmp_path, monkeypatch):
+    """
+    A copy of the tree without git has the hash that the documented line of shell gives, whatever else lies in it; a
+    changed or a new file is another hash.
+    """
+    for file in ("kvbench/environment.py", "kvbench/tasks/a.py", "kvbench/tasks_b.py", "kernels/kvbench_kernels/k.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"# {file}\n")
+    (tmp_path / "kernels/kvbench_kernels/__init__.py").write_text("")
+    (tmp_path / "kvbench/notes.txt").write_text("no code")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "kvbench/environment.py"))
+    kernels = tmp_path / "kernels/kvbench_kernels/__init__.py"
+    monkeypatch.setattr(environment, "find_spec", lambda name: SimpleNamespace(origin=str(kernels)))
+
+    method = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    shell = method.split("# the source's hash\n")[1].split("```")[0]
+
+    first = environment.source_sha256()
+    said = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "kernels/kvbench_kernels/k.py").write_text("# changed\n")
+    changed = environment.source_sha256()
+    (tmp_path / "kvbench/new.py").write_text("")
+
+    assert first == said.split()[0]
+    assert len({first, changed, environment.source_sha256()}) == 3
+    assert environment.describe()["source_sha256"] == environment.source_sha256()
 
 
 def test_describing_imports_no_torch():

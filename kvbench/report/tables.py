@@ -424,8 +424,10 @@ def _machine(record: Record) -> str:
     software = [f"{name} {versions[name]}" for name in ("torch", "transformers", "lm_eval") if versions.get(name)]
     git = environment.get("git") or {}
     revision = f" at {git['revision'][:9]}" if git.get("revision") else ""
+    # records before it was kept have none
+    source = f", source {environment['source_sha256'][:9]}" if environment.get("source_sha256") else ""
     return ", ".join(
-        [str(processor), *software, f"kvbench {environment.get('kvbench') or 'from a checkout'}{revision}"]
+        [str(processor), *software, f"kvbench {environment.get('kvbench') or 'from a checkout'}{revision}{source}"]
     )
 
 
