@@ -61,7 +61,7 @@ def chosen(
 def prepared(config: Path, options: Options) -> Planned:
     """CONFIG as a plan; a mistake in it is said, and exits 2."""
     from kvbench.sweep.command import prepare
-    from kvbench.sweep.document import ConfigError
+    from kvbench.yaml_text import ConfigError
 
     try:
         return prepare(config, options)

@@ -39,7 +39,7 @@ def sweep(
     if dry_run:
         print_plan(prepared(config, options))
         return
-    from kvbench.sweep.document import ConfigError
+    from kvbench.yaml_text import ConfigError
 
     try:
         code = run_sweep(config, options)

@@ -15,7 +15,6 @@ from kvbench.results import Contents, Record, Store
 from kvbench.stats import parse_margin
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
-from kvbench.sweep.document import ConfigError
 from kvbench.sweep.execute import (
     NotInEffectError,
     Setting,
@@ -28,6 +27,7 @@ from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.sweep.workers import execute_on, seat_for
+from kvbench.yaml_text import ConfigError
 
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
 

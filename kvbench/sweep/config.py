@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from kvbench.messages import shown, wrong
 from kvbench.registry import find_name
 from kvbench.schemes import Scheme, split_pair
 from kvbench.stats import parse_margin
-from kvbench.sweep.document import ConfigError, Document, Loc, apply_setting, read_document
 from kvbench.sweep.parts import REAL, ComputeDtype, Parts
 from kvbench.tasks.base import Task
-from kvbench.tasks.messages import shown, wrong
 from kvbench.transforms import all_rotations
+from kvbench.yaml_text import ConfigError, Document, Loc, apply_setting, read_document
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
 Attention = Literal["auto", "reference", "triton"]

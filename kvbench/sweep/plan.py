@@ -15,9 +15,9 @@ from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import name_of
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import ModelSpec, Sweep
-from kvbench.sweep.document import ConfigError
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
 from kvbench.tasks.base import Task, beyond
+from kvbench.yaml_text import ConfigError
 
 IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another number
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from kvbench.messages import path_text, wrong
 from kvbench.tasks import lm_eval_index
 from kvbench.tasks.base import Options, RunContext, Task
 from kvbench.tasks.divergence import Divergence
 from kvbench.tasks.lm_eval import LmEval
-from kvbench.tasks.messages import path_text, wrong
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.throughput import Throughput
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from kvbench.sweep.config import load_sweep, parse_sweep
-from kvbench.sweep.document import ConfigError
+from kvbench.yaml_text import ConfigError
 
 GOOD = """\
 name: toys

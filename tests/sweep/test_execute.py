@@ -15,7 +15,7 @@ import pytest
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.sweep.command import Options, UnusableError, prepare, run_sweep
-from kvbench.sweep.document import ConfigError
+from kvbench.yaml_text import ConfigError
 
 
 @pytest.fixture

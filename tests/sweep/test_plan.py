@@ -7,8 +7,8 @@ import json
 import pytest
 
 from kvbench.sweep.config import parse_sweep
-from kvbench.sweep.document import ConfigError
 from kvbench.sweep.plan import choose, missing_data, plan, too_long
+from kvbench.yaml_text import ConfigError
 
 TEXT = """\
 name: toys

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from kvbench.tasks.messages import path_text
+from kvbench.messages import path_text
 
 Loc = tuple[str | int, ...]
 
