@@ -120,7 +120,7 @@ def document() -> str:
             SIZES,
             table(["dtype", "bits, D=64", "D=96", "D=128", "D=256", "bytes of K+V, D=128"], sizes),
             "## Rotations\n",
-            "A rotation turns blocks of channels; where D is no power of two, several side by side.\n",
+            "A rotation turns blocks of channels, several side by side with equal signs where D is no power of two.\n",
             table(["rotation", "block, D=128", "D=96", "", "source", "file"], rotations),
         ]
     )

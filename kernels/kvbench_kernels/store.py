@@ -22,6 +22,10 @@ ROUND_UNSIGNED_ROW = tl.constexpr(4)  # x / s + zero, s = (max - min) / largest 
 ROUND_NORM4_ROW = tl.constexpr(5)  # cut at 0 and ±threshold norms, s = norm / sqrt(D)
 
 _SMALLEST = tl.constexpr(1e-6)
+# rows of ROUND_NORM4_ROW with a value of _LARGE or more are shrunk before they are squared
+_LARGE = tl.constexpr(2.0**58)
+_SHRINK = tl.constexpr(2.0**-72)
+_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,17 @@ def _store_side(
         scale = tl.maximum(scale, _SMALLEST)
         scale = tl.where(tl.max(is_nan.to(tl.int32), axis=1) > 0, float("nan"), scale)  # [BLOCK_R]
     if ROUND == ROUND_NORM4_ROW:
+        # the squares of large rows would overflow; those of float16 can't
+        CAN_BE_LARGE: tl.constexpr = x_ptr.dtype.element_ty != tl.float16
+        if CAN_BE_LARGE:
+            peak = tl.abs(x[0])
+            for i in tl.static_range(1, COUNT):
+                peak = tl.maximum(peak, tl.abs(x[i]))
+            large = tl.max(peak, axis=1) >= _LARGE
+            shrunk = ()
+            for i in tl.static_range(COUNT):
+                shrunk = shrunk + (tl.where(large[:, None], x[i] * _SHRINK, x[i]),)
+            x = shrunk
         # squares are added by halving the row, which is the definition's order
         squares = ()
         for i in tl.static_range(COUNT):
@@ -129,7 +144,11 @@ def _store_side(
         for m in tl.static_range(3, -1, -1):
             if 1 << m < SPAN:
                 total = tl.sum(tl.reshape(total, [total.shape[0], 2, 1 << m]), axis=1)
-        norm = tl.sqrt_rn(tl.reshape(total, [total.shape[0]]) + 1e-12)
+        total = tl.reshape(total, [total.shape[0]])
+        if CAN_BE_LARGE:
+            norm = tl.sqrt_rn(tl.where(large, total, total + 1e-12))
+        else:
+            norm = tl.sqrt_rn(total + 1e-12)
         scale = tl.div_rn(norm, ROOT)
 
     # the codes
@@ -166,7 +185,7 @@ def _store_side(
                 code = tl.minimum(tl.maximum(_half_away(value), 0.0), largest).to(tl.int32)
             else:
                 z = x[i] * inverse
-                code = (z > -THRESHOLD).to(tl.int32) + (z > 0).to(tl.int32) + (z > THRESHOLD).to(tl.int32)
+                code = (z > -THRESHOLD).to(tl.int32) + (z >= 0).to(tl.int32) + (z > THRESHOLD).to(tl.int32)
             if ROUND != ROUND_E4M3:
                 code = tl.where(whole[:, None], code, 0)
             codes = codes + (code,)
@@ -185,6 +204,8 @@ def _store_side(
             if ROUND == ROUND_UNSIGNED_ROW:
                 bits = (scale.to(tl.int32, bitcast=True) & ~((1 << BITS) - 1)) | zero.to(tl.int32)
                 scale = bits.to(tl.float32, bitcast=True)
+            if ROUND == ROUND_NORM4_ROW and CAN_BE_LARGE:
+                scale = tl.where(large, tl.minimum(scale * (1.0 / _SHRINK), _MAX), scale)
             tl.store(scale_ptr + to, tl.where(whole, scale, float("nan")), mask=inside)
 
 

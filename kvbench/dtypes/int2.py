@@ -12,6 +12,8 @@ from kvbench.dtypes.base import Codebook, Dtype, Rows, mark_broken
 
 THRESHOLD = 0.9816
 CENTROIDS = (-1.5104, -0.4528, 0.4528, 1.5104)
+# rows with a value of this size or more are shrunk by a power of two: their squares would overflow float32
+LARGE, SHRINK = 2.0**58, 2.0**-72
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -30,17 +32,23 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Int2PerTokenHead(Dtype):
-    """Each row scaled to unit variance by its norm, then cut at the Lloyd-Max thresholds of a unit Gaussian."""
+    """Each row scaled to unit variance by its norm, then cut at the Lloyd-Max thresholds of a unit Gaussian.
+
+    A zero has the code 2. The 1e-12 under the root is for rows of zeros; it is below the last bit of a large row's sum.
+    """
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         x = x.to(torch.float32)
+        large = x.abs().amax(-1) >= LARGE
+        shrink = torch.where(large, SHRINK, 1.0)
+        x = x * shrink.unsqueeze(-1)
         # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
-        norm = (sum_of_squares(x) + 1e-12).double().sqrt().float()
+        norm = (sum_of_squares(x) + torch.where(large, 0.0, 1e-12)).double().sqrt().float()
         root = math.sqrt(x.shape[-1])
         z = x * (root / norm).unsqueeze(-1)
-        codes = (z > -THRESHOLD).to(torch.uint8) + (z > 0) + (z > THRESHOLD)
+        codes = (z > -THRESHOLD).to(torch.uint8) + (z >= 0) + (z > THRESHOLD)
         codes, scale = mark_broken(codes, norm / root)
-        return Rows(self.pack(codes), scale)
+        return Rows(self.pack(codes), (scale / shrink).clamp(max=torch.finfo(torch.float32).max))
 
 
 int2_per_token_head = Int2PerTokenHead(

@@ -134,14 +134,27 @@ def sum_by_halves(values: list[np.float32]) -> np.float32:
 
 
 def int2_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    return int2_of(x, large=max(abs(v) for v in x) >= 2.0**58)
+
+
+def int2_of(x: Row, large: bool) -> tuple[bytes, bytes]:
+    x = [v * F(2.0**-72) for v in x] if large else x
     squares = [v * v for v in x]
     while len(squares) & (len(squares) - 1):
         squares.append(F(0))
-    norm = np.sqrt(sum_by_halves(squares) + F(1e-12))
+    norm = np.sqrt(sum_by_halves(squares) + F(0 if large else 1e-12))
     root = F(math.sqrt(len(x)))
     factor = root / norm
-    codes = [bisect.bisect_left((F(-0.9816), F(0), F(0.9816)), v * factor) for v in x]
-    return words(codes, 2), scale_bytes(norm / root)
+
+    def code(z: np.float32) -> int:
+        if z < 0:
+            return 0 if z <= F(-0.9816) else 1
+        return 3 if z > F(0.9816) else 2
+
+    scale = norm / root
+    if large:
+        scale = min(scale * F(2.0**72), np.finfo(F).max)
+    return words([code(v * factor) for v in x], 2), scale_bytes(scale)
 
 
 DEFINITIONS = {
@@ -182,6 +195,8 @@ INPUTS = {
     "negative": lambda d: -torch.rand(3, d) - 0.5,
     "far from zero": lambda d: torch.rand(3, d) + torch.tensor([[100.0], [-100.0], [3.0]]),
     "huge": lambda d: torch.randn(3, d) * 1e15,
+    "squares overflow": lambda d: torch.randn(4, d) * torch.tensor([[1e17], [1e19], [1e20], [1e36]]),
+    "largest": lambda d: torch.where(torch.arange(d) % 2 == 0, 1.0, 0.25).unsqueeze(0) * torch.finfo(torch.float32).max,
     "tiny": lambda d: torch.randn(5, d) * torch.tensor([[1e-5], [1e-7], [1e-12], [1e-30], [1e-41]]),
     "halves": halves,
     "one value": lambda d: torch.where(torch.arange(d) == 11, 6.5, 0.0).unsqueeze(0),
@@ -322,6 +337,31 @@ def test_int2_by_hand():
     # codes 3 0 2 1 3 0 2 1 from the low bits up
     assert rows.codes.tolist() == [0b01_10_00_11, 0b01_10_00_11]
     assert rows.scale.item() == pytest.approx(1, rel=2**-22)
+
+
+def test_int2_of_a_row_whose_squares_overflow():
+    """
+    A finite row is never NaN: at 1e19 it has the codes of the row at 1, and that row's scale times the power of two.
+    """
+    dtype = all_dtypes()["int2_per_token_head"]
+    x = torch.randn(64)
+
+    small, large = dtype.quantize(x), dtype.quantize(x * 2.0**63)
+
+    assert (x * 2.0**63).square().sum().isinf()
+    assert torch.equal(small.codes, large.codes)
+    assert torch.equal(small.scale * 2.0**63, large.scale)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_int2_of_large_rows_is_that_of_the_plain_formula(head_dim):
+    """
+    Where the squares do not overflow, shrinking changes no bit, on either side of 2^58.
+    """
+    dtype = all_dtypes()["int2_per_token_head"]
+    for x in torch.randn(16, head_dim) * torch.exp2(torch.arange(44, 60)).unsqueeze(-1):
+        rows = dtype.quantize(x)
+        assert (bytes(rows.codes.tolist()), scale_bytes(rows.scale)) == int2_of(list(x.numpy()), large=False)
 
 
 def test_e4m3_by_hand():

@@ -25,15 +25,15 @@ every_rotation = pytest.mark.parametrize("rotation", all_rotations())
 
 
 def turned(x: list[float], rotation: str) -> list[float]:
-    """H · (signs ∘ x) with the ±1 Sylvester matrix, in float64."""
+    """H · (signs ∘ x) with the ±1 Sylvester matrix, in float64; the seed reshapes a row to [D / b, b] first."""
     if rotation == "none":
         return x
-    values = np.array(x)
+    block = len(x) & -len(x)
+    values = np.array(x).reshape(-1, block)
     if rotation == "randomized_hadamard":
         generator = torch.Generator("cpu").manual_seed(0x9E3779B9)
-        values = values * (2 * torch.bernoulli(torch.full((len(x),), 0.5), generator=generator) - 1).double().numpy()
-    block = len(x) & -len(x)
-    return np.concatenate([scipy.linalg.hadamard(block) @ part for part in values.reshape(-1, block)]).tolist()
+        values = values * (2 * torch.bernoulli(torch.full((block,), 0.5), generator=generator) - 1).double().numpy()
+    return np.concatenate([scipy.linalg.hadamard(block) @ part for part in values]).tolist()
 
 
 def half_away(v: float) -> int:
@@ -76,7 +76,8 @@ def seed_int2(y: list[float], block: int) -> bytes:
     """Byte i is channels 4i to 4i+3 from the low bits up; the stored scale has the 1/D of turning back in it."""
     norm = F(math.sqrt(float(F(sum(v * v for v in y)) + F(1e-12))))
     root = F(math.sqrt(len(y)))
-    codes = [sum(float(F(v) * (root / norm)) > threshold for threshold in (-0.9816, 0.0, 0.9816)) for v in y]
+    z = [float(F(v) * (root / norm)) for v in y]
+    codes = [(0 if v <= -0.9816 else 1) if v < 0 else (3 if v > 0.9816 else 2) for v in z]
     quads = zip(*(codes[i::4] for i in range(4)), strict=True)
     return bytes(a | b << 2 | c << 4 | d << 6 for a, b, c, d in quads) + struct.pack("<f", norm / root / F(block))
 
@@ -93,7 +94,7 @@ def seed_row(name: str, x: list[float], rotation: str) -> bytes:
 
 
 def integer_rows(head_dim: int) -> torch.Tensor:
-    """Gaussian rows, rows with one large channel, a row of one sign: integers of at most 200."""
+    """Gaussian rows (with zeros), rows with one large channel, a row of one sign: integers of at most 200."""
     rows = (4 * torch.randn(9, head_dim)).round()
     rows[3:5, 7] = torch.tensor([100.0, -200.0])
     rows[5] = rows[5].abs() + 1
@@ -213,3 +214,28 @@ def test_a_row_of_zeros_differs_in_its_scale_alone(name, rotation):
     assert bytes(stored[:-4].tolist()) == seed[:-4]
     ours, theirs = struct.unpack("<f", bytes(stored[-4:].tolist()))[0], struct.unpack("<f", seed[-4:])[0]
     assert ours == theirs * 2 ** turn.exponent(64)
+
+
+def test_a_row_of_zeros_in_int2_is_0xaa():
+    """
+    An exact zero is code 2: the seed asks whether z < 0.
+    """
+    dtype, turn = all_dtypes()["int2_per_token_head"], all_rotations()["none"]
+
+    stored = export_rows(dtype.quantize(torch.tensor([0.0, -0.0] * 32)), dtype, turn, 64)
+
+    assert stored[:-4].tolist() == [0xAA] * 16
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 192])
+def test_a_row_of_equal_blocks_has_equal_codes(head_dim):
+    """
+    The blocks of a row share their signs, so that equal blocks are equal bytes.
+    """
+    dtype, turn = all_dtypes()["int4_per_token_head"], all_rotations()["randomized_hadamard"]
+    block = head_dim & -head_dim
+    x = torch.randn(block).repeat(head_dim // block)
+
+    stored = export_rows(dtype.quantize(turn.rotate(x)), dtype, turn, head_dim)
+
+    assert len({bytes(part.tolist()) for part in stored[:-4].split(block // 2)}) == 1

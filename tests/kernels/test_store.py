@@ -27,6 +27,7 @@ def hard_rows(tokens, heads, head_dim):
     x[5] = 6e4
     x[6, 0] = torch.arange(head_dim) % 31 / 2 - 7.5  # halves: the range is 15, so that the scale is 1
     x[6, 1] = torch.arange(head_dim) % 255 / 2 - 63.5
+    x[7, 0] = torch.where(torch.arange(head_dim) % 3 == 0, 0.0, x[7, 0])
     return x
 
 
@@ -74,6 +75,30 @@ def test_bytes_are_the_definition_s(dtype, device):
                 )
 
 
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_int2_s_large_rows_are_the_definition_s(given, head_dim, device):
+    """
+    Rows whose squares overflow float32, and those on either side of where they are shrunk: codes and scales to the bit.
+    """
+    if given == torch.bfloat16 and not GPU:
+        pytest.skip("the interpreter has no bfloat16")
+    x = torch.randn(64, 1, head_dim) * torch.exp2(torch.arange(64) * 2).view(64, 1, 1)
+    x[-1] = torch.finfo(torch.float32).max
+    x = x.to(given)
+    x[:, :, 5] = 0
+    want, got = (
+        PagedCache([(1, head_dim)], Scheme.parse("int2", "none"), pages=4, page_size=16, device=place)
+        for place in ("cpu", device)
+    )
+    want.append(0, x, x, torch.arange(64))
+    kernels.append(got, 0, x.to(device), x.to(device), torch.arange(64, device=device))
+
+    assert want.keys[0].scale.isfinite().all()
+    assert torch.equal(want.keys[0].codes, got.keys[0].codes.cpu())
+    assert torch.equal(want.keys[0].scale, got.keys[0].scale.cpu())
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 33])
 def test_odd_numbers_of_rows(tokens, device):
     """
@@ -112,7 +137,7 @@ def test_strided_keys_and_values(device):
 
 
 @pytest.mark.parametrize("rotation", [name for name in all_rotations() if name != "none"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_queries_turn_and_outputs_turn_back(rotation, head_dim, device):
     """
     As the rotation's own matrices in float64, for odd numbers of rows.

@@ -16,22 +16,22 @@ every_rotation = pytest.mark.parametrize("rotation", all_rotations().values(), i
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 
 
-def seed_signs(head_dim: int) -> torch.Tensor:
+def seed_signs(block: int) -> torch.Tensor:
     """Signs as the seed draws them, of a tensor of probabilities: Tensor.bernoulli_(0.5) draws others."""
     generator = torch.Generator(device="cpu")
     generator.manual_seed(0x9E3779B9)
-    return 2 * torch.bernoulli(torch.full((head_dim,), 0.5), generator=generator) - 1
+    return 2 * torch.bernoulli(torch.full((block,), 0.5), generator=generator) - 1
 
 
 def unnormalised(name: str, head_dim: int) -> np.ndarray:
-    """The seed's ±1 matrix: blocks of SciPy's Sylvester matrix, times the signs of its columns."""
+    """The seed's ±1 matrix: equal blocks, each SciPy's Sylvester matrix times the signs of its columns."""
     if name == "none":
         return np.eye(head_dim)
     block = BLOCKS[head_dim]
-    matrix = scipy.linalg.block_diag(*[scipy.linalg.hadamard(block)] * (head_dim // block)).astype(float)
+    matrix = scipy.linalg.hadamard(block).astype(float)
     if name == "randomized_hadamard" and block > 1:
-        matrix = matrix * seed_signs(head_dim).numpy()
-    return matrix
+        matrix = matrix * seed_signs(block).numpy()
+    return scipy.linalg.block_diag(*[matrix] * (head_dim // block))
 
 
 def powers(head_dim: int) -> tuple[float, float]:
@@ -147,19 +147,28 @@ def test_queries_and_outputs_keep_their_type(rotation):
         assert rotation.unrotate(x).dtype == dtype
 
 
-@every_head_dim
+@pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS if BLOCKS[d] > 1])
 def test_one_vector_of_signs_for_everything(head_dim):
     """
-    The signs are the seed's, the same at every call, whatever other random numbers were drawn.
+    Every block has the seed's signs, the same at every call, whatever other random numbers were drawn.
     """
     rotation = all_rotations()["randomized_hadamard"]
     torch.manual_seed(123)
 
     signs = rotation.signs(head_dim)
 
-    assert torch.equal(signs, seed_signs(head_dim))
+    assert signs.shape == (head_dim,)
+    for block in signs.split(BLOCKS[head_dim]):
+        assert torch.equal(block, seed_signs(BLOCKS[head_dim]))
     assert torch.equal(signs, rotation.signs(head_dim))
     assert set(signs.tolist()) <= {-1.0, 1.0}
+
+
+def test_a_row_that_nothing_turns_has_no_signs():
+    """
+    At an odd head_dim blocks are single channels: readers and writers alike leave them as they are.
+    """
+    assert all_rotations()["randomized_hadamard"].signs(81) is None
 
 
 def test_the_first_signs_are_these():
@@ -169,6 +178,7 @@ def test_the_first_signs_are_these():
     signs = all_rotations()["randomized_hadamard"].signs(16)
 
     assert "".join("+" if sign > 0 else "-" for sign in signs) == "+-++----+--++-+-"
+    assert torch.equal(all_rotations()["randomized_hadamard"].signs(80), signs.repeat(5))
 
 
 def test_two_values_by_hand():
