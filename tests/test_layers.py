@@ -46,7 +46,7 @@ PLANTED = {
     "a rotation knows a dtype": ("kvbench/transforms/none.py", "import kvbench.dtypes.base", "Imports point down"),
     "a module outside all layers": ("kvbench/brand_new.py", "", "Imports point down"),
     "a dtype knows Triton": ("kvbench/dtypes/int2.py", "import triton", "Definitions are pure torch"),
-    "results load torch": ("kvbench/results.py", "import torch", "load without torch"),
+    "results load torch": ("kvbench/results/store.py", "import torch", "load without torch"),
     "a report loads torch far away": ("kvbench/report/__init__.py", "import kvbench.schemes", "load without torch"),
     "a kernel knows kvbench": ("kernels/kvbench_kernels/__init__.py", "import kvbench.registry", "Kernels stand alone"),
     "a runner calls a kernel": ("kvbench/runners/base.py", "import kvbench_kernels", "meets the kernels"),
