@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,25 @@ def comparable(identity: dict[str, Any]) -> dict[str, Any]:
 def key_of(identity: dict[str, Any]) -> str:
     """The same text for identities that may be compared."""
     return json.dumps(plain_json(comparable(identity)), sort_keys=True)
+
+
+def prompt_forms(tasks: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """A line that says which tasks of lm-eval got plain prompts and which a chat, if there are any.
+
+    tasks: what tables call each, and its part of a cell's identity.
+    """
+    forms: dict[str, dict[str, None]] = {}
+    for name, task in tasks:
+        if "apply_chat_template" not in task:
+            continue
+        form = "in the model's chat template" if task["apply_chat_template"] else "plain"
+        if task.get("fewshot_as_multiturn") is False:
+            form += ", few-shot examples in one turn"
+        if system := task.get("system_instruction"):
+            form += f", after {json.dumps(system, ensure_ascii=False)}"
+        forms.setdefault(form, {})[name] = None
+    each = [f"{form} ({', '.join(names)})" if len(forms) > 1 else form for form, names in forms.items()]
+    return [f"prompts of lm-eval's tasks: {'; '.join(each)}"] if each else []
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvbench.measured import Cell, Measured, Series, comparable, paired
+from kvbench.measured import Cell, Measured, Series, comparable, paired, prompt_forms
 from kvbench.registry import find_name
 from kvbench.results import NotARunError, shown_number
 from kvbench.stats import (
@@ -521,7 +521,8 @@ def summary(measured: Measured, found: Comparisons, other: Measured | None = Non
     limits = sorted({cell.identity["limit"] for cell in cells if cell.identity.get("limit")})
     if limits:
         lines.append(f"NOT A REAL SCORE: --limit {', '.join(map(str, limits))}, the first documents of each task alone")
-    return [*lines, *found.notes]
+    forms = prompt_forms((cell.task, cell.identity.get("task", {})) for cell in measured.cells)
+    return [*lines, *forms, *found.notes]
 
 
 def markdown(measured: Measured, found: Comparisons, other: Measured | None = None) -> str:

@@ -36,6 +36,7 @@ class EmbeddedModel:
     parameters: int
     layers: Layers
     max_length: int
+    chat_template: bool = True
 
 
 EMBEDDED = {
@@ -67,6 +68,7 @@ EMBEDDED = {
             parameters=268_098_176,
             layers=((1, 256),) * 18,
             max_length=32_768,
+            chat_template=False,
         ),
     )
 }

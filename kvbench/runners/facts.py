@@ -123,6 +123,22 @@ def revision(source: ModelSource) -> str:
     return f"gguf-{digest[:16]}-c{CONVERTER}"
 
 
+def has_chat_template(source: ModelSource) -> bool | None:
+    """Whether its tokenizer makes a prompt of a conversation; None where only the model itself could say."""
+    if source.kind == "embedded":
+        return EMBEDDED[source.name].chat_template
+    if source.kind == "shape":
+        return False
+    if source.path is None or not source.path.exists():
+        return None
+    if source.path.is_file():
+        return bool(read_gguf(source.path).get("tokenizer.chat_template"))
+    if any(source.path.glob("chat_template*.j*")) or (source.path / "additional_chat_templates").is_dir():
+        return True
+    file = source.path / "tokenizer_config.json"
+    return file.is_file() and bool(read_json(file).get("chat_template"))
+
+
 def list_models() -> list[dict[str, Any]]:
     """A row a model that this machine knows by name: the embedded ones, and the hub's that are in its cache.
 

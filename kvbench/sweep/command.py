@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.environment import describe, device_name
-from kvbench.measured import of_records
+from kvbench.measured import of_records, prompt_forms
 from kvbench.results import Contents, Record, Store
 from kvbench.stats import parse_margin
 from kvbench.sweep.canary import Judgement, judge_all
@@ -23,7 +23,7 @@ from kvbench.sweep.execute import (
     terminable,
 )
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
-from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long
+from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long, unsuited
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.sweep.workers import execute_on, seat_for
@@ -297,7 +297,12 @@ def plan_lacks(planned: Planned) -> list[str]:
     """What this machine or a model lacks to run the cells, one line each with what to do."""
     models = {cell.model.name: cell.model.missing for cell in planned.cells if cell.model.missing}
     left = _left(planned.cells, planned.store.load(), retry_failed=True)
-    return [f"model {name}: {todo}" for name, todo in models.items()] + missing_data(left) + too_long(left)
+    return (
+        [f"model {name}: {todo}" for name, todo in models.items()]
+        + missing_data(left)
+        + too_long(left)
+        + unsuited(left)
+    )
 
 
 def plan_tables(planned: Planned) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -340,6 +345,7 @@ def plan_summary(planned: Planned) -> list[str]:
     peaks = [record.timings["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record.timings]
     if peaks:
         lines.append(f"peak memory {max(peaks) / 2**30:.1f} GiB in the cells done before")
+    lines += prompt_forms((cell.task.name, cell.task.identity()) for cell in planned.cells)
     lines += plan_sensitivity(planned)
     lacking = plan_lacks(planned)
     lines += ["missing here:", *(f"  {line}" for line in lacking)] if lacking else ["nothing is missing here"]

@@ -17,6 +17,7 @@ from kvbench.registry import find_name
 from kvbench.schemes import Scheme, split_pair
 from kvbench.stats import parse_margin
 from kvbench.sweep.parts import REAL, ComputeDtype, Parts
+from kvbench.tasks import OURS
 from kvbench.tasks.base import Task
 from kvbench.transforms import all_rotations
 from kvbench.yaml_text import ConfigError, Document, Loc, apply_setting, read_document
@@ -114,6 +115,7 @@ class Sweep(_Strict):
 
     compute_dtype: None takes float32 on a CPU and the model's own dtype on a GPU.
     limit: the first documents of every task alone; a quick look, marked as such in every table.
+    apply_chat_template, fewshot_as_multiturn, system_instruction: of every task of lm-eval that does not say it itself.
     canary: also run a destroyed cache, which must wreck the scores. again: also run the baseline once more, whose flips
     are the noise floor. margin: the difference that does not matter, as `kvbench.stats.parse_margin` takes it.
     attention: what reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a
@@ -138,6 +140,9 @@ class Sweep(_Strict):
     attention: Attention = "auto"
     compute_dtype: ComputeDtype | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+    apply_chat_template: bool | None = None
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
 
     @model_validator(mode="after")
     def _one_or_many_models(self) -> Self:
@@ -174,20 +179,26 @@ class Sweep(_Strict):
         return Path(folder).expanduser() if folder else None
 
     def make_tasks(self, parts: Parts = REAL) -> list[Task]:
-        """The tasks, cut to `limit` where there is one.
+        """The tasks, with what the sweep says for all of them.
 
         Raises:
             ValueError: an unknown task or option.
         """
-        return [parts.make_task(self.cut(spec), self.data_folder()) for spec in self.tasks]
+        return [parts.make_task(self.task_spec(spec), self.data_folder()) for spec in self.tasks]
 
-    def cut(self, spec: Any) -> Any:
-        """A task's spec with the sweep's limit, where that is smaller than its own."""
-        if self.limit is None:
-            return spec
+    def task_spec(self, spec: Any) -> Any:
+        """A task's spec with what the sweep says for all: a smaller limit, and for lm-eval's the form of prompts."""
         spec = dict(spec) if isinstance(spec, Mapping) else {"task": spec}
-        own = spec.get("limit")
-        return {**spec, "limit": min(own, self.limit) if isinstance(own, int) else self.limit}
+        if self.limit is not None:
+            own = spec.get("limit")
+            spec["limit"] = min(own, self.limit) if isinstance(own, int) else self.limit
+        if spec.get("task") in OURS:
+            return spec
+        form = {"apply_chat_template": self.apply_chat_template, "system_instruction": self.system_instruction}
+        spec = {name: value for name, value in form.items() if value is not None} | spec
+        if self.fewshot_as_multiturn is not None and spec.get("apply_chat_template"):
+            spec = {"fewshot_as_multiturn": self.fewshot_as_multiturn, **spec}
+        return spec
 
 
 # ---- reading
@@ -249,7 +260,7 @@ def problems_beyond_shape(document: Document, sweep: Sweep, parts: Parts) -> Ite
     for index, spec in enumerate(sweep.tasks):
         try:
             # its identity reads what the task is made of, such as a mirror's file
-            parts.make_task(sweep.cut(spec), data).identity()
+            parts.make_task(sweep.task_spec(spec), data).identity()
         except ValueError as error:
             yield document.message_near(("tasks", index), str(error))
 

@@ -21,7 +21,8 @@ ComputeDtype = Literal["float32", "bfloat16", "float16"]
 class ModelFacts:
     """What is known of a model without loading it.
 
-    revision, layers, max_length: None where only the model itself could say. missing: what to do to have it here.
+    revision, layers, max_length, chat_template (whether it has one): None where only the model itself could say.
+    missing: what to do to have it here.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ModelFacts:
     layers: tuple[tuple[int, int], ...] | None = None
     max_length: int | None = None
     missing: str = ""
+    chat_template: bool | None = None
 
 
 class LoadedModel(Protocol):
@@ -88,7 +90,9 @@ def find_model(spec: ModelSpec) -> ModelFacts:
             raise
         return ModelFacts(source.name, compute_dtype, missing=source.missing)
     revision = facts.revision(source) if source.available else None
-    return ModelFacts(source.name, compute_dtype, revision, layers, max_length, source.missing)
+    return ModelFacts(
+        source.name, compute_dtype, revision, layers, max_length, source.missing, facts.has_chat_template(source)
+    )
 
 
 def fetch_model(spec: ModelSpec) -> None:

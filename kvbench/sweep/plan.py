@@ -16,7 +16,7 @@ from kvbench.results import name_of
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import ModelSpec, Sweep
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
-from kvbench.tasks.base import Task, beyond
+from kvbench.tasks.base import Task, beyond, no_template
 from kvbench.yaml_text import ConfigError
 
 IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another number
@@ -140,7 +140,7 @@ def plan(
         ConfigError: a model or task that cannot be, or a head_dim that a dtype can't take.
     """
     cells: dict[str, Cell] = {}
-    tasks = [parts.make_task(sweep.cut(spec), sweep.data_folder()) for spec in sweep.tasks]
+    tasks = [parts.make_task(sweep.task_spec(spec), sweep.data_folder()) for spec in sweep.tasks]
     baseline = sweep.baseline_scheme
     place = Place(device(), sweep.attention, sweep.page_size) if any(task.timed for task in tasks) else None
     for spec in sweep.all_models:
@@ -247,4 +247,13 @@ def too_long(cells: Sequence[Cell]) -> list[str]:
         tokens, positions = task.longest(), model.max_length
         if tokens is not None and positions is not None and tokens > positions:
             lines.append(f"model {model.name}, task {task.name}: {beyond(tokens, positions)}")
+    return lines
+
+
+def unsuited(cells: Sequence[Cell]) -> list[str]:
+    """A line for each task that would fail: a model lacks what it needs, where that is known."""
+    lines = []
+    for model, task in {(cell.model.name, cell.task.name): (cell.model, cell.task) for cell in cells}.values():
+        if "chat template" in task.needs() and model.chat_template is False:
+            lines.append(f"task {task.name}: {no_template(model.name)}")
     return lines

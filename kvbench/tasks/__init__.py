@@ -55,7 +55,9 @@ def make_task(spec: str | dict[str, Any], data: Path | None = None) -> Task:
     elif task not in lm_eval_index.index():
         raise ValueError(f"unknown task '{task}': {_nearest(task, [*OURS, *lm_eval_index.index()])}")
     else:
-        options = {"name": task, "data": data, **options}
+        # tables tell a task's chat from its plain prompts by name
+        name = f"{task}-chat" if options.get("apply_chat_template") is True else task
+        options = {"name": name, "data": data, **options}
     try:
         return kind.model_validate(options)  # type: ignore[return-value]
     except ValidationError as error:

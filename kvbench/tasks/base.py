@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # a config is validated without waiting for torch
     from kvbench.runners.base import Progress, Runner
 
     Tensors = dict[str, Tensor]
+
+
+Need = Literal["chat template", "generation"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Task(Protocol):
         """Tokens of its longest sequence, where its options say: a model needs as many positions; else None."""
         ...
 
+    def needs(self) -> frozenset[Need]:
+        """What not every model has."""
+        ...
+
     def metrics(self) -> tuple[str, ...] | None:
         """Names of the metrics that are compared: a sample has a number of each; None where only a run tells."""
         ...
@@ -75,6 +82,11 @@ class Task(Protocol):
 def beyond(tokens: int, positions: int) -> str:
     """What is said where a task asks for more tokens than a model has positions."""
     return f"{tokens} tokens are more than the model's {positions}; ask for fewer"
+
+
+def no_template(model: str) -> str:
+    """What is said where a task makes a chat of its prompts, and the model has no template for one."""
+    return f"model {model} has no chat template: leave out apply_chat_template, or use an instruct model"
 
 
 class Options(BaseModel):
@@ -97,6 +109,10 @@ class Options(BaseModel):
     def longest(self) -> int | None:
         """See Task."""
         return None
+
+    def needs(self) -> frozenset[Need]:
+        """See Task."""
+        return frozenset()
 
     def check_length(self, positions: int) -> None:
         """Raises ValueError where its longest sequence has more tokens than a model has positions."""

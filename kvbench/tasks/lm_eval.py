@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache, lru_cache, partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from kvbench.results import Metric, Outcome, headline
 from kvbench.tasks import lm_eval_index, mirror, text
-from kvbench.tasks.base import Options, RunContext
+from kvbench.tasks.base import Need, Options, RunContext, no_template
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -38,15 +38,28 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 class LmEval(Options):
     """One of lm-eval's tasks, groups or tags.
 
-    num_fewshot, apply_chat_template: as lm-eval takes them. metadata: for tasks that make their own documents, such as
-    `max_seq_lengths` for RULER. data: the mirror's folder, for this task alone.
+    num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction: as lm-eval takes them; a chat's few-shot
+    examples are turns of it unless `fewshot_as_multiturn` is false. metadata: for tasks that make their own documents,
+    such as `max_seq_lengths` for RULER. data: the mirror's folder, for this task alone.
     """
 
     task: str
     num_fewshot: NonNegativeInt | None = None
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
     data: Annotated[Path | None, Field(strict=False)] = None
+
+    @model_validator(mode="after")
+    def _turns_of_a_chat(self) -> Self:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("fewshot_as_multiturn makes turns of a chat: it needs apply_chat_template: true")
+        return self
+
+    @property
+    def _multiturn(self) -> bool:
+        return self.apply_chat_template and self.fewshot_as_multiturn is not False
 
     def identity(self) -> dict[str, Any]:
         data: dict[str, str] = {}
@@ -63,6 +76,9 @@ class LmEval(Options):
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
             "apply_chat_template": self.apply_chat_template,
+            # what is as ever is left out, so that no name of an earlier cell changes
+            **({"fewshot_as_multiturn": False} if self.apply_chat_template and not self._multiturn else {}),
+            **({"system_instruction": self.system_instruction} if self.system_instruction else {}),
             "metadata": self.metadata,
             "data": data,
             **({"text_sha256": text.builtin().sha256} if ours else {}),
@@ -80,6 +96,12 @@ class LmEval(Options):
             return None
         return sum(min(size, self.limit or size) for size in sizes if size is not None)
 
+    def needs(self) -> frozenset[Need]:
+        found: set[Need] = {"chat template"} if self.apply_chat_template else set()
+        if any(leaf.config.get("output_type", "generate_until") == "generate_until" for leaf in self._leaves()):
+            found.add("generation")
+        return frozenset(found)
+
     def metrics(self) -> tuple[str, ...] | None:
         leaves = self._leaves()
         # which metrics a group takes from its tasks is lm-eval's to say
@@ -92,7 +114,8 @@ class LmEval(Options):
         Where lm-eval gives a perplexity over words or bytes no standard error, it is a bootstrap's over documents.
 
         Raises:
-            ValueError: data that is not there, or a row that the task cannot read, as `file:line: what is wrong`.
+            ValueError: data that is not there, a row that the task cannot read, as `file:line: what is wrong`, or a
+                chat with a model that has no template for one.
         """
         import jinja2
         from lm_eval.evaluator import evaluate
@@ -102,6 +125,8 @@ class LmEval(Options):
         lacking = self.missing()
         if lacking:
             raise ValueError("; ".join(lacking))
+        if self.apply_chat_template and not getattr(runner.tokenizer, "chat_template", None):
+            raise ValueError(no_template(runner.info.name))
         identity = json.dumps(self.identity(), sort_keys=True)
         with _quiet(), _seeded(), _compiled_once():
             loaded, encoded = _load(self.model_dump_json(), identity, runner.tokenizer)
@@ -115,7 +140,8 @@ class LmEval(Options):
                     limit=self.limit,
                     bootstrap_iters=BOOTSTRAP_REPEATS,
                     apply_chat_template=self.apply_chat_template,
-                    fewshot_as_multiturn=self.apply_chat_template,
+                    fewshot_as_multiturn=self._multiturn,
+                    system_instruction=self.system_instruction or None,
                 )
             except (jinja2.UndefinedError, LookupError, TypeError, ValueError, AttributeError) as error:
                 for leaf in self._leaves():

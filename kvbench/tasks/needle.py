@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Options, RunContext
+from kvbench.tasks.base import Need, Options, RunContext
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -73,6 +73,9 @@ class Needle(Options):
 
     def longest(self) -> int:
         return max(self._asked)
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"generation"})
 
     def metrics(self) -> tuple[str, ...]:
         return "acc", *(f"acc@{length}" for length in self._asked if len(self.contexts) > 1)

@@ -79,6 +79,9 @@ class ToyTask:
     def longest(self) -> int | None:
         return self.tokens
 
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
     def metrics(self) -> tuple[str, ...]:
         return "acc", "kld"
 
