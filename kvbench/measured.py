@@ -12,18 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvbench.results import Metric, NotARunError, Record, Store, describe, headline, plain_json
+from kvbench.results import Metric, NotARunError, Record, Store, describe, exponential, headline, plain_json
 from kvbench.stats import Array, Difference, compare_answers, compare_means
 
 if TYPE_CHECKING:
     import pandas as pd
 
 VERSION = 1  # of a baseline file
-Kind = Literal["share", "mean", "log"]
 Document = tuple[str, str, str, str, str]  # task, doc_id, filter, hash of the document, hash of the prompt
 
 
@@ -35,13 +34,12 @@ class NoSeriesError(ValueError):
 class Series:
     """One metric of one cell.
 
-    kind: "share" of answers within 0..1; "log" of a perplexity; any other "mean". values: [n], a number a document.
-    weights: [n], what each counts for, such as its tokens; None where all count alike.
+    values: [n], a number a document, as the metric's kind says. weights: [n], what each counts for, such as its tokens;
+    None where all count alike.
     documents: [n] in the order of `values`; a baseline file has only their `digest`.
     """
 
     metric: Metric
-    kind: Kind
     values: Array
     weights: Array | None
     digest: str
@@ -186,9 +184,8 @@ def of_records(folder: Path, records: Sequence[Record], run: dict[str, Any], pro
 
 def _cell(store: Store, record: Record) -> Cell:
     shown = headline(record.metrics)
-    # a perplexity and its ratio to the baseline's say the same
-    ratio = any(metric.name == "ppl_ratio" for metric in shown)
-    wanted = [metric for metric in shown if not (ratio and metric.name == "ppl")]
+    # numbers without a kind stand beside those that are compared, or alone, as speeds do
+    wanted = [metric for metric in shown if metric.kind] or shown
     series: dict[str, Series] = {}
     absent: dict[str, str] = {}
     try:
@@ -232,33 +229,30 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
         rows = rows[rows["task"] == leaf]
     if context and "context" in rows:
         rows = rows[rows["context"] == int(context)]
-    weights: Array | None
-    kind: Kind
-    if f"{name}.logprob" in rows:
-        rows = rows.dropna(subset=[f"{name}.logprob"])
-        weights = rows[f"{name}.weight"].to_numpy(float)
-        values, kind = -rows[f"{name}.logprob"].to_numpy(float) / weights, "log"
-    elif name not in rows or rows[name].dtype.kind not in "bif":
+    log = metric.kind == "log"
+    column = f"{name}.logprob" if log and f"{name}.logprob" in rows else name
+    if metric.kind is None or column not in rows or rows[column].dtype.kind not in "bif":
         raise NoSeriesError("the samples have no number a document")
-    else:
-        rows = rows.dropna(subset=[name])
-        values = rows[name].to_numpy(float)
-        # only a divergence's rows have tokens: its means are over tokens
-        weights = rows["tokens"].to_numpy(float) if "tokens" in rows else None
-        kind = "mean"
-        if metric.unit == "ppl" or name == "ppl_ratio":
-            # lm-eval's `perplexity` is a log-likelihood a document
-            values, kind = (-values if name == "perplexity" else np.log(values)), "log"
-        elif metric.unit == "" and metric.higher_is_better and values.size and 0 <= values.min() <= values.max() <= 1:
-            kind = "share"
+    rows = rows.dropna(subset=[column])
+    values = rows[column].to_numpy(float)
     if not values.size:
         raise NoSeriesError("the samples have no number a document")
+    if metric.weight is not None and metric.weight not in rows:
+        raise NoSeriesError(f"the samples lack {metric.weight}")
+    weights: Array | None = rows[metric.weight].to_numpy(float) if metric.weight else None
+    if column != name:  # of all its words or bytes together
+        values = -values / weights
+    elif log:  # of lm-eval's `perplexity` the samples have the log-likelihood, which is never above 0
+        values = np.log(values) if (values > 0).all() else -values
+    elif metric.kind == "share" and not ((values >= 0) & (values <= 1)).all():
+        raise NoSeriesError(f"it is a share of 1, and a document has {values[(values < 0) | (values > 1)][0]:g}")
     if metric.higher_is_better is None:
         raise NoSeriesError("it is not said whether higher is better")
     if not np.isfinite(values).all():
         raise NoSeriesError("a document's number is not finite")
     whole = float(np.average(values, weights=weights))
-    if not math.isclose(math.exp(whole) if kind == "log" else whole, metric.value, rel_tol=1e-4, abs_tol=1e-9):
+    value = exponential(whole) if log else whole
+    if not math.isclose(value, metric.value, rel_tol=1e-4, abs_tol=1e-9):
         raise NoSeriesError("it is no mean over documents: the samples' mean is not the metric's value")
     task = rows["task"] if "task" in rows else [""] * len(rows)
     columns = (task, rows["doc_id"], rows["filter"], rows["doc_hash"], rows["prompt_hash"])
@@ -270,7 +264,7 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
         raise NoSeriesError("the samples have a document twice")
     digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
     picked = None if weights is None else weights[order]
-    return Series(metric, kind, values[order], picked, digest, tuple(documents))
+    return Series(metric, values[order], picked, digest, tuple(documents))
 
 
 def paired(series: Series, base: Series) -> Difference:
@@ -278,7 +272,7 @@ def paired(series: Series, base: Series) -> Difference:
     difference: Array = series.values - base.values
     # a document that is asked twice is one document
     hashes = [document[3] for document in series.documents or base.documents] or None
-    if series.kind == "share":
+    if series.metric.kind == "share":
         return compare_answers(difference, hashes)
     return compare_means(difference, hashes, series.weights)
 
@@ -338,7 +332,7 @@ def _rows(cell: Cell) -> Iterator[dict[str, Any]]:
             "n": metric.n,
             "unit": metric.unit,
             "higher_is_better": metric.higher_is_better,
-            "kind": series.kind,
+            "kind": metric.kind,
             "documents": series.digest,
             # right and wrong as one text
             "values": values if whole else [float(f"{value:.6g}") for value in series.values],
@@ -347,10 +341,10 @@ def _rows(cell: Cell) -> Iterator[dict[str, Any]]:
 
 
 def _from_row(row: dict[str, Any], cell: dict[str, Any], environments: list[str]) -> Cell:
-    metric = Metric(row["metric"], row["value"], None, row["n"], row["unit"], row["higher_is_better"])
+    metric = Metric(row["metric"], row["value"], None, row["n"], row["unit"], row["higher_is_better"], row["kind"])
     values = np.array([float(value) for value in row["values"]])
     weights = np.array(row["weights"]) if "weights" in row else None
-    series = Series(metric, row["kind"], values, weights, row["documents"])
+    series = Series(metric, values, weights, row["documents"])
     return Cell(
         row["cell"],
         cell["model"],

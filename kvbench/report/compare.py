@@ -259,7 +259,7 @@ def _compared(
         return replace(row, verdict="INVALID", reason=why)
     difference = paired(here, there)
     unit, limit = _scale(here, margin)
-    log = here.kind == "log"
+    log = here.metric.kind == "log"
     worse, better = difference.worse, difference.better
     if not here.metric.higher_is_better:
         worse, better = better, worse
@@ -291,7 +291,7 @@ def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
 
 def at_floor(base: Series, canary: Series | None) -> str:
     """Why a loss from a baseline's share cannot be seen: there is none to lose; else empty. From the ceiling it can."""
-    if base.kind != "share":
+    if base.metric.kind != "share":
         return ""
     value = base.metric.value
     if value <= FLOOR:
@@ -306,9 +306,9 @@ def at_floor(base: Series, canary: Series | None) -> str:
 
 def _scale(series: Series, margin: float) -> tuple[str, float | None]:
     """The unit of a difference, and the margin on the scale that is tested; None where points mean nothing."""
-    if series.kind == "log":
+    if series.metric.kind == "log":
         return "relative", math.log1p(margin)
-    if series.kind == "share":
+    if series.metric.kind == "share":
         return "share", margin
     if series.metric.unit == "%":
         return "pp", 100 * margin

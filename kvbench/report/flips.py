@@ -56,7 +56,7 @@ def flips(path: Path) -> Flips:
     base = _baseline(measured, cell)
     store = Store(measured.path)
     here, there = _answers(store, cell), _answers(store, base)
-    shares = [name for name, one in cell.series.items() if one.kind == "share" and name in base.series]
+    shares = [name for name, one in cell.series.items() if one.metric.kind == "share" and name in base.series]
     rows = [
         Flip(task, doc_id, name, before, after, there[task, doc_id, flt], here[task, doc_id, flt])
         for name in shares

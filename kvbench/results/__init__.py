@@ -1,22 +1,31 @@
 """What a measurement is, and where it is kept. Imports no torch."""
 
-from kvbench.results.record import (
+from kvbench.results.metrics import (
+    LM_EVAL,
+    Kind,
     Metric,
-    Outcome,
-    Record,
-    describe,
+    exponential,
     headline,
-    kernel_task,
-    name_of,
-    plain_json,
+    of_lm_eval,
     shown_megabytes,
     shown_metric,
     shown_number,
+    upgrade,
+)
+from kvbench.results.record import (
+    Outcome,
+    Record,
+    describe,
+    kernel_task,
+    name_of,
+    plain_json,
 )
 from kvbench.results.store import Contents, NotARunError, Store, Tensors, write_samples
 
 __all__ = [
+    "LM_EVAL",
     "Contents",
+    "Kind",
     "Metric",
     "NotARunError",
     "Outcome",
@@ -24,12 +33,15 @@ __all__ = [
     "Store",
     "Tensors",
     "describe",
+    "exponential",
     "headline",
     "kernel_task",
     "name_of",
+    "of_lm_eval",
     "plain_json",
     "shown_megabytes",
     "shown_metric",
     "shown_number",
+    "upgrade",
     "write_samples",
 ]

@@ -1,4 +1,4 @@
-"""What a measurement is: metrics, a record a cell, and the name that its identity gives it. Imports no torch."""
+"""What a measurement is: a record a cell, and the name that its identity gives it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,77 +6,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-VERSION = 1  # of record.json; raised when a reader of the old one would misread the new one
+from kvbench.results.metrics import Metric, upgrade
 
-
-@dataclass(frozen=True)
-class Metric:
-    """One number of a task.
-
-    name: such as "acc" or "exact_match,strict-match"; stderr: its standard error, None where there is none.
-    n: documents behind it. unit: "" for a plain ratio, else such as "nats", "ppl", "%".
-    """
-
-    name: str
-    value: float
-    stderr: float | None
-    n: int
-    unit: str = ""
-    higher_is_better: bool | None = None
-
-
-# a divergence has a dozen metrics and a perplexity three: a table shows these only where it shows everything
-NOT_HEADLINE = re.compile(r"kld_.*|(rms_)?delta_p|ppl_baseline|byte_perplexity|bits_per_byte")
-
-
-def headline(metrics: Sequence[Metric]) -> list[Metric]:
-    """The metrics of a task that a table has room for."""
-    names = {metric.name for metric in metrics}
-    chosen = [
-        metric
-        for metric in metrics
-        if not NOT_HEADLINE.fullmatch(metric.name)
-        # a group's own numbers stand for those of its tasks
-        and not ("/" in metric.name and any("/" not in name for name in names))
-    ]
-    return chosen or list(metrics)
-
-
-def shown_metric(metric: Metric) -> str:
-    """`0.889 ± 0.009`: the standard error to one digit (two where that is a 1), the value to the same place."""
-    value, stderr = metric.value, metric.stderr
-    unit = " %" if metric.unit == "%" else ""
-    if not math.isfinite(value):
-        return str(value)
-    if stderr is None or not math.isfinite(stderr) or stderr == 0:
-        return f"{shown_number(value)}{unit}"
-    exponent = math.floor(math.log10(stderr))
-    digits = -exponent + (1 if f"{stderr:.1e}"[0] == "1" else 0)
-    if (digits > 5 and abs(value) < 0.1) or exponent > 3:
-        return f"{value:.1e} ± {stderr:.0e}{unit}"
-    places = max(0, digits)
-    return f"{value:.{places}f} ± {stderr:.{places}f}{unit}"
-
-
-def shown_number(value: float) -> str:
-    """A number to four digits; a whole one as it is."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-4 or abs(value) >= 1e7:
-        return f"{value:.2e}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-
-
-def shown_megabytes(nbytes: int) -> str:
-    """Bytes as MB (1e6): to a tenth, and below that to three digits, so that what was read is never 0.0."""
-    megabytes = nbytes / 1e6
-    return f"{megabytes:.1f}" if megabytes >= 0.1 else f"{megabytes:.3g}"
+VERSION = 2  # of record.json; raised when a reader of the old one would misread the new one, or refuse it
 
 
 @dataclass(frozen=True)
@@ -155,20 +93,20 @@ class Record:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
-        """The record that `to_json` wrote.
+        """The record that `to_json` wrote, here or in version 1.
 
         Raises:
             ValueError, KeyError, TypeError: this is no record, or one of another version.
         """
-        if row["version"] != VERSION:
-            raise ValueError(f"version {row['version']} of the record, this kvbench reads version {VERSION}")
+        if row["version"] not in (1, VERSION):
+            raise ValueError(f"version {row['version']} of the record, this kvbench reads versions 1 and {VERSION}")
         if row["status"] not in ("done", "failed"):
             raise ValueError(f"status {row['status']!r}")
         metrics = tuple(
             Metric(**{**m, "value": float(m["value"]), "stderr": None if m["stderr"] is None else float(m["stderr"])})
-            for m in row["metrics"]
+            for m in (upgrade(row["metrics"]) if row["version"] == 1 else row["metrics"])
         )
-        return cls(**{**row, "metrics": metrics})
+        return cls(**{**row, "metrics": metrics, "version": VERSION})
 
 
 def kernel_task(row: Mapping[str, Any]) -> str:

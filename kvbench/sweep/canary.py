@@ -71,16 +71,14 @@ def judge(canary: Record, base: Record) -> Judgement:
 
 def verdict(metric: Metric, base: Metric) -> Verdict | None:
     """What one metric says; None for one that says nothing of the cache."""
-    if "baseline" in metric.name or not math.isfinite(base.value):
+    if metric.when_zeroed is None or not math.isfinite(base.value):
         return None
-    if metric.name == "kld":
-        return "wrecked" if not metric.value <= KLD_NATS else "unmoved"
-    if metric.name == "same_top":
-        return "wrecked" if metric.value < SAME_TOP_PERCENT else "unmoved"
-    if metric.unit == "ppl" or metric.name.split(",")[0] in ("perplexity", "word_perplexity", "ppl"):
+    if metric.kind == "log":
         return "wrecked" if not metric.value <= PERPLEXITY_RATIO * base.value else "unmoved"
-    share = metric.higher_is_better and metric.unit in ("", "%") and not metric.name.startswith("delta")
-    if share and metric.stderr is not None and base.stderr is not None:
+    if metric.kind == "distance":
+        far = metric.value < SAME_TOP_PERCENT if metric.when_zeroed == "falls" else not metric.value <= KLD_NATS
+        return "wrecked" if far else "unmoved"
+    if metric.when_zeroed == "falls" and metric.stderr is not None and base.stderr is not None:
         return _score(metric, base)
     return None
 

@@ -73,7 +73,8 @@ def _measured(task: str, cells: Sequence[Cell], earlier: Measured) -> dict[str, 
             continue
         for name, series in cell.series.items():
             if name in base.series and base.series[name].digest == series.digest:
-                kind = series.kind if series.kind != "mean" else series.metric.unit
+                metric = series.metric
+                kind = metric.kind if metric.kind in ("share", "log") else metric.unit
                 found[name].append((kind, paired(series, base.series[name])))
     return {
         name: (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from kvbench.results import Metric, Outcome
+from kvbench.results import Metric, Outcome, exponential
 from kvbench.tasks import text
 from kvbench.tasks.base import Options, RunContext
 
@@ -195,18 +195,44 @@ def _metrics(documents: list[dict[str, Any]]) -> list[Metric]:
     kld = every["kld"]
     rms = math.sqrt(float((every["delta_p"] ** 2).mean()))
     rms_error = error([(columns["delta_p"] ** 2).mean() for columns in documents])
-    ppl, ppl_baseline = math.exp(mean("nll")), math.exp(mean("nll_baseline"))
-    ratio = ppl / ppl_baseline
+    ppl, ppl_baseline = exponential(mean("nll")), exponential(mean("nll_baseline"))
+    ratio = ppl / ppl_baseline if math.isfinite(ppl) else exponential(mean("nll") - mean("nll_baseline"))
+    of_tokens: dict[str, Any] = {"weight": "tokens"}
+    distance = {"kind": "distance", **of_tokens}
+    aside: dict[str, Any] = {"headline": False}
     # d exp(x) = exp(x) dx, and d sqrt(x) = dx / (2 sqrt(x)): the delta method
     return [
-        Metric("kld", mean("kld"), mean_error("kld"), n, "nats", False),
-        *(Metric(name, float(np.percentile(kld, p)), None, n, "nats", False) for name, p in PERCENTILES.items()),
-        Metric("kld_max", float(kld.max()), None, n, "nats", False),
-        Metric("delta_p", 100 * mean("delta_p"), scaled(100, mean_error("delta_p")), n, "%", True),
-        Metric("rms_delta_p", 100 * rms, scaled(50 / rms, rms_error) if rms else rms_error, n, "%", False),
-        Metric("same_top", 100 * mean("same_top"), scaled(100, mean_error("same_top")), n, "%", True),
+        Metric("kld", mean("kld"), mean_error("kld"), n, "nats", False, **distance, when_zeroed="rises"),
+        *(
+            Metric(name, float(np.percentile(kld, p)), None, n, "nats", False, **aside)
+            for name, p in PERCENTILES.items()
+        ),
+        Metric("kld_max", float(kld.max()), None, n, "nats", False, **aside),
+        Metric(
+            "delta_p",
+            100 * mean("delta_p"),
+            scaled(100, mean_error("delta_p")),
+            n,
+            "%",
+            True,
+            "mean",
+            **of_tokens,
+            **aside,
+        ),
+        Metric("rms_delta_p", 100 * rms, scaled(50 / rms, rms_error) if rms else rms_error, n, "%", False, **aside),
+        Metric(
+            "same_top",
+            100 * mean("same_top"),
+            scaled(100, mean_error("same_top")),
+            n,
+            "%",
+            True,
+            **distance,
+            when_zeroed="falls",
+        ),
+        # what is compared is its ratio
         Metric("ppl", ppl, scaled(ppl, mean_error("nll")), n, "ppl", False),
-        Metric("ppl_baseline", ppl_baseline, scaled(ppl_baseline, mean_error("nll_baseline")), n, "ppl"),
+        Metric("ppl_baseline", ppl_baseline, scaled(ppl_baseline, mean_error("nll_baseline")), n, "ppl", **aside),
         Metric(
             "ppl_ratio",
             ratio,
@@ -214,5 +240,8 @@ def _metrics(documents: list[dict[str, Any]]) -> list[Metric]:
             n,
             "",
             False,
+            "log",
+            **of_tokens,
+            when_zeroed="rises",
         ),
     ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import Field, NonNegativeInt, model_validator
 
-from kvbench.results import Metric, Outcome, headline
+from kvbench.results import LM_EVAL, Metric, Outcome, headline, of_lm_eval
 from kvbench.tasks import lm_eval_index, mirror, text
 from kvbench.tasks.base import Need, Options, RunContext, no_template
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # lm-eval's own seeds, so that its few-shot examples are ours
 RANDOM_SEED, OTHER_SEED = 0, 1234
 BOOTSTRAP_REPEATS = 1000  # of lm-eval's bootstrap (for a perplexity's error); its 100 000 take minutes
-UNITS = {"perplexity": "ppl", "word_perplexity": "ppl", "byte_perplexity": "ppl", "bits_per_byte": "bits"}
+UNITS = {name: known["unit"] for name, known in LM_EVAL.items() if "unit" in known}  # no plain means
 MEANS = ("acc", "acc_norm", "exact_match")  # what lm-eval averages where a task does not say how
 NOT_MEASURED = -1.0  # what RULER's tasks say of lengths that were not asked for
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -170,16 +170,11 @@ class LmEval(Options):
                     stderr = _ratio_stderr(rows.get(name, []), metric, value)
                 label = metric if filter_name == "none" else f"{metric},{filter_name}"
                 better = {results["higher_is_better"][leaf].get(metric) for leaf in leaves}
-                metrics.append(
-                    Metric(
-                        prefix + label,
-                        value,
-                        stderr,
-                        n,
-                        UNITS.get(metric, ""),
-                        better.pop() if len(better) == 1 else None,
-                    )
-                )
+                higher = better.pop() if len(better) == 1 else None
+                known = {"higher_is_better": higher, **of_lm_eval(metric, higher)}
+                # a group's own numbers stand for those of its tasks
+                shown = known.get("headline", True) and not (prefix and metrics and "/" not in metrics[0].name)
+                metrics.append(Metric(prefix + label, value, stderr, n, **{**known, "headline": shown}))
         samples = [row for task_rows in rows.values() for row in task_rows]
         hashes = [[row["task"], row["doc_id"], row["filter"], row["doc_hash"], row["prompt_hash"]] for row in samples]
         facts = {
@@ -252,8 +247,13 @@ class _Leaf:
         if not listed or not all(_is_mean(one) for one in listed):
             return None
         filters = [one["name"] for one in self.config.get("filter_list") or [{"name": "none"}]]
-        names = [one["metric"] if name == "none" else f"{one['metric']},{name}" for one in listed for name in filters]
-        return tuple(metric.name for metric in headline([Metric(name, 0.0, None, 0) for name in names]))
+        found = [
+            Metric(one["metric"] if name == "none" else f"{one['metric']},{name}", 0, None, 0, **known)
+            for one in listed
+            for known in [of_lm_eval(one["metric"], one.get("higher_is_better"))]
+            for name in filters
+        ]
+        return tuple(metric.name for metric in headline(found))
 
     def missing(self, num_fewshot: int | None) -> list[str]:
         """What its data lacks here."""

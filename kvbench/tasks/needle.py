@@ -185,4 +185,5 @@ def _accuracy(name: str, right: Iterable[float]) -> Metric:
 
     values = list(right)
     stderr = float(sem(values)) if len(values) > 1 else None
-    return Metric(name, sum(values) / len(values), stderr, len(values), higher_is_better=True)
+    mean = sum(values) / len(values)
+    return Metric(name, mean, stderr, len(values), higher_is_better=True, kind="share", when_zeroed="falls")

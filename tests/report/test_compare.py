@@ -41,10 +41,10 @@ def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None,
     }
     for name, value in changes.pop("identity", {}).items():
         identity[name] = {**identity[name], **value} if isinstance(value, dict) else value
-    metrics = [Metric("acc", float(answers.mean()), 0.02, n, "", True)]
+    metrics = [Metric("acc", float(answers.mean()), 0.02, n, "", True, "share")]
     columns = {"acc": answers}
     if texts is not None:
-        metrics.append(Metric("perplexity", math.exp(np.mean(texts)), 0.1, n, "ppl", False))
+        metrics.append(Metric("perplexity", math.exp(np.mean(texts)), 0.1, n, "ppl", False, "log"))
         columns["perplexity"] = -np.asarray(texts)
     samples = [
         {

@@ -14,14 +14,14 @@ from kvbench.results import Metric, NotARunError, Record, Store
 
 BITS = {"fp16": 16.0, "int8_per_token_head": 8.5, "int4_per_token_head": 4.5, "canary": 16.0, "again": 16.0}
 GSM8K = (
-    Metric("exact_match,strict-match", 0.8908, 0.0086, 1319, "", True),
-    Metric("exact_match,flexible-extract", 0.8969, 0.0084, 1319, "", True),
+    Metric("exact_match,strict-match", 0.8908, 0.0086, 1319, "", True, "share"),
+    Metric("exact_match,flexible-extract", 0.8969, 0.0084, 1319, "", True, "share"),
 )
 DIVERGENCE = (
-    Metric("kld", 0.0031, 0.0002, 8, "nats", False),
-    Metric("kld_p99", 0.05, None, 8, "nats", False),
-    Metric("same_top", 98.4, 0.3, 8, "%", True),
-    Metric("ppl_ratio", math.inf, None, 8, "", False),
+    Metric("kld", 0.0031, 0.0002, 8, "nats", False, "distance"),
+    Metric("kld_p99", 0.05, None, 8, "nats", False, headline=False),
+    Metric("same_top", 98.4, 0.3, 8, "%", True, "distance"),
+    Metric("ppl_ratio", math.inf, None, 8, "", False, "log"),
 )
 
 
@@ -240,7 +240,7 @@ def test_verdicts_stand_beside_the_numbers(report):
     """
 
     def measured(dtype, right):
-        metric = Metric("acc", right / 200, 0.03, 200, "", True)
+        metric = Metric("acc", right / 200, 0.03, 200, "", True, "share")
         rows = [
             {"doc_id": i, "doc_hash": f"d{i}", "prompt_hash": f"p{i}", "filter": "none", "acc": float(i < right)}
             for i in range(200)

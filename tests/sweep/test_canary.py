@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kvbench.results import Metric
+from kvbench.results import Metric, upgrade
 from kvbench.sweep.canary import verdict
 
 
@@ -30,6 +30,9 @@ from kvbench.sweep.canary import verdict
         # GSM8K of a small model
         ("exact_match,strict-match", "", True, (0.0, 0.0), (0.0, 0.0), "undecided"),
         ("exact_match,strict-match", "", True, (0.01, 0.006), (0.01, 0.006), "undecided"),
+        ("ppl_ratio", "", False, (1.0, 0.0), (3000.0, None), "wrecked"),
+        ("f1", "", True, (70.0, 2.0), (0.0, 0.0), "wrecked"),
+        ("ter", "", False, (70.0, 2.0), (100.0, 2.0), None),
         # no standard error, no judgement
         ("acc", "", True, (0.6, None), (0.2, None), None),
     ],
@@ -37,9 +40,12 @@ from kvbench.sweep.canary import verdict
 def test_a_metric_says_what_it_can(name, unit, higher, base, canary, expected):
     """
     Divergence, perplexity and significant losses of accuracy are judged; floors, chance and mere differences are not.
+    A metric of version 1 is judged by what its name meant.
     """
 
+    row = {"name": name, "n": 100, "unit": unit, "higher_is_better": higher}
+
     def metric(value, stderr):
-        return Metric(name, value, stderr, 100, unit, higher)
+        return Metric(**upgrade([{**row, "value": value, "stderr": stderr}])[0])
 
     assert verdict(metric(*canary), metric(*base)) == expected

@@ -133,9 +133,9 @@ class ToyTask:
             for i in range(n)
         ]
         metrics = (
-            Metric("acc", sum(row["acc"] for row in samples) / n, 0.02, n, "", True),
-            Metric("kld", kld, 0.001, n, "nats", False),
-            Metric("kld_max", 9.0, None, n, "nats", False),
+            Metric("acc", sum(row["acc"] for row in samples) / n, 0.02, n, "", True, "share", when_zeroed="falls"),
+            Metric("kld", kld, 0.001, n, "nats", False, "distance", when_zeroed="rises"),
+            Metric("kld_max", 9.0, None, n, "nats", False, headline=False),
         )
         return Outcome(metrics, samples, {"documents_sha256": "abc"})
 

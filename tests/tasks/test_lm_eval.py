@@ -54,7 +54,7 @@ def test_samples_hold_what_a_paired_test_needs(name, mirror, context, tmp_path):
     for metric in headline(outcome.metrics):
         series = series_of(metric, samples)
         assert len(series.values) == 3
-        assert series.kind == ("log" if "perplexity" in metric.name else "share")
+        assert series.metric.kind == ("log" if "perplexity" in metric.name else "share")
     assert task.answers() == (None if name == "wikitext" else 3)
     assert sorted(task.metrics()) == sorted(metric.name for metric in headline(outcome.metrics))
 
