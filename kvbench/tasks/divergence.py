@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.tasks import text
@@ -26,13 +28,24 @@ class Divergence(Options):
     """Next-token KL divergence from the exact cache on real text: mean, tail, same top token, perplexity ratio.
 
     tokens: in all, spread over the text; context: of one document, bos included. Every position but a document's last
-    predicts its next token. text: a UTF-8 file; without one, the standard library's help topics.
+    predicts its next token. text: a UTF-8 file; without one, the standard library's help topics. positions: bounds
+    between which the divergence is also stated alone: [1024, 2048, 8192] adds `kld@1024-2048` and `kld@2048-8192`.
     """
 
     name: str = "divergence"
     tokens: Annotated[int, Field(ge=2)] = 4096
     context: Annotated[int, Field(ge=2)] = 512
     text: Annotated[Path | None, Field(strict=False)] = None
+    positions: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.positions and (len(self.positions) < 2 or any(a >= b for a, b in pairwise(self.positions))):
+            raise ValueError(f"positions must be two bounds or more, in rising order, not {list(self.positions)}")
+        # a document's last position predicts nothing
+        if self.positions and (self.positions[-1] > self.context or self.positions[-2] > self.context - 2):
+            raise ValueError(f"positions up to {self.positions[-1]} are beyond a context of {self.context}")
+        return self
 
     def identity(self) -> dict[str, Any]:
         source = text.read(self.text)
@@ -43,6 +56,7 @@ class Divergence(Options):
             "documents": self._documents,
             "text": source.source,
             "text_sha256": source.sha256,
+            **({"positions": list(self.positions)} if self.positions else {}),
         }
 
     @property
@@ -64,7 +78,7 @@ class Divergence(Options):
         return self.context
 
     def metrics(self) -> tuple[str, ...]:
-        return "kld", "same_top", "ppl_ratio"
+        return "kld", "same_top", "ppl_ratio", *(f"kld@{a}-{b}" for a, b in pairwise(self.positions))
 
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """KL, Δp, same top token and perplexity over the documents.
@@ -98,7 +112,7 @@ class Divergence(Options):
             if not all(bool(np.isfinite(column).all()) for column in columns.values()):
                 raise ValueError(f"document {i}: the model's output is not finite, so there is no divergence to report")
 
-        metrics = _metrics(per_document)
+        metrics = _metrics(per_document, self.positions)
         samples = [
             {
                 "doc_id": i,
@@ -106,7 +120,7 @@ class Divergence(Options):
                 "prompt_hash": digest,
                 "filter": "none",
                 "tokens": len(columns["kld"]),
-                **{metric.name: metric.value for metric in _metrics([columns])},
+                **{metric.name: metric.value for metric in _metrics([columns], self.positions)},
             }
             for i, (digest, columns) in enumerate(zip(hashes, per_document, strict=True))
         ]
@@ -172,7 +186,7 @@ def _compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> d
     return dict(zip(("kld", "delta_p", "same_top", "nll", "nll_baseline"), torch.cat(chunks, 1), strict=True))
 
 
-def _metrics(documents: list[dict[str, Any]]) -> list[Metric]:
+def _metrics(documents: list[dict[str, Any]], positions: Sequence[int] = ()) -> list[Metric]:
     """The metrics over documents of equal length, each a dict of float64 arrays, one value a position."""
     import numpy as np
     from scipy.stats import sem
@@ -244,4 +258,19 @@ def _metrics(documents: list[dict[str, Any]]) -> list[Metric]:
             **of_tokens,
             when_zeroed="rises",
         ),
+        *(
+            _between(first, last, [columns["kld"][first:last] for columns in documents])
+            for first, last in pairwise(positions)
+        ),
     ]
+
+
+def _between(first: int, last: int, kld: list[Any]) -> Metric:
+    """The mean divergence of positions `first` to before `last`, an array a document."""
+    import numpy as np
+    from scipy.stats import sem
+
+    means = [column.mean() for column in kld]
+    stderr = float(sem(means)) if len(means) > 1 else None
+    facts: dict[str, Any] = {"kind": "distance", "weight": "tokens", "when_zeroed": "rises"}
+    return Metric(f"kld@{first}-{last}", float(np.mean(means)), stderr, len(means), "nats", False, **facts)

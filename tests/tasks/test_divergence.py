@@ -70,6 +70,33 @@ def test_every_number_is_the_textbooks(small, context):
     assert [sample["kld"] for sample in outcome.samples] == pytest.approx(np.mean(kld, axis=1).tolist(), rel=1e-4)
 
 
+def test_positions_are_stated_alone_where_asked_for(small, context):
+    """
+    kld@FIRST-LAST is the mean over the documents of the KL at those positions, a number a document too; the rest of the
+    outcome and, without positions, the identity stay as they were.
+    """
+    plain = make_task(small).run(ToyRunner(noise=0.1), context)
+    task = make_task(small | {"positions": [0, 8, 40]})
+    outcome = task.run(ToyRunner(noise=0.1), context)
+
+    got, before = values(outcome), values(plain)
+    assert {name: got[name] for name in before} == before
+    assert 8 * got["kld@0-8"] + 31 * got["kld@8-40"] == pytest.approx(39 * before["kld"])
+    assert got["kld@0-8"] == pytest.approx(np.mean([sample["kld@0-8"] for sample in outcome.samples]))
+    assert errors(outcome)["kld@0-8"] == pytest.approx(sem([sample["kld@0-8"] for sample in outcome.samples]))
+    assert {*task.metrics(), "ppl"} == {one.name for one in headline(outcome.metrics)}
+    assert "positions" not in make_task(small).identity()
+
+
+@pytest.mark.parametrize("positions", [[8], [8, 8], [9, 8], [-1, 8], [0, 41], [39, 40]])
+def test_positions_that_no_document_has_are_refused(small, positions):
+    """
+    Bounds rise, and lie within what a document predicts.
+    """
+    with pytest.raises(ValueError, match="positions"):
+        make_task(small | {"positions": positions})
+
+
 def test_the_exact_cache_diverges_from_itself_by_nothing(small, context):
     """
     The baseline against itself: KL 0, the same top token always, a perplexity ratio of 1.
