@@ -401,6 +401,10 @@ def _notes(records: Sequence[Record]) -> list[str]:
         for record in records
         if record.limit is None and isinstance(limit := record.identity.get("task", {}).get("limit"), int)
     }
+    generation = next((found for record in records if (found := record.identity.get("generation"))), None)
+    if generation:
+        settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in generation.items())
+        notes.append(f"answers follow the model's generation_config.json: {settings}")
     limits: dict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
         if limit := record.facts.get("longest_context_limit"):

@@ -36,15 +36,16 @@ class GenerateRequest:
 
     temperature: 0 takes the most likely token; otherwise tokens are drawn, from the `top_k` most likely (0: all) that
     hold `top_p` of the probability, by a generator seeded with `seed` alone: a request's draws do not depend on its
-    batch. prompt: one token at least.
+    batch. top_k, top_p: None takes what the model's generation_config.json says. prompt: one token at least.
+    stop: an empty one ends an answer at its first token, and cuts nothing off.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int | None = 0
+    top_p: float | None = 1.0
     seed: int = 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from kvbench.runners.catalog import EMBEDDED, ModelSource, hub_models, resolve
 from kvbench.runners.gguf import CONVERTER, read_gguf
 from kvbench.runners.model_files import Layers, ModelError, file_sha256, read_json, transformers_config
+from kvbench.runners.settings import PROCESSED, REFUSED
 
 # what a model's numbers depend on, in a folder
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -137,6 +138,19 @@ def has_chat_template(source: ModelSource) -> bool | None:
         return True
     file = source.path / "tokenizer_config.json"
     return file.is_file() and bool(read_json(file).get("chat_template"))
+
+
+def generation_settings(source: ModelSource) -> dict[str, Any]:
+    """What its generation_config.json sets that changes an answer, or can't be followed.
+
+    A GGUF file has none: transformers reads its end tokens alone, and none of its metadata on sampling.
+    """
+    file = source.path / "generation_config.json" if source.kind in ("folder", "hub") and source.path else None
+    if file is None or not file.is_file():
+        return {}
+    config = read_json(file)
+    neutral = {**PROCESSED, **REFUSED}
+    return {name: config[name] for name in sorted(config) if name in neutral and config[name] not in neutral[name]}
 
 
 def list_models() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvbench.attention import Batch
 from kvbench.cache import PageTable, to_device
 from kvbench.runners.base import GenerateRequest
+from kvbench.runners.processors import Processors
 
 BLOCK_STEPS = 16  # between two looks of the host, on a GPU
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # lanes of a graph; a step runs the smallest that holds all
@@ -26,7 +27,10 @@ Compute = Callable[[Tensor, Tensor, Batch], Tensor]
 
 @dataclass(eq=False)
 class Run:
-    """A request that is being decoded. launched: tokens asked of the device; tokens: those that the host has seen."""
+    """A request that is being decoded. launched: tokens asked of the device; tokens: those that the host has seen.
+
+    processors: what changes its logits, where they take a sequence at a time.
+    """
 
     index: int
     request: GenerateRequest
@@ -34,6 +38,7 @@ class Run:
     tokens: list[int] = field(default_factory=list)
     launched: int = 0
     answered: bool = False
+    processors: Any = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Lanes:
     """At most `most` sequences of at most `pages` pages each; `running` are those in lanes 0, 1, ...
 
     draws: random numbers that a request's sampling takes at most; 0 where all are greedy.
+    processors: what the model does to its logits before a token is chosen; None where it does nothing.
     graphed: steps are CUDA graphs, over padded batches of GRAPH_SIZES lanes. A graph reads and writes the cache that it
     was captured with, so it is of use as long as that one; `most` may change while nothing runs.
     """
@@ -73,6 +79,7 @@ class Lanes:
         draws: int,
         device: torch.device,
         graphed: bool,
+        processors: Processors | None = None,
     ) -> None:
         self.most = most
         self.running: list[Run] = []
@@ -81,6 +88,7 @@ class Lanes:
         self._page_size = page_size
         self._device = device
         self._sampled = draws > 0
+        self._processors = processors
 
         def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -95,10 +103,14 @@ class Lanes:
         self._temperature = torch.zeros(room, device=device)
         self._top_p = torch.ones(room, device=device)
         self._draws = torch.zeros(room, max(1, draws), device=device)
-        self._state = (
+        self._state: tuple[Tensor, ...] = (
             self._tokens, self._positions, self._ends, self._pages, self._count,
             self._top_k, self._temperature, self._top_p, self._draws,
         )  # fmt: skip
+        # the tokens of each lane, filled up with its first: kept only where logits depend on them
+        self._history = integers(room, pages * page_size if processors else 0)
+        if processors:
+            self._state = (*self._state, self._history)
         self._made = integers(BLOCK_STEPS, room)
         self._step = integers(1)
         self._starts = torch.arange(room + 1, dtype=torch.int32, device=device)
@@ -125,15 +137,23 @@ class Lanes:
         self._count[lanes] = 0
         if self._sampled:
             requests = [run.request for run in runs]
-            self._top_k[lanes] = to_device([r.top_k for r in requests], torch.int64, self._device)
+            self._top_k[lanes] = to_device([r.top_k or 0 for r in requests], torch.int64, self._device)
             self._temperature[lanes] = to_device([r.temperature for r in requests], torch.float32, self._device)
-            self._top_p[lanes] = to_device([r.top_p for r in requests], torch.float32, self._device)
+            self._top_p[lanes] = to_device(
+                [1.0 if r.top_p is None else r.top_p for r in requests], torch.float32, self._device
+            )
             drawn = torch.stack([uniform(r.seed, self._draws.shape[1]) for r in requests])
             self._draws[lanes] = to_device(drawn.flatten().tolist(), torch.float32, self._device).view(drawn.shape)
+        if self._processors:
+            for lane, run in enumerate(runs, first):
+                prompt = to_device(run.request.prompt, torch.int64, self._device)
+                self._history[lane] = prompt[0]
+                self._history[lane, : len(prompt)] = prompt
+                run.processors = None if self._processors.of_a_set else self._processors.of(run.request)
         self.running += runs
         for run in runs:
             run.launched += 1
-        self._tokens[lanes] = chosen = self._choose(lanes, logits)
+        self._tokens[lanes] = chosen = self._choose(lanes, logits, self._positions[lanes])
         return self._on_its_way(tuple(runs), chosen[None], decoded=False)
 
     def inputs(self) -> tuple[Tensor, Tensor, Batch]:
@@ -160,7 +180,7 @@ class Lanes:
         """Makes the graph of the next steps; the sequences stay where they are. compute: one step of the model."""
         size = self._size
         # what a step changes; the key and value that it writes, the next step writes again
-        changed = (self._tokens, self._positions, self._count)
+        changed = (self._tokens, self._positions, self._count, self._history)
         before = [tensor[:size].clone() for tensor in changed]
         # the first step compiles kernels, which a capture can't
         self._advance(size, compute(*self._inputs(size)))
@@ -216,14 +236,30 @@ class Lanes:
 
     def _advance(self, size: int, logits: Tensor) -> None:
         lanes = slice(0, size)
-        chosen = self._choose(lanes, logits)
+        chosen = self._choose(lanes, logits, self._positions[lanes] + 1)
         self._positions[lanes] += self._positions[lanes] < self._ends[lanes]
         self._tokens[lanes] = chosen
         self._made[:, lanes].index_copy_(0, self._step, chosen[None])
         self._step += 1
 
-    def _choose(self, lanes: slice, logits: Tensor) -> Tensor:
-        """The next token of each lane: the most likely, or drawn as its request says."""
+    def _choose(self, lanes: slice, logits: Tensor, known: Tensor) -> Tensor:
+        """The next token of each lane, after so many `known` ones: the most likely, or drawn as its request says."""
+        if not self._processors:
+            return self._sample(lanes, logits)
+        history = self._history[lanes]
+        logits = logits.float()  # as `generate` has them
+        if self._processors.of_a_set:
+            logits = self._processors.of_rows(history, logits)
+        else:
+            rows = zip(self.running[lanes], history, known.tolist(), logits, strict=True)
+            changed = [run.processors(tokens[None, :count], row[None]) for run, tokens, count, row in rows]
+            logits = torch.cat(changed)
+        chosen = self._sample(lanes, logits)
+        history.scatter_(1, known.clamp_max(history.shape[1] - 1)[:, None], chosen[:, None])
+        return chosen
+
+    def _sample(self, lanes: slice, logits: Tensor) -> Tensor:
+        """The most likely token of each lane, or one that is drawn as its request says."""
         likeliest = logits.argmax(-1)
         if not self._sampled:
             return likeliest

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
+from kvbench.runners.stopping import before_stop
 
 HIDDEN = 16
 REACH = 4  # tokens that a state still feels
@@ -102,8 +103,7 @@ class ToyRunner:
                 break
             tokens.append(token)
             text = self.tokenizer.decode(tokens[len(request.prompt) :], skip_special_tokens=True)
-            found = [text.index(stop) for stop in request.stop if stop in text]
-            if found:
-                text = text[: min(found)]
+            if any(stop in text for stop in request.stop):
+                text = before_stop(text, request.stop)
                 break
         return Generation(text, tuple(tokens[len(request.prompt) :]))

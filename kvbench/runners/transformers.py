@@ -35,7 +35,10 @@ from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
 from kvbench.runners.load import ComputeDtype
 from kvbench.runners.load import load as load_model
 from kvbench.runners.prefix import Segment, build_tree, segments
+from kvbench.runners.processors import Processors, with_defaults
 from kvbench.runners.schedule import Piece, Prefill, pages_for_one
+from kvbench.runners.settings import refusal
+from kvbench.runners.stopping import Stopping
 from kvbench.schemes import Scheme
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
@@ -242,8 +245,8 @@ class TransformersRunner:
         self._has_state = len(layers) < config.num_hidden_layers
         rope = getattr(config, "rope_parameters", None) or {}
         self._alone = self._has_state or rope.get("rope_type") in STATEFUL_ROPE
-        ends = self.model.generation_config.eos_token_id
-        self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._stopping = Stopping(self.tokenizer, self.model.generation_config)
+        self._processors = Processors(self.model)
         self._clock = _Clock(self.device)
 
     # ---- what tasks call
@@ -264,7 +267,7 @@ class TransformersRunner:
         is free wait.
 
         Raises:
-            ValueError: a prompt without tokens.
+            ValueError: a prompt without tokens, or a setting of the model's generation_config.json that is not offered.
             OutOfPages: the cache can't hold one of them alone.
         """
         return self._halving(lambda: self._generate(requests, progress))
@@ -371,6 +374,10 @@ class TransformersRunner:
     def _generate(self, requests: Sequence[GenerateRequest], progress: Progress | None) -> list[Generation]:
         if not requests:
             return []
+        settings = self.model.generation_config.to_dict()
+        if refused := refusal(settings, sampled=any(r.temperature > 0 for r in requests)):
+            raise ValueError(refused)
+        requests = [with_defaults(r, settings) for r in requests]
         prompts = [r.prompt for r in requests]
         if not all(prompts):
             raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
@@ -442,7 +449,9 @@ class TransformersRunner:
         lanes = self._lanes.get((pages, draws))
         if lanes is None:
             graphed = self.attention == "triton" and self.device.type == "cuda" and not self._alone
-            options: dict[str, Any] = {"page_size": self.page_size, "device": self.device, "graphed": graphed}
+            options: dict[str, Any] = {"page_size": self.page_size, "device": self.device}
+            options["graphed"] = graphed and self._processors.of_a_set
+            options["processors"] = self._processors or None
             lanes = Lanes(most=most, pages=pages, draws=draws, **options)
             if lanes.graphed:
                 self._lanes[pages, draws] = lanes
@@ -495,38 +504,11 @@ class TransformersRunner:
             if run.answered:
                 continue
             before = len(run.tokens)
-            text = self._extend(run, new)
+            text = self._stopping.extend(run, new)
             if made.decoded:
                 self._clock.decoded += len(run.tokens) - before
             if text is not None:
-                for stop in run.request.stop:
-                    text = text.split(stop)[0]
                 answers[run.index] = Generation(text, tuple(run.tokens))
-
-    def _extend(self, run: Run, new: Sequence[int]) -> str | None:
-        """Gives a run its new tokens; its text, if an end token, a stop string or its length ended it."""
-        request, before = run.request, len(run.tokens)
-        for token in new:
-            if token in self._ends or len(run.tokens) == request.max_new_tokens:
-                run.answered = True
-                break
-            run.tokens.append(token)
-        run.answered |= len(run.tokens) == request.max_new_tokens
-        if not run.answered and not request.stop:
-            return None
-        text = self._text(run.tokens)
-        if any(stop in text for stop in request.stop):
-            run.answered = True
-            # what was made after the first stop string is no part of the answer
-            for count in range(before + 1, len(run.tokens)):
-                if any(stop in self._text(run.tokens[:count]) for stop in request.stop):
-                    del run.tokens[count:]
-                    return self._text(run.tokens)
-        return text if run.answered else None
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
 
     # ---- forward passes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class ModelFacts:
     """What is known of a model without loading it.
 
     revision, layers, max_length, chat_template (whether it has one): None where only the model itself could say.
-    missing: what to do to have it here.
+    missing: what to do to have it here. generation: as JSON, what its generation_config.json sets that changes answers.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ModelFacts:
     max_length: int | None = None
     missing: str = ""
     chat_template: bool | None = None
+    generation: str = "{}"
 
 
 class LoadedModel(Protocol):
@@ -91,7 +93,14 @@ def find_model(spec: ModelSpec) -> ModelFacts:
         return ModelFacts(source.name, compute_dtype, missing=source.missing)
     revision = facts.revision(source) if source.available else None
     return ModelFacts(
-        source.name, compute_dtype, revision, layers, max_length, source.missing, facts.has_chat_template(source)
+        source.name,
+        compute_dtype,
+        revision,
+        layers,
+        max_length,
+        source.missing,
+        facts.has_chat_template(source),
+        json.dumps(facts.generation_settings(source)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import torch
 
 from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import name_of
+from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import ModelSpec, Sweep
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
@@ -77,7 +79,8 @@ class Cell:
             "scoring": self.scoring,
             "seed": self.seed,
             "limit": self.limit,
-            # no name of an earlier cell changes
+            # what is not there is left out: no name of an earlier cell changes
+            **({"generation": self.generation} if self.generation else {}),
             **({"again": True} if self.again else {}),
         }
 
@@ -86,6 +89,12 @@ class Cell:
         """Its folder: a readable slug and the hash of its identity."""
         model = self.model.name.rsplit("/", 1)[-1]
         return name_of(f"{model}-{self.dtype}-{self.rotation}-{self.task.name}", self.identity)
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What the model's generation_config.json does to its answers, where it gives any."""
+        settings: dict[str, Any] = json.loads(self.model.generation)
+        return settings if "generation" in self.task.needs() else {}
 
     @property
     def judged(self) -> bool:
@@ -253,7 +262,10 @@ def too_long(cells: Sequence[Cell]) -> list[str]:
 def unsuited(cells: Sequence[Cell]) -> list[str]:
     """A line for each task that would fail: a model lacks what it needs, where that is known."""
     lines = []
-    for model, task in {(cell.model.name, cell.task.name): (cell.model, cell.task) for cell in cells}.values():
+    for cell in {(cell.model.name, cell.task.name): cell for cell in cells}.values():
+        model, task = cell.model, cell.task
+        if refused := refusal(cell.generation):
+            lines.append(f"model {model.name}, task {task.name}: {refused}")
         if "chat template" in task.needs() and model.chat_template is False:
             lines.append(f"task {task.name}: {no_template(model.name)}")
     return lines

@@ -165,10 +165,10 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         return GenerateRequest(
             prompt=tuple(tokens[-room:]),
             max_new_tokens=max_new_tokens,
-            stop=tuple(text for text in stop if text),
+            stop=tuple(stop),
             temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
-            top_k=int(options.get("top_k", 50)),  # transformers' own default when it samples
-            top_p=float(options.get("top_p", 1.0)),
+            top_k=int(options["top_k"]) if "top_k" in options else None,
+            top_p=float(options["top_p"]) if "top_p" in options else None,
             seed=self._seed + number,
         )
 

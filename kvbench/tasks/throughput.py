@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Options, RunContext
+from kvbench.tasks.base import Need, Options, RunContext
 
 if TYPE_CHECKING:
     from kvbench.runners.base import GenerateRequest, Paged, Runner
@@ -61,6 +61,9 @@ class Throughput(Options):
 
     def longest(self) -> int:
         return self.prompt + self.new
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"generation"})
 
     def metrics(self) -> tuple[str, ...]:
         return ()

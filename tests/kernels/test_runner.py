@@ -1,5 +1,7 @@
 """The kernels under a model: compiled and in CUDA graphs on a GPU, interpreted without one."""
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
@@ -109,6 +111,20 @@ def test_decoded_tokens_are_the_likeliest(model, scheme):
         if len(answer.tokens) < request.max_new_tokens:  # it ended by itself
             [hidden] = reference.hidden_states([request.prompt + answer.tokens])
             assert (reference.log_probs(hidden[-1:])[0].amax() - reference.log_probs(hidden[-1:])[0, 0]) < 0.1
+
+
+def test_a_repetition_penalty_knows_every_token_of_a_lane(model):
+    """
+    Under a penalty that no logit outweighs no token of a prompt or an answer comes again, in CUDA graphs too.
+    """
+    requests = [GenerateRequest(r.context[-5:], count) for r, count in zip(REQUESTS, (2, 12, 5, 9, 15), strict=True)]
+    with mock.patch.object(model.model.generation_config, "repetition_penalty", 1e4):
+        runner = model.runner(Scheme.parse("fp16"), attention="triton")
+        answers = [*runner.generate(requests), *runner.generate(requests[::-1])]
+
+    for request, answer in zip([*requests, *requests[::-1]], answers, strict=True):
+        assert answer.tokens
+        assert len({*request.prompt, *answer.tokens}) == len(set(request.prompt)) + len(answer.tokens)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
