@@ -9,8 +9,8 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats as scipy_stats
 
-from kvbench.report.compare import Comparison as Row
-from kvbench.report.compare import _Paired, judge
+from kvbench.report.verdicts import Comparison as Row
+from kvbench.report.verdicts import Paired, judge
 from kvbench.stats import (
     ALPHA,
     PSEUDO_FLIPS,
@@ -45,7 +45,7 @@ MARGIN = 0.01
 def judged(differences, margin=MARGIN):
     """The verdicts of one report: a family of comparisons of shares."""
     row = Row("toy", "int4", "none", "task", "acc", "fp16 · none", unit="share", higher_is_better=True)
-    return [one.verdict for one in judge([_Paired(row, one, margin, "") for one in differences])]
+    return [one.verdict for one in judge([Paired(row, one, margin, "") for one in differences])]
 
 
 def flips(worse, better, n):

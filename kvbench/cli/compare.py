@@ -30,8 +30,9 @@ def compare(
     --baseline, the cells of DIR2 are compared with that baseline of DIR. Exits 5 where a pair had to be refused.
     """
     from kvbench import measured
-    from kvbench.report import compare as comparing
-    from kvbench.report import timings
+    from kvbench.report import comparison_text, table, timings, verdicts
+    from kvbench.report.compare import compare as compared
+    from kvbench.report.find_scheme import find_scheme
     from kvbench.results import NotARunError
 
     try:
@@ -47,36 +48,34 @@ def compare(
             raise NotARunError(
                 f"nothing to compare: {empty.path} holds no cell of a model; times are compared with times"
             )
-        scheme = comparing.find_scheme(first.schemes, baseline, first.baseline) if baseline else None
-        found = comparing.compare(first, second, baseline=scheme, margin=margin)
+        scheme = find_scheme(first.schemes, baseline, first.baseline) if baseline else None
+        found = compared(first, second, baseline=scheme, margin=margin)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except (FileNotFoundError, ValueError) as error:
         fail(error, BAD_INPUT)
     if as_format == ReportFormat.TABLE:
-        for title, table in comparing.tables(found):
+        for title, lines in comparison_text.tables(found):
             print(title)
-            print_rows(comparing.HEADERS, table, comparing.NUMERIC)
+            print_rows(comparison_text.HEADERS, lines, comparison_text.NUMERIC)
             print()
-        print("\n".join([comparing.LEGEND, *comparing.summary(first, found, second)]))
+        print("\n".join([comparison_text.LEGEND, *comparison_text.summary(first, found, second)]))
     elif as_format == ReportFormat.MD:
-        print(comparing.markdown(first, found, second), end="")
+        print(comparison_text.markdown(first, found, second), end="")
     else:
-        print(
-            comparing.rows_json(found.rows) if as_format == ReportFormat.JSON else comparing.rows_csv(found.rows),
-            end="",
-        )
+        as_json = as_format == ReportFormat.JSON
+        print(table.rows_json(found.rows) if as_json else table.rows_csv(found.rows, verdicts.COLUMNS), end="")
     if found.invalid or not found.family:
         raise typer.Exit(NOTHING_TO_COMPARE)
 
 
 def _print_speed(rows: Sequence[SpeedComparison], as_format: ReportFormat) -> None:
-    from kvbench.report import compare as comparing
-    from kvbench.report import timings
+    from kvbench.report import table, timings
 
     if as_format == ReportFormat.TABLE:
         print_rows(timings.HEADERS, timings.table(rows), timings.NUMERIC)
     elif as_format == ReportFormat.MD:
-        print("\n".join(comparing.markdown_table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
+        print("\n".join(table.markdown_table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
     else:
-        print(comparing.rows_json(rows) if as_format == ReportFormat.JSON else comparing.rows_csv(rows), end="")
+        as_json = as_format == ReportFormat.JSON
+        print(table.rows_json(rows) if as_json else table.rows_csv(rows, timings.COLUMNS), end="")

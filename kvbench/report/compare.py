@@ -2,86 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from kvbench.measured import Cell, Measured, Series, comparable, paired, prompt_forms
-from kvbench.registry import find_name
-from kvbench.results import NotARunError, shown_number
-from kvbench.stats import (
-    ALPHA,
-    Difference,
-    documents_to_decide,
-    holm,
-    parse_margin,
-)
+from kvbench.measured import Cell, Measured, Series, comparable, paired
+from kvbench.report.verdicts import Comparison, Paired, at_floor, judge, scale_of
+from kvbench.results import NotARunError
+from kvbench.stats import parse_margin
 
-Verdict = Literal["WORSE", "BETTER", "EQUIVALENT", "INCONCLUSIVE", "NOT-DISCRIMINATIVE", "INVALID"]
-
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-FLOOR_VERDICT: Verdict = "NOT-DISCRIMINATIVE"
 DEFAULT_MARGIN = "1pp"
-FLOOR = 0.01  # a share up to this is at the floor: it has nothing to lose
 REASONS = 3  # of a refusal, as many as are named
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One metric of one cell against a baseline's.
-
-    against: the baseline's scheme. baseline, value: of the metric; difference: value less baseline, for a perplexity
-    their ratio less 1; ci_low, ci_high: its 95 % interval. unit: of the difference. worse, better: documents that
-    moved. p_holm: after Holm over the whole report. margin: in the difference's unit. n_to_decide: documents that would
-    decide what is INCONCLUSIVE. reason: of a verdict, where it has one. verdict: None for the A/A cell.
-    """
-
-    model: str
-    dtype: str
-    rotation: str
-    task: str
-    metric: str
-    against: str
-    baseline: float | None = None
-    value: float | None = None
-    difference: float | None = None
-    ci_low: float | None = None
-    ci_high: float | None = None
-    unit: str = ""
-    worse: int | None = None
-    better: int | None = None
-    n: int | None = None
-    test: str | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    margin: float | None = None
-    n_to_decide: int | None = None
-    verdict: Verdict | None = None
-    reason: str = ""
-    cell: str = ""
-    higher_is_better: bool | None = None
-
-    @property
-    def again(self) -> bool:
-        """Whether this is the A/A cell, whose flips are the noise floor."""
-        return self.dtype == "again"
-
-
-COLUMNS = tuple(Comparison.__dataclass_fields__)
-
-
-@dataclass(frozen=True)
-class _Paired:
-    """A comparison before the correction for their number. limit: the margin on the test's scale, if there is one."""
-
-    row: Comparison
-    difference: Difference
-    limit: float | None
-    at_floor: str
 
 
 @dataclass(frozen=True)
@@ -131,7 +63,7 @@ def compare(
     like_for_like = other is not None and baseline is None
     scheme = baseline or measured.baseline
     pairs = list(_pairs(measured, other or measured, None if like_for_like else scheme))
-    found: list[Comparison | _Paired] = []
+    found: list[Comparison | Paired] = []
     notes: dict[str, None] = dict.fromkeys([*measured.problems, *(other.problems if other else [])])
     absent: dict[str, dict[str, None]] = {}  # a reason, and the metrics that it keeps from being compared
     canaries = [cell for cell in measured.cells if cell.dtype == "canary"]
@@ -237,7 +169,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _compared(
     cell: Cell, base: Cell | None, wrong: str, metric: str, canary: Cell | None, margin: float
-) -> Comparison | _Paired:
+) -> Comparison | Paired:
     row = Comparison(
         cell.model,
         cell.dtype,
@@ -258,7 +190,7 @@ def _compared(
         why = why or ("not measured here" if here is None else "not in the baseline")
         return replace(row, verdict="INVALID", reason=why)
     difference = paired(here, there)
-    unit, limit = _scale(here, margin)
+    unit, limit = scale_of(here, margin)
     log = here.metric.kind == "log"
     worse, better = difference.worse, difference.better
     if not here.metric.higher_is_better:
@@ -277,7 +209,7 @@ def _compared(
         higher_is_better=here.metric.higher_is_better,
     )
     floor = at_floor(there, canary.series.get(metric) if canary else None)
-    return _Paired(row, difference, limit, floor)
+    return Paired(row, difference, limit, floor)
 
 
 def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
@@ -289,271 +221,9 @@ def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
     )
 
 
-def at_floor(base: Series, canary: Series | None) -> str:
-    """Why a loss from a baseline's share cannot be seen: there is none to lose; else empty. From the ceiling it can."""
-    if base.metric.kind != "share":
-        return ""
-    value = base.metric.value
-    if value <= FLOOR:
-        return f"the baseline is at the floor ({shown_number(value)})"
-    if canary is not None and canary.digest == base.digest:
-        gain = paired(base, canary)
-        if gain.mean <= 0 or gain.p is None or gain.p >= ALPHA:
-            destroyed = shown_number(canary.metric.value)
-            return f"the baseline ({shown_number(value)}) can't be told from a destroyed cache ({destroyed})"
-    return ""
-
-
-def _scale(series: Series, margin: float) -> tuple[str, float | None]:
-    """The unit of a difference, and the margin on the scale that is tested; None where points mean nothing."""
-    if series.metric.kind == "log":
-        return "relative", math.log1p(margin)
-    if series.metric.kind == "share":
-        return "share", margin
-    if series.metric.unit == "%":
-        return "pp", 100 * margin
-    return series.metric.unit, margin if series.metric.unit == "nats" else None
-
-
-def judge(found: Sequence[Comparison | _Paired]) -> list[Comparison]:
-    """The verdicts, with p corrected for the number of comparisons; the A/A cells are outside of the count."""
-    tested = [one for one in found if isinstance(one, _Paired) and one.difference.p is not None and not one.row.again]
-    corrected = dict(zip(map(id, tested), holm([one.difference.p or 0.0 for one in tested]), strict=True))
-    return [
-        _judged(one, corrected.get(id(one)), max(1, len(tested))) if isinstance(one, _Paired) else one for one in found
-    ]
-
-
-def _judged(one: _Paired, p_holm: float | None, family: int) -> Comparison:
-    row = replace(one.row, p_holm=p_holm)
-    if row.again:
-        return row
-    difference, limit = one.difference, one.limit
-    within = limit is not None and -limit < difference.ci_low and difference.ci_high < limit
-    if p_holm is not None and p_holm < ALPHA and not within:
-        return replace(row, verdict="BETTER" if (difference.mean > 0) == row.higher_is_better else "WORSE")
-    moved = difference.ci_low > 0 or difference.ci_high < 0  # where something moved, it could
-    if one.at_floor and not moved:
-        return replace(row, verdict=FLOOR_VERDICT, reason=one.at_floor)
-    if within:
-        return replace(row, verdict="EQUIVALENT")
-    return replace(row, verdict="INCONCLUSIVE", n_to_decide=documents_to_decide(difference, limit, family))
-
-
 def _relative(log: float) -> float:
     return math.expm1(log) if log < 700 else math.inf
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-# ---- which baseline
-
-
-def find_scheme(
-    schemes: Collection[tuple[str, str]], name: str, usual: tuple[str, str] | None = None
-) -> tuple[str, str]:
-    """The one of `schemes` that DTYPE or DTYPE/ROTATION means; each name may be short where it is unique.
-
-    usual: what DTYPE alone means where it has several rotations, else the one without.
-
-    Raises:
-        ValueError: none or several; the message lists what there is.
-    """
-    dtype, slash, rotation = name.partition("/")
-    try:
-        wanted = _whole(dtype, [one[0] for one in schemes], "dtype")
-        turned = _whole(rotation, [one[1] for one in schemes], "rotation") if slash else None
-    except ValueError as error:
-        fitting, why = [], str(error)
-    else:
-        fitting = [one for one in schemes if one[0] == wanted and turned in (None, one[1])]
-        fitting = [one for one in (usual, (wanted, "none")) if one in fitting][:1] or fitting
-        why = "several schemes" if fitting else "no such scheme was measured"
-    if len(fitting) != 1:
-        there = ", ".join("/".join(one) for one in fitting or schemes)
-        raise ValueError(f"--baseline {name}: {why}; DTYPE/ROTATION is one of {there}")
-    return fitting[0]
-
-
-def _whole(text: str, names: Collection[str], what: str) -> str:
-    """The one of `names`, some of which are KEY:VALUE, that `text` is or begins."""
-    halves = {half for name in names for half in name.split(":")}
-    return ":".join(dict.fromkeys(find_name(part, halves, what) for part in text.split(":")))
-
-
-# ---- shown
-
-HEADERS = (
-    "dtype",
-    "rotation",
-    "task",
-    "metric",
-    "baseline",
-    "value",
-    "difference",
-    "95 % interval",
-    "flips\n−/+",
-    "n",
-    "test",
-    "p (Holm)",
-    "verdict",
-)
-NUMERIC = (4, 5, 6, 7, 8, 9, 11)
-LEGEND = (
-    "EQUIVALENT: the whole interval lies within the margin. INCONCLUSIVE (n): neither shown; so many documents would "
-    "decide. Flips: documents that got worse / better."
-)
-
-
-def tables(found: Comparisons) -> list[tuple[str, list[list[str]]]]:
-    """A title and rows for each model."""
-    made = []
-    for model in dict.fromkeys(row.model for row in found.rows):
-        of_model = [row for row in found.rows if row.model == model]
-        compared = [row for row in of_model if not row.again] or of_model
-        against = ", ".join(dict.fromkeys(row.against for row in compared if row.against))
-        made.append((f"{model} against {against} · margin {found.margin}", [_cells(row, against) for row in of_model]))
-    return made
-
-
-def _cells(row: Comparison, against: str) -> list[str]:
-    flips = row.test == "McNemar" or row.unit == "share"
-    return [
-        row.dtype,
-        row.rotation,
-        row.task,
-        row.metric,
-        _number(row.baseline),
-        _number(row.value),
-        shown_difference(row.difference, row.unit),
-        _interval(row),
-        f"{row.worse}/{row.better}" if flips else "-",
-        _number(row.n),
-        row.test or "-",
-        "-" if row.p_holm is None else f"{row.p_holm:.2g}",
-        shown_verdict(row) + (f" against {row.against}" if row.again and row.against != against else ""),
-    ]
-
-
-def _interval(row: Comparison) -> str:
-    """Both ends in the unit of the difference, which stands beside it."""
-    if row.ci_low is None or row.ci_high is None:
-        return "-"
-    low, high = (shown_difference(end, row.unit).partition(" ")[0] for end in (row.ci_low, row.ci_high))
-    return f"[{low}, {high}]"
-
-
-def shown_verdict(row: Comparison) -> str:
-    """A verdict with what a reader must know of it."""
-    if row.again:
-        return "A/A" if row.verdict is None else f"A/A, {row.verdict}: {row.reason}"
-    if row.n_to_decide:
-        return f"{row.verdict} (n≥{shown_count(row.n_to_decide)})"
-    return f"INVALID: {row.reason}" if row.verdict == "INVALID" else str(row.verdict)
-
-
-def shown_count(count: int) -> str:
-    """Two digits of a number of documents: more are not known."""
-    digits = max(0, len(str(count)) - 2)
-    return str(math.ceil(count / 10**digits) * 10**digits)
-
-
-def shown_difference(value: float | None, unit: str) -> str:
-    """A difference with its sign and unit: −2.0 pp, +6.7 %, +0.0567 nats."""
-    if value is None:
-        return "-"
-    factor, name, digits = {"share": (100, " pp", 1), "relative": (100, " %", 2), "pp": (1, " pp", 2)}.get(
-        unit, (1, f" {unit}" if unit else "", None)
-    )
-    size = abs(value) * factor
-    text = shown_number(float(f"{size:.3g}")) if digits is None or size >= 1000 else f"{size:.{digits}f}"
-    zero = float(text) == 0
-    return f"{'' if zero else '−' if value < 0 else '+'}{text}{name}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else shown_number(value)
-
-
-def noise_floor(found: Comparisons) -> list[str]:
-    """A line a model on the A/A cells: their flips, or how far a number moved."""
-    lines = []
-    for model in dict.fromkeys(row.model for row in found.again):
-        parts = []
-        for row in (row for row in found.again if row.model == model):
-            if row.verdict == "INVALID":
-                parts.append(f"{row.task} {row.metric} INVALID: {row.reason}")
-            elif row.unit == "share":
-                parts.append(f"{row.task} {row.metric} {(row.worse or 0) + (row.better or 0)} of {row.n} flipped")
-            else:
-                parts.append(f"{row.task} {row.metric} {shown_difference(row.difference, row.unit)}")
-        lines.append(f"A/A (the baseline again; other batches and seed, but for speeds), {model}: " + "; ".join(parts))
-    return lines
-
-
-def control_notes(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:
-    """The noise floor, or why it is unknown."""
-    if lines := noise_floor(found):
-        return lines
-    if other is not None:
-        return [f"A/A: not shown: no such cell in {measured.path}"]
-    if measured.without("again"):
-        return ["A/A: turned off (again: false), so the noise floor was not measured"]
-    return ["A/A: no cell, so the noise floor was not measured"]
-
-
-def summary(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:
-    """Lines below the tables; measured, other: as `compare` took them."""
-    counts = {verdict: sum(row.verdict == verdict for row in found.rows) for verdict in VERDICTS}
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    cells = [*measured.cells, *(other.cells if other else [])]
-    environments = {cell.environment for cell in cells}
-    tested = f"{len(found.family)} comparisons (Holm over all): {counted}" if counted else "no comparisons"
-    lines = [tested, *control_notes(measured, found, other)]
-    floors = dict.fromkeys(
-        (row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == FLOOR_VERDICT
-    )
-    lines += [f"{FLOOR_VERDICT}: {what}: {reason}" for reason, what in floors]
-    if len(environments) > 1:
-        lines.append(f"cells of {len(environments)} environments: {'; '.join(sorted(environments))}")
-    limits = sorted({cell.identity["limit"] for cell in cells if cell.identity.get("limit")})
-    if limits:
-        lines.append(f"NOT A REAL SCORE: --limit {', '.join(map(str, limits))}, the first documents of each task alone")
-    forms = prompt_forms((cell.task, cell.identity.get("task", {})) for cell in measured.cells)
-    return [*lines, *forms, *found.notes]
-
-
-def markdown(measured: Measured, found: Comparisons, other: Measured | None = None) -> str:
-    """The comparison as Markdown; measured, other: as `compare` took them."""
-    shown = other or measured
-    lines = [f"# {shown.run.get('sweep') or shown.path.name}: against the baseline", ""]
-    for title, rows in tables(found):
-        lines += [f"## {title}", "", *markdown_table(HEADERS, rows, NUMERIC), ""]
-    lines += [LEGEND, "", *(f"- {line}" for line in summary(measured, found, other))]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int]) -> list[str]:
-    """The lines of a table in Markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
-
-    ruler = "|" + "|".join("---:" if i in numeric else ":---" for i in range(len(heads))) + "|"
-    return [line(heads), ruler, *map(line, rows)]
-
-
-def rows_json(rows: Sequence[Any]) -> str:
-    """The rows as a JSON list."""
-    return json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n"
-
-
-def rows_csv(rows: Sequence[Any]) -> str:
-    """The rows as CSV; what is absent is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(rows[0])) if rows else COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 from kvbench.measured import Measured
-from kvbench.report.compare import DEFAULT_MARGIN, Comparison, compare, shown_difference, shown_verdict
+from kvbench.report.compare import DEFAULT_MARGIN, compare
+from kvbench.report.comparison_text import shown_difference, shown_verdict
 from kvbench.report.timings import Timings, compare_speed, same_timing, timing_name
+from kvbench.report.verdicts import Comparison
 from kvbench.results import shown_number
 from kvbench.stats import parse_margin
 

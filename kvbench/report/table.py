@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import csv
+import io
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,3 +27,27 @@ class Table:
     rows: list[list[str]]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int]) -> list[str]:
+    """The lines of a table in Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
+
+    ruler = "|" + "|".join("---:" if i in numeric else ":---" for i in range(len(heads))) + "|"
+    return [line(heads), ruler, *map(line, rows)]
+
+
+def rows_json(rows: Sequence[Any]) -> str:
+    """The rows as a JSON list."""
+    return json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n"
+
+
+def rows_csv(rows: Sequence[Any], columns: Sequence[str]) -> str:
+    """The rows as CSV; what is absent is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from kvbench import measured
-from kvbench.report import compare
+from kvbench.report import compare, comparison_text
 from kvbench.report.cost import cost_table
+from kvbench.report.labels import group_of, notes_of, planned_task, task_labels, title_of, warnings_of
 from kvbench.report.speed import kernel_tables, speed_column
 from kvbench.report.table import Header, Table
-from kvbench.results import Metric, NotARunError, Record, Store, headline, name_of, shown_metric
+from kvbench.report.verdicts import VERDICTS
+from kvbench.results import Metric, NotARunError, Record, Store, headline, shown_metric
 
 COLUMNS = (
     "model",
@@ -146,13 +148,13 @@ class Report:
             for metric in record.metrics
             if (verdict := self._verdicts.get((record.cell, metric.name)))
         )
-        return ", ".join(f"{found[verdict]} {verdict}" for verdict in compare.VERDICTS if found[verdict]) or "-"
+        return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict]) or "-"
 
     def _ordered(self) -> list[Record]:
         """The records without the canary's: models as they come, schemes as the sweep lists them, others by size."""
         order = [(scheme["dtype"], scheme["rotation"]) for scheme in self.run.get("schemes", [])]
         tasks = list(
-            dict.fromkeys(name for name in (_planned_task(self.records, cell) for cell in self._planned()) if name)
+            dict.fromkeys(name for name in (planned_task(self.records, cell) for cell in self._planned()) if name)
         )
 
         def key(record: Record) -> tuple[Any, ...]:
@@ -164,7 +166,7 @@ class Report:
                 place = 0.5
             task = tasks.index(record.task) if record.task in tasks else len(tasks)
             return (
-                _group(record),
+                group_of(record),
                 place,
                 -(record.bits_per_value or 0),
                 scheme,
@@ -186,7 +188,7 @@ class Report:
         groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
         for record in self._ordered():
             if not record.kernel:
-                groups[_group(record)].append(record)
+                groups[group_of(record)].append(record)
         own = [record for record in self.records if record.kernel]
         tables = []
         for records in groups.values():
@@ -247,8 +249,8 @@ class Report:
             if speed:
                 row.append(speed.cell((dtype, rotation)))
             rows.append(row)
-        notes = _notes(records) + ([speed.note] if speed else [])
-        return Table(_title(records[0]), headers, rows, _warnings(records), notes)
+        notes = notes_of(records) + ([speed.note] if speed else [])
+        return Table(title_of(records[0]), headers, rows, warnings_of(records), notes)
 
     def summary(self) -> list[str]:
         """Lines below all tables: how much is done, the canary, what failed, what cannot be read."""
@@ -263,7 +265,7 @@ class Report:
         lines += list(self._canary())
         if self._compared:
             cells, found = self._compared
-            lines += compare.summary(cells, found)
+            lines += comparison_text.summary(cells, found)
         for record in self.records:
             if record.status == "failed":
                 label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"
@@ -336,111 +338,8 @@ class Report:
         return paths
 
 
-def task_labels(records: Sequence[Record]) -> dict[str, str]:
-    """What the task of each cell is called; tasks of one name and other options get these beside it."""
-    identities: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for record in records:
-        task = record.identity.get("task", {})
-        identities[record.task][name_of("", task)] = task
-    labels = {}
-    for record in records:
-        same_name = list(identities[record.task].values())
-        task = record.identity.get("task", {})
-        label = record.task
-        if len(same_name) > 1:
-            keys = [key for key in task if len({json.dumps(one.get(key), sort_keys=True) for one in same_name}) > 1]
-            options = [
-                f"{key}={task[key]}"
-                for key in keys
-                if not isinstance(task[key], (dict, list)) and len(str(task[key])) < 24
-            ]
-            label += f" ({', '.join(options) or name_of('', task).lstrip('-')})"
-        labels[record.cell] = label
-    return labels
-
-
-def _group(record: Record) -> tuple[str, ...]:
-    """What the cells of one table have in common."""
-    model = record.identity.get("model", {})
-    # full runs before quick looks
-    limit = f"{record.limit:09}" if record.limit is not None else ""
-    seed = str(record.identity.get("seed"))
-    return (
-        limit,
-        record.model["name"],
-        str(model.get("revision")),
-        str(model.get("compute_dtype")),
-        record.scoring,
-        seed,
-    )
-
-
-def _title(record: Record) -> str:
-    seed = record.identity.get("seed")
-    parts = [record.model["name"], str(record.model.get("compute_dtype")), f"scoring {record.scoring}"]
-    return " · ".join([*parts, *([f"seed {seed}"] if seed else [])])
-
-
-def _warnings(records: Sequence[Record]) -> list[str]:
-    warnings = []
-    if records[0].limit is not None:
-        warnings.append(f"NOT A REAL SCORE: --limit {records[0].limit}, the first documents of each task alone")
-    machines = {_machine(record) for record in records if record.environment}
-    if len(machines) > 1:
-        warnings.append(f"cells of {len(machines)} environments: {'; '.join(sorted(machines))}")
-    return warnings
-
-
-def _notes(records: Sequence[Record]) -> list[str]:
-    notes = [f"model revision {records[0].model.get('revision')}"]
-    machines = {_machine(record) for record in records if record.environment}
-    if len(machines) == 1:
-        notes.append(machines.pop())
-    cut = {
-        record.task: limit
-        for record in records
-        if record.limit is None and isinstance(limit := record.identity.get("task", {}).get("limit"), int)
-    }
-    generation = next((found for record in records if (found := record.identity.get("generation"))), None)
-    if generation:
-        settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in generation.items())
-        notes.append(f"answers follow the model's generation_config.json: {settings}")
-    limits: dict[str, dict[str, None]] = defaultdict(dict)
-    for record in records:
-        if limit := record.facts.get("longest_context_limit"):
-            limits[limit][record.dtype] = None
-    if limits:
-        by = "; ".join(f"{limit} ({', '.join(dtypes)})" for limit, dtypes in limits.items())
-        notes.append(f"longest context: what the runner takes, limited by {by}")
-    if cut:
-        notes.append("first documents only: " + ", ".join(f"{task} {limit}" for task, limit in cut.items()))
-    return notes
-
-
-def _machine(record: Record) -> str:
-    """Processor and versions, in words."""
-    environment = record.environment
-    gpus = [gpu["name"] for gpu in environment.get("gpus") or []]
-    processor = gpus[0] if gpus and environment.get("device") != "cpu" else environment.get("cpu")
-    if processor == environment.get("cpu") and environment.get("cores"):
-        processor = f"{processor}, {environment['cores']} cores"
-    versions = environment.get("versions") or {}
-    software = [f"{name} {versions[name]}" for name in ("torch", "transformers", "lm_eval") if versions.get(name)]
-    git = environment.get("git") or {}
-    revision = f" at {git['revision'][:9]}" if git.get("revision") else ""
-    # records before it was kept have none
-    source = f", source {environment['source_sha256'][:9]}" if environment.get("source_sha256") else ""
-    return ", ".join(
-        [str(processor), *software, f"kvbench {environment.get('kvbench') or 'from a checkout'}{revision}{source}"]
-    )
-
-
 def _limited(limit: int | None) -> str:
     return "" if limit is None else f" (--limit {limit})"
-
-
-def _planned_task(records: Sequence[Record], cell: str) -> str | None:
-    return next((record.task for record in records if record.cell == cell), None)
 
 
 def _metric(record: Record | None, name: str) -> Metric | None:

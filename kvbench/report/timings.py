@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvbench.report.compare import DEFAULT_MARGIN, find_scheme
+from kvbench.report.compare import DEFAULT_MARGIN
+from kvbench.report.find_scheme import find_scheme
 from kvbench.results import NotARunError, Store, kernel_task
 from kvbench.stats import parse_margin, ratio_of_medians
 
@@ -47,6 +48,9 @@ class SpeedComparison:
     test: str
     verdict: Verdict
     reason: str = ""
+
+
+COLUMNS = tuple(SpeedComparison.__dataclass_fields__)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from kvbench.measured import read, write
-from kvbench.report.compare import compare, find_scheme, markdown, noise_floor, rows_csv, summary
+from kvbench.report.compare import compare
+from kvbench.report.comparison_text import markdown, noise_floor, summary
+from kvbench.report.find_scheme import find_scheme
 from kvbench.report.flips import NotComparableError, flips
 from kvbench.report.gate import check
+from kvbench.report.table import rows_csv
+from kvbench.report.verdicts import COLUMNS
 from kvbench.results import Metric, NotARunError, Record, Store
 
 N = 400
@@ -395,7 +399,7 @@ def test_every_format_says_the_same(folder):
 
     assert "| int4 | none | qa | acc | 0.7 | 0.6 | −10.0 pp |" in markdown(measured, found)
     assert "WORSE |" in markdown(measured, found)
-    assert ",WORSE," in rows_csv(found.rows)
+    assert ",WORSE," in rows_csv(found.rows, COLUMNS)
 
 
 # ---- check

@@ -11,7 +11,8 @@ import torch
 from kvbench.cache import OutOfPages
 from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.measured import read
-from kvbench.report.compare import compare, noise_floor
+from kvbench.report.compare import compare
+from kvbench.report.comparison_text import noise_floor
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.runners import catalog, facts, model_files

@@ -1,0 +1,105 @@
+"""One metric of one cell: a number a document, and how it changed over the same documents. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvbench.results import Metric, exponential
+from kvbench.stats import Array, Difference, compare_answers, compare_means
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+Document = tuple[str, str, str, str, str]  # task, doc_id, filter, hash of the document, hash of the prompt
+
+
+class NoSeriesError(ValueError):
+    """A metric of which the samples hold no number a document; the message says why."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of one cell.
+
+    values: [n], a number a document, as the metric's kind says. weights: [n], what each counts for, such as its tokens;
+    None where all count alike.
+    documents: [n] in the order of `values`; a baseline file has only their `digest`.
+    """
+
+    metric: Metric
+    values: Array
+    weights: Array | None
+    digest: str
+    documents: tuple[Document, ...] = ()
+
+
+def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
+    """A metric's number a document, of which the mean (for a perplexity, its logarithm's) is the metric's value.
+
+    Raises:
+        NoSeriesError: the samples have no such numbers, or numbers that do not give the value.
+    """
+    lacking = {"doc_id", "doc_hash", "prompt_hash", "filter"} - set(samples.columns)
+    if lacking:
+        raise NoSeriesError(f"the samples lack {', '.join(sorted(lacking))}")
+    leaf, _, name = metric.name.rpartition("/")
+    name, _, filter_name = name.partition(",")
+    name, _, context = name.partition("@")
+    rows = samples[samples["filter"] == (filter_name or "none")]
+    if leaf:
+        rows = rows[rows["task"] == leaf]
+    if context and "context" in rows:
+        rows = rows[rows["context"] == int(context)]
+    log = metric.kind == "log"
+    column = f"{name}.logprob" if log and f"{name}.logprob" in rows else name
+    if metric.kind is None or column not in rows or rows[column].dtype.kind not in "bif":
+        raise NoSeriesError("the samples have no number a document")
+    rows = rows.dropna(subset=[column])
+    values = rows[column].to_numpy(float)
+    if not values.size:
+        raise NoSeriesError("the samples have no number a document")
+    if metric.weight is not None and metric.weight not in rows:
+        raise NoSeriesError(f"the samples lack {metric.weight}")
+    weights: Array | None = rows[metric.weight].to_numpy(float) if metric.weight else None
+    if column != name:  # of all its words or bytes together
+        values = -values / weights
+    elif log:  # of lm-eval's `perplexity` the samples have the log-likelihood, which is never above 0
+        values = np.log(values) if (values > 0).all() else -values
+    elif metric.kind == "share" and not ((values >= 0) & (values <= 1)).all():
+        raise NoSeriesError(f"it is a share of 1, and a document has {values[(values < 0) | (values > 1)][0]:g}")
+    if metric.higher_is_better is None:
+        raise NoSeriesError("it is not said whether higher is better")
+    if not np.isfinite(values).all():
+        raise NoSeriesError("a document's number is not finite")
+    whole = float(np.average(values, weights=weights))
+    value = exponential(whole) if log else whole
+    if not math.isclose(value, metric.value, rel_tol=1e-4, abs_tol=1e-9):
+        raise NoSeriesError("it is no mean over documents: the samples' mean is not the metric's value")
+    task = rows["task"] if "task" in rows else [""] * len(rows)
+    columns = (task, rows["doc_id"], rows["filter"], rows["doc_hash"], rows["prompt_hash"])
+    documents = [(str(a), str(b), str(c), str(d), str(e)) for a, b, c, d, e in zip(*columns, strict=True)]
+    # 2 before 10
+    order = sorted(range(len(documents)), key=lambda i: (documents[i][0], len(documents[i][1]), documents[i][1:]))
+    documents = [documents[i] for i in order]
+    if len({document[:3] for document in documents}) < len(documents):
+        raise NoSeriesError("the samples have a document twice")
+    digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
+    picked = None if weights is None else weights[order]
+    return Series(metric, values[order], picked, digest, tuple(documents))
+
+
+def paired(series: Series, base: Series) -> Difference:
+    """How one metric changed over the same documents; a perplexity's is that of its logarithm."""
+    difference: Array = series.values - base.values
+    # a document that is asked twice is one document
+    hashes = [document[3] for document in series.documents or base.documents] or None
+    if series.metric.kind == "share":
+        return compare_answers(difference, hashes)
+    return compare_means(difference, hashes, series.weights)

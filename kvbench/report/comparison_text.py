@@ -1,0 +1,160 @@
+"""How comparisons read: for a terminal and as Markdown. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from kvbench.measured import Measured, prompt_forms
+from kvbench.report.compare import Comparisons
+from kvbench.report.table import markdown_table
+from kvbench.report.verdicts import FLOOR_VERDICT, VERDICTS, Comparison
+from kvbench.results import shown_number
+
+HEADERS = (
+    "dtype",
+    "rotation",
+    "task",
+    "metric",
+    "baseline",
+    "value",
+    "difference",
+    "95 % interval",
+    "flips\n−/+",
+    "n",
+    "test",
+    "p (Holm)",
+    "verdict",
+)
+NUMERIC = (4, 5, 6, 7, 8, 9, 11)
+LEGEND = (
+    "EQUIVALENT: the whole interval lies within the margin. INCONCLUSIVE (n): neither shown; so many documents would "
+    "decide. Flips: documents that got worse / better."
+)
+
+
+def tables(found: Comparisons) -> list[tuple[str, list[list[str]]]]:
+    """A title and rows for each model."""
+    made = []
+    for model in dict.fromkeys(row.model for row in found.rows):
+        of_model = [row for row in found.rows if row.model == model]
+        compared = [row for row in of_model if not row.again] or of_model
+        against = ", ".join(dict.fromkeys(row.against for row in compared if row.against))
+        made.append((f"{model} against {against} · margin {found.margin}", [_cells(row, against) for row in of_model]))
+    return made
+
+
+def _cells(row: Comparison, against: str) -> list[str]:
+    flips = row.test == "McNemar" or row.unit == "share"
+    return [
+        row.dtype,
+        row.rotation,
+        row.task,
+        row.metric,
+        _number(row.baseline),
+        _number(row.value),
+        shown_difference(row.difference, row.unit),
+        _interval(row),
+        f"{row.worse}/{row.better}" if flips else "-",
+        _number(row.n),
+        row.test or "-",
+        "-" if row.p_holm is None else f"{row.p_holm:.2g}",
+        shown_verdict(row) + (f" against {row.against}" if row.again and row.against != against else ""),
+    ]
+
+
+def _interval(row: Comparison) -> str:
+    """Both ends in the unit of the difference, which stands beside it."""
+    if row.ci_low is None or row.ci_high is None:
+        return "-"
+    low, high = (shown_difference(end, row.unit).partition(" ")[0] for end in (row.ci_low, row.ci_high))
+    return f"[{low}, {high}]"
+
+
+def shown_verdict(row: Comparison) -> str:
+    """A verdict with what a reader must know of it."""
+    if row.again:
+        return "A/A" if row.verdict is None else f"A/A, {row.verdict}: {row.reason}"
+    if row.n_to_decide:
+        return f"{row.verdict} (n≥{shown_count(row.n_to_decide)})"
+    return f"INVALID: {row.reason}" if row.verdict == "INVALID" else str(row.verdict)
+
+
+def shown_count(count: int) -> str:
+    """Two digits of a number of documents: more are not known."""
+    digits = max(0, len(str(count)) - 2)
+    return str(math.ceil(count / 10**digits) * 10**digits)
+
+
+def shown_difference(value: float | None, unit: str) -> str:
+    """A difference with its sign and unit: −2.0 pp, +6.7 %, +0.0567 nats."""
+    if value is None:
+        return "-"
+    factor, name, digits = {"share": (100, " pp", 1), "relative": (100, " %", 2), "pp": (1, " pp", 2)}.get(
+        unit, (1, f" {unit}" if unit else "", None)
+    )
+    size = abs(value) * factor
+    text = shown_number(float(f"{size:.3g}")) if digits is None or size >= 1000 else f"{size:.{digits}f}"
+    zero = float(text) == 0
+    return f"{'' if zero else '−' if value < 0 else '+'}{text}{name}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else shown_number(value)
+
+
+def noise_floor(found: Comparisons) -> list[str]:
+    """A line a model on the A/A cells: their flips, or how far a number moved."""
+    lines = []
+    for model in dict.fromkeys(row.model for row in found.again):
+        parts = []
+        for row in (row for row in found.again if row.model == model):
+            if row.verdict == "INVALID":
+                parts.append(f"{row.task} {row.metric} INVALID: {row.reason}")
+            elif row.unit == "share":
+                parts.append(f"{row.task} {row.metric} {(row.worse or 0) + (row.better or 0)} of {row.n} flipped")
+            else:
+                parts.append(f"{row.task} {row.metric} {shown_difference(row.difference, row.unit)}")
+        lines.append(f"A/A (the baseline again; other batches and seed, but for speeds), {model}: " + "; ".join(parts))
+    return lines
+
+
+def control_notes(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:
+    """The noise floor, or why it is unknown."""
+    if lines := noise_floor(found):
+        return lines
+    if other is not None:
+        return [f"A/A: not shown: no such cell in {measured.path}"]
+    if measured.without("again"):
+        return ["A/A: turned off (again: false), so the noise floor was not measured"]
+    return ["A/A: no cell, so the noise floor was not measured"]
+
+
+def summary(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:
+    """Lines below the tables; measured, other: as `compare` took them."""
+    counts = {verdict: sum(row.verdict == verdict for row in found.rows) for verdict in VERDICTS}
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    cells = [*measured.cells, *(other.cells if other else [])]
+    environments = {cell.environment for cell in cells}
+    tested = f"{len(found.family)} comparisons (Holm over all): {counted}" if counted else "no comparisons"
+    lines = [tested, *control_notes(measured, found, other)]
+    floors = dict.fromkeys(
+        (row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == FLOOR_VERDICT
+    )
+    lines += [f"{FLOOR_VERDICT}: {what}: {reason}" for reason, what in floors]
+    if len(environments) > 1:
+        lines.append(f"cells of {len(environments)} environments: {'; '.join(sorted(environments))}")
+    limits = sorted({cell.identity["limit"] for cell in cells if cell.identity.get("limit")})
+    if limits:
+        lines.append(f"NOT A REAL SCORE: --limit {', '.join(map(str, limits))}, the first documents of each task alone")
+    forms = prompt_forms((cell.task, cell.identity.get("task", {})) for cell in measured.cells)
+    return [*lines, *forms, *found.notes]
+
+
+def markdown(measured: Measured, found: Comparisons, other: Measured | None = None) -> str:
+    """The comparison as Markdown; measured, other: as `compare` took them."""
+    shown = other or measured
+    lines = [f"# {shown.run.get('sweep') or shown.path.name}: against the baseline", ""]
+    for title, rows in tables(found):
+        lines += [f"## {title}", "", *markdown_table(HEADERS, rows, NUMERIC), ""]
+    lines += [LEGEND, "", *(f"- {line}" for line in summary(measured, found, other))]
+    return "\n".join(lines) + "\n"

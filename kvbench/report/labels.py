@@ -1,0 +1,117 @@
+"""What stands around the numbers of a table: its title, the names of its tasks, and what to know of its cells."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from kvbench.results import Record, name_of
+
+
+def task_labels(records: Sequence[Record]) -> dict[str, str]:
+    """What the task of each cell is called; tasks of one name and other options get these beside it."""
+    identities: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        task = record.identity.get("task", {})
+        identities[record.task][name_of("", task)] = task
+    labels = {}
+    for record in records:
+        same_name = list(identities[record.task].values())
+        task = record.identity.get("task", {})
+        label = record.task
+        if len(same_name) > 1:
+            keys = [key for key in task if len({json.dumps(one.get(key), sort_keys=True) for one in same_name}) > 1]
+            options = [
+                f"{key}={task[key]}"
+                for key in keys
+                if not isinstance(task[key], (dict, list)) and len(str(task[key])) < 24
+            ]
+            label += f" ({', '.join(options) or name_of('', task).lstrip('-')})"
+        labels[record.cell] = label
+    return labels
+
+
+def group_of(record: Record) -> tuple[str, ...]:
+    """What the cells of one table have in common."""
+    model = record.identity.get("model", {})
+    # full runs before quick looks
+    limit = f"{record.limit:09}" if record.limit is not None else ""
+    seed = str(record.identity.get("seed"))
+    return (
+        limit,
+        record.model["name"],
+        str(model.get("revision")),
+        str(model.get("compute_dtype")),
+        record.scoring,
+        seed,
+    )
+
+
+def title_of(record: Record) -> str:
+    """What a table of such cells is called."""
+    seed = record.identity.get("seed")
+    parts = [record.model["name"], str(record.model.get("compute_dtype")), f"scoring {record.scoring}"]
+    return " · ".join([*parts, *([f"seed {seed}"] if seed else [])])
+
+
+def warnings_of(records: Sequence[Record]) -> list[str]:
+    """What a reader must know before the numbers."""
+    warnings = []
+    if records[0].limit is not None:
+        warnings.append(f"NOT A REAL SCORE: --limit {records[0].limit}, the first documents of each task alone")
+    machines = {machine_of(record) for record in records if record.environment}
+    if len(machines) > 1:
+        warnings.append(f"cells of {len(machines)} environments: {'; '.join(sorted(machines))}")
+    return warnings
+
+
+def notes_of(records: Sequence[Record]) -> list[str]:
+    """What stands below a table: the weights, the machine, and what was cut."""
+    notes = [f"model revision {records[0].model.get('revision')}"]
+    machines = {machine_of(record) for record in records if record.environment}
+    if len(machines) == 1:
+        notes.append(machines.pop())
+    cut = {
+        record.task: limit
+        for record in records
+        if record.limit is None and isinstance(limit := record.identity.get("task", {}).get("limit"), int)
+    }
+    generation = next((found for record in records if (found := record.identity.get("generation"))), None)
+    if generation:
+        settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in generation.items())
+        notes.append(f"answers follow the model's generation_config.json: {settings}")
+    limits: dict[str, dict[str, None]] = defaultdict(dict)
+    for record in records:
+        if limit := record.facts.get("longest_context_limit"):
+            limits[limit][record.dtype] = None
+    if limits:
+        by = "; ".join(f"{limit} ({', '.join(dtypes)})" for limit, dtypes in limits.items())
+        notes.append(f"longest context: what the runner takes, limited by {by}")
+    if cut:
+        notes.append("first documents only: " + ", ".join(f"{task} {limit}" for task, limit in cut.items()))
+    return notes
+
+
+def machine_of(record: Record) -> str:
+    """Processor and versions, in words."""
+    environment = record.environment
+    gpus = [gpu["name"] for gpu in environment.get("gpus") or []]
+    processor = gpus[0] if gpus and environment.get("device") != "cpu" else environment.get("cpu")
+    if processor == environment.get("cpu") and environment.get("cores"):
+        processor = f"{processor}, {environment['cores']} cores"
+    versions = environment.get("versions") or {}
+    software = [f"{name} {versions[name]}" for name in ("torch", "transformers", "lm_eval") if versions.get(name)]
+    git = environment.get("git") or {}
+    revision = f" at {git['revision'][:9]}" if git.get("revision") else ""
+    # records before it was kept have none
+    source = f", source {environment['source_sha256'][:9]}" if environment.get("source_sha256") else ""
+    return ", ".join(
+        [str(processor), *software, f"kvbench {environment.get('kvbench') or 'from a checkout'}{revision}{source}"]
+    )
+
+
+def planned_task(records: Sequence[Record], cell: str) -> str | None:
+    """The task of a cell, by its name; None where it was not run."""
+    return next((record.task for record in records if record.cell == cell), None)
