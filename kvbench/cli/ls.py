@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbench.cli.shared import AsList, ListFormat, print_list
+from kvbench.cli.shared import AsList, ListFormat, print_list, print_rows
 
 ls = typer.Typer(
     name="ls", help="List dtypes, rotations, tasks or models.", no_args_is_help=True, rich_markup_mode=None
@@ -52,4 +52,25 @@ def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
     """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
     from kvbench.runners.facts import list_models
 
-    print_list(list_models(), as_format)
+    rows = list_models()
+    if as_format == ListFormat.JSON:
+        print_list(rows, as_format)
+        return
+    heads = ("name", "installed", "license", "size\nMB", "KV KiB\na token", "longest", "source")
+    shown = [
+        (
+            row["name"],
+            "yes" if row["available"] else "no",
+            row["license"] or "-",
+            f"{row['size_bytes'] / 1e6:.0f}",
+            f"{row['kv_bytes_per_token'] / 1024:.1f}",
+            str(row["max_length"]),
+            row["source"],
+        )
+        for row in rows
+    ]
+    print_rows(heads, shown, numeric=(3, 4, 5))
+    for row in rows:
+        if row["missing"]:
+            print(f"\n{row['name']}: {row['missing']}", end="")
+    print()

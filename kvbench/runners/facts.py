@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvbench.runners.catalog import EMBEDDED, ModelSource, hub_models, resolve
+from kvbench.runners.catalog import EMBEDDED, ModelSource, hub_models, resolve, weights_size
 from kvbench.runners.gguf import CONVERTER, read_gguf
 from kvbench.runners.model_files import Layers, ModelError, file_sha256, read_json, transformers_config
 from kvbench.runners.settings import PROCESSED, REFUSED
@@ -161,11 +161,12 @@ def list_models() -> list[dict[str, Any]]:
     rows = []
     for model in EMBEDDED.values():
         found = resolve(model.name)
-        row = {"name": model.name, "available": found.available, "source": f"package {model.package} {model.version}"}
-        row |= {"license": model.license, "parameters": model.parameters}
+        row = {"name": model.name, "available": found.available, "license": model.license, "size_bytes": model.size}
+        row |= {"source": model.source, "parameters": model.parameters}
         rows.append(row | _shape_row(model.layers, model.max_length) | {"missing": found.missing})
     for found in hub_models():
-        row = {"name": found.name, "available": True, "source": "hub cache", "license": None, "parameters": None}
+        row = {"name": found.name, "available": True, "license": None, "size_bytes": weights_size(found)}
+        row |= {"source": "hub cache", "parameters": None}
         try:
             row |= _shape_row(*shape(found))
         except ModelError:

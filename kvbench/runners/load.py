@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from kvbench.runners.catalog import EMBEDDED, EmbeddedModel, ModelSource
+from kvbench.runners.catalog import EMBEDDED, ModelSource
 from kvbench.runners.facts import cache_layer_indices, cache_layers, max_length, revision, text_config, value_of
 from kvbench.runners.gguf import convert
 from kvbench.runners.model_files import (
+    ComputeDtype,
     ModelError,
-    draft_folder,
-    file_sha256,
     one_error,
     read_json,
     transformers_config,
@@ -22,8 +21,6 @@ from kvbench.runners.model_files import (
 
 if TYPE_CHECKING:
     from kvbench.runners.base import ModelInfo
-
-ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
 def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
@@ -46,7 +43,7 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
     if source.kind == "shape":
         model, tokenizer = _random_model(source, getattr(torch, dtype), device)
     else:
-        source, folder, options = _prepare(source)
+        source, folder, options = _prepare(source, dtype)
         with _quiet(), one_error(f"model '{source.name}' cannot be loaded"):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True, **options
@@ -101,19 +98,21 @@ def _random_model(source: ModelSource, dtype: Any, device: str) -> tuple[Any, No
     return model, NoTokenizer(value_of(text_config(config), "vocab_size"))
 
 
-def prepare(source: ModelSource) -> Path:
+def prepare(source: ModelSource, dtype: ComputeDtype = "float32") -> Path:
     """An ordinary model folder with this model in it, for other tools: a GGUF file is converted, a hub model fetched.
+
+    dtype: of a converted file's weights.
 
     Raises:
         ModelError: it can't be had, or is a GGUF file of an architecture that only transformers' own loader reads.
     """
-    source, folder, options = _prepare(source)
+    source, folder, options = _prepare(source, dtype)
     if options:
         raise ModelError(f"model '{source.name}': a GGUF file of this architecture is not converted to a folder")
     return folder
 
 
-def _prepare(source: ModelSource) -> tuple[ModelSource, Path, dict[str, str]]:
+def _prepare(source: ModelSource, dtype: ComputeDtype) -> tuple[ModelSource, Path, dict[str, str]]:
     """The source once it is here, its folder, and what transformers must be told to read it."""
     if source.kind == "hub" and source.missing:
         source = _download(source)
@@ -122,8 +121,15 @@ def _prepare(source: ModelSource) -> tuple[ModelSource, Path, dict[str, str]]:
     if source.kind in ("folder", "hub"):
         return source, source.path, {}
     if source.kind == "embedded":
-        _check_embedded(EMBEDDED[source.name], source.path)
-    folder = convert(source.path)
+        model = EMBEDDED[source.name]
+        # of one file the folder has the file's name
+        stem = source.path.stem if len(source.slices) == 1 else source.name
+        try:
+            folder = convert(source.slices, stem, dtype, model.sha256)
+        except ModelError as error:
+            raise ModelError(f"model '{source.name}' in {model.source}: {error}: {model.missing}") from error
+    else:
+        folder = convert([source.path], source.path.stem, dtype)
     return (source, folder, {}) if folder else (source, source.path.parent, {"gguf_file": source.path.name})
 
 
@@ -140,22 +146,6 @@ def _download(source: ModelSource) -> ModelSource:
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
         )
     return ModelSource(source.name, "hub", Path(folder), source.hub_revision)
-
-
-def _check_embedded(model: EmbeddedModel, file: Path) -> None:
-    """Joins the file from its parts where that is due, and compares its hash."""
-    if model.file is None and not file.exists():
-        import importlib
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with draft_folder(file.parent) as draft, one_error(f"{model.package} cannot be joined"):
-            importlib.import_module(model.module).assemble(draft / file.name)
-            (draft / file.name).replace(file)
-    if (found := file_sha256(file)) != model.sha256:
-        raise ModelError(
-            f"model '{model.name}': the file of {model.package} has sha256 {found[:16]}…, not {model.sha256[:16]}…: "
-            f"{model.install}"
-        )
 
 
 @contextmanager

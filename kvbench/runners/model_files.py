@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvbench.environment import cache_dir
 
 Layers = tuple[tuple[int, int], ...]  # (KV heads, head_dim) of each layer that has a KV cache
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 CLOCK_STEP_S = 2.0  # file systems' times are this coarse: a file changed so lately may change again at the same time
 
@@ -41,27 +43,30 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "…"
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, hashed again only when its size or time of change differs from what is remembered."""
-    path = path.resolve()
-    stat = path.stat()
-    key = hashlib.sha256(f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}".encode()).hexdigest()
-    note = cache_dir() / "hashes" / key
+def file_sha256(*paths: Path) -> str:
+    """The SHA-256 of a file, or of several joined; hashed again only where a size or time of change is another."""
+    paths = tuple(path.resolve() for path in paths)
+    stats = [path.stat() for path in paths]
+    facts = [f"{path}|{s.st_size}|{s.st_mtime_ns}|{s.st_ino}" for path, s in zip(paths, stats, strict=True)]
+    note = cache_dir() / "hashes" / hashlib.sha256("\n".join(facts).encode()).hexdigest()
     try:
         known = note.read_text()
         if re.fullmatch("[0-9a-f]{64}", known):
             return known
     except OSError:
         pass
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if abs(time.time() - stat.st_mtime) < CLOCK_STEP_S:
+    hashed = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: hashed)
+    digest = hashed.hexdigest()
+    if any(abs(time.time() - s.st_mtime) < CLOCK_STEP_S for s in stats):
         return digest
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(note.parent) as draft:
-            (draft / key).write_text(digest)
-            (draft / key).replace(note)
+            (draft / note.name).write_text(digest)
+            (draft / note.name).replace(note)
     except OSError:
         pass  # a cache that can't be written costs time, nothing else
     return digest

@@ -32,8 +32,8 @@ from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progres
 from kvbench.runners.catalog import ModelSource
 from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
-from kvbench.runners.load import ComputeDtype
 from kvbench.runners.load import load as load_model
+from kvbench.runners.model_files import ComputeDtype
 from kvbench.runners.prefix import Segment, build_tree, segments
 from kvbench.runners.processors import Processors, with_defaults
 from kvbench.runners.schedule import Piece, Prefill, pages_for_one

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +58,7 @@ def test_the_embedded_model_has_a_name(text):
 
 def test_a_missing_package_is_named_with_its_installation(monkeypatch):
     """What is not installed is found but not available, and loading it says how to install it."""
-    model = replace(catalog.EMBEDDED["smollm2-135m-instruct"], module="kvbench_has_no_such_package")
+    model = replace(catalog.EMBEDDED["smollm2-135m-instruct"], slices=(("kvbench-has-no-such-package", "model.gguf"),))
     monkeypatch.setitem(catalog.EMBEDDED, model.name, model)
 
     found = catalog.resolve(model.name)
@@ -75,12 +77,24 @@ def test_a_package_with_another_file_is_refused(tmp_path, cache, monkeypatch):
     (tmp_path / "fake_smollm2" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "fake_smollm2" / "model.gguf").write_bytes(b"GGUF, but of another model")
     monkeypatch.syspath_prepend(tmp_path)
-    model = replace(catalog.EMBEDDED["smollm2-135m-instruct"], module="fake_smollm2", file="model.gguf")
+    model = replace(catalog.EMBEDDED["smollm2-135m-instruct"], slices=(("fake-smollm2", "model.gguf"),))
     monkeypatch.setitem(catalog.EMBEDDED, model.name, model)
 
     with pytest.raises(ModelError, match=r"has sha256 .*, not b179c9523d0e6a0f"):
         load.load(catalog.resolve(model.name), "float32")
     assert [check.status for check in catalog.doctor() if model.name in check.name] == ["fail"]
+
+
+@pytest.mark.parametrize("name", catalog.EMBEDDED)
+def test_a_model_by_name_has_its_packages_pinned(name):
+    """`make model` installs the packages that the model is looked for in, in that version, by hash."""
+    model = catalog.EMBEDDED[name]
+    text = (Path(__file__).parents[2] / f"requirements-model-{name}.txt").read_text()
+    pinned = re.findall(r"^(\S+)==(\S+) \\\n +--hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+
+    assert {(package, model.version) for package, _ in model.slices} <= set(pinned)
+    assert {version for _, version in pinned} == {model.version}
+    assert model.license in text
 
 
 def test_the_doctor_finds_the_embedded_model_whole():
@@ -166,5 +180,5 @@ def test_a_hub_model_is_available_once_it_is_whole_in_the_cache(hub):
     assert found.available
     assert facts.revision(found) == "a" * 40
     assert facts.shape(found) == (((2, 16),) * 2, 128)
-    assert [row["name"] for row in facts.list_models()][2:] == ["org/whole"]
+    assert [row["name"] for row in facts.list_models()][len(catalog.EMBEDDED) :] == ["org/whole"]
     assert not catalog.resolve("org/whole", revision="v2").available

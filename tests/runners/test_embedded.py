@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from kvbench.runners import catalog, load
+from kvbench.runners import catalog, facts, load
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,13 @@ def embedded():
 def test_the_facts_of_the_embedded_model_are_true(embedded):
     """What listings say without weights is what the weights say."""
     model, _, info = embedded
-    facts = catalog.EMBEDDED["smollm2-135m-instruct"]
+    known = catalog.EMBEDDED["smollm2-135m-instruct"]
 
-    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert (facts.layers, facts.max_length) == (info.layers, info.max_length)
-    assert info.name == facts.name
-    assert info.revision == facts.revision(catalog.resolve(facts.name))
+    assert known.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (known.layers, known.max_length) == (info.layers, info.max_length)
+    assert known.size == catalog.resolve(known.name).path.stat().st_size
+    assert info.name == known.name
+    assert info.revision == facts.revision(catalog.resolve(known.name))
 
 
 def test_the_embedded_model_knows_english(embedded):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import unicodedata
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -20,28 +23,64 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "tie_word_embeddings": True}
 
 
-def small_model(architecture):
-    """A random transformers model that llama.cpp calls `architecture`."""
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
+# a row of these is whole blocks of 256
+K_QUANTS = {GGMLQuantizationType.Q4_K: 144, GGMLQuantizationType.Q6_K: 210}
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+
+
+def small_model(architecture, quantization=None):
+    """A random transformers model that llama.cpp calls `architecture`, as wide as the quantization needs."""
     torch.manual_seed(0)
     extra = {"vocab_size": 300, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
-    if architecture == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | extra))
-    elif architecture == "qwen2":
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL | extra))
-    else:
+    extra |= WIDE if quantization in K_QUANTS else {}
+    if architecture == "gemma3":
         kinds = ["sliding_attention"] * 5 + ["full_attention"]
-        extra |= {"num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 8, "query_pre_attn_scalar": 16}
+        extra |= {"num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 8}
         rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        extra["query_pre_attn_scalar"] = extra.get("head_dim", SMALL["head_dim"])
         extra["rope_parameters"] = {"full_attention": rope | {"rope_theta": 5e4}, "sliding_attention": rope}
         model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SMALL | extra))
+    else:
+        extra["tie_word_embeddings"] = architecture == "llama"
+        if architecture == "qwen3":
+            extra["head_dim"] = 128  # the only one that transformers' own loader reads
+        if architecture == "phi3":
+            extra["pad_token_id"] = 0
+        name = CLASSES[architecture]
+        config = getattr(transformers, f"{name}Config")(**SMALL | extra)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
     for parameter in model.parameters():
-        # random norms too, and scores far enough apart for a swapped head to show
-        torch.nn.init.normal_(parameter, std=0.3)
+        # random norms and biases too, and scores far enough apart for a swapped head to show
+        torch.nn.init.normal_(parameter, std=0.3 if quantization not in K_QUANTS else 0.1)
     return model.eval()
 
 
+def quantized(weight, quantization):
+    """The weight's blocks; of K quants, which gguf only reads, random blocks with scales that are numbers."""
+    if quantization not in K_QUANTS:
+        return gguf.quants.quantize(weight, quantization)
+    size = K_QUANTS[quantization]
+    random = np.random.default_rng(weight.size)
+    blocks = random.integers(0, 256, (weight.shape[0], weight.shape[1] // 256, size), np.uint8)
+    # their float16 scales, of the codes and of the offsets: weights of about 0.1 and both signs
+    places = {0: 5e-4, 2: 4e-3} if quantization == GGMLQuantizationType.Q4_K else {size - 2: 1e-4}
+    for place, scale in places.items():
+        values = random.uniform(scale / 2, scale, (*blocks.shape[:2], 1)).astype(np.float16)
+        blocks[..., place : place + 2] = values.view(np.uint8)
+    return blocks.reshape(weight.shape[0], -1)
+
+
 def write_gguf(
-    path, model, architecture, quantization=GGMLQuantizationType.F32, *, extra_tensor=None, scaling=None, left_out=None
+    path,
+    model,
+    architecture,
+    quantization=GGMLQuantizationType.F32,
+    *,
+    pre=None,
+    extra_tensor=None,
+    scaling=None,
+    left_out=None,
 ):
     """The model as llama.cpp's converter would write it, its matrices quantized; `model` gets what they decode to."""
     config = model.config
@@ -57,7 +96,7 @@ def write_gguf(
     writer.add_rope_freq_base(5e4)
     if scaling:
         writer.add_rope_scaling_type(scaling)
-    add_tokenizer(writer, architecture, config.vocab_size)
+    add_tokenizer(writer, architecture, config.vocab_size, pre or PRE.get(architecture))
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     else:
@@ -66,7 +105,7 @@ def write_gguf(
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         file_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name == "lm_head.weight" or file_name == left_out:
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or file_name == left_out:
             continue
         weight = tensor.numpy().copy()
         if architecture == "gemma3" and file_name.endswith("norm.weight"):
@@ -77,7 +116,7 @@ def write_gguf(
         if heads:
             weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         if weight.ndim == 2:
-            stored = gguf.quants.quantize(weight, quantization)
+            stored = quantized(weight, quantization)
             writer.add_tensor(file_name, stored, raw_dtype=quantization)
             weight = gguf.quants.dequantize(stored, quantization)
             if heads:
@@ -94,8 +133,11 @@ def write_gguf(
     return path
 
 
-def add_tokenizer(writer, architecture, size):
-    """A vocabulary of bytes and a few merges; SmolLM's kind for llama, Gemma's kind for gemma3."""
+PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2", "phi3": "qwen2"}
+
+
+def add_tokenizer(writer, architecture, size, pre):
+    """A vocabulary of bytes and a few merges, Gemma's kind for gemma3."""
     if architecture == "gemma3":
         tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
         tokens += [*"abcdefghij", "ab", "bc", "abc", "▁a", "  ", "   "]
@@ -104,13 +146,14 @@ def add_tokenizer(writer, architecture, size):
         writer.add_token_scores([0.0] * size)
         merges, (bos, eos, unknown, pad) = None, (2, 1, 3, 0)
     else:
-        merges = ["Ġ Ġ", "ĠĠ Ġ", "h e", "Ċ Ċ", "Ġ he"]
+        merges = ["Ġ Ġ", "ĠĠ Ġ", "h e", "Ċ Ċ", "Ġ he", "1 2", "12 3", "3 4", "' l", "'l l", "' L", "'L L", "! Ċ"]
         tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_to_unicode().values()]
         tokens += [merge.replace(" ", "") for merge in merges]
         kinds = [3, 3, 3] + [1] * (len(tokens) - 3)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_add_bos_token(False)
+        writer.add_tokenizer_pre(pre)
+        if pre != "llama-bpe":
+            writer.add_add_bos_token(False)
         bos, eos, unknown, pad = 1, 2, 0, 2
     filler = size - len(tokens)
     writer.add_token_list(tokens + [f"<unused{index}>" for index in range(filler)])
@@ -129,42 +172,100 @@ def logits(model, ids=tuple(range(20, 60))):
         return model(torch.tensor([ids])).logits[0]
 
 
-@pytest.mark.parametrize(
-    "quantization", [GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1]
-)
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("quantization", ["F32", "Q8_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen2", "qwen3"])
 def test_a_converted_model_computes_what_the_original_did(architecture, quantization, tmp_path, cache):
     """Through llama.cpp's layout and back, the logits are the same to the bit in float32."""
-    original = small_model(architecture)
+    quantization = GGMLQuantizationType[quantization]
+    original = small_model(architecture, quantization)
     file = write_gguf(tmp_path / "small.gguf", original, architecture, quantization)
 
     model, _, info = load.load(catalog.resolve(str(file)), "float32")
 
     assert torch.equal(logits(model), logits(original))
     assert logits(original).std() > 0.1
-    assert info.layers == ((2, 16),) * original.config.num_hidden_layers
+    assert info.layers == ((2, original.config.head_dim),) * original.config.num_hidden_layers
     assert facts.shape(catalog.resolve(str(file))) == (info.layers, 128)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_conversion_agrees_with_the_loader_of_transformers(dtype, tmp_path, cache):
-    """In every compute dtype: its logits to the bit and, but for text with digits, its tokens."""
-    file = write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama", GGMLQuantizationType.Q4_1)
+@pytest.mark.parametrize(
+    ("architecture", "quantization", "dtype"),
+    [
+        *(("llama", "Q4_1", dtype) for dtype in ("float32", "bfloat16", "float16")),
+        *(("qwen2", quantization, "float32") for quantization in ("F32", "Q8_0", "Q5_0", "Q6_K")),
+        *(("qwen2", "Q4_K", dtype) for dtype in ("float32", "bfloat16", "float16")),
+        ("qwen3", "Q4_K", "float32"),
+    ],
+)
+def test_conversion_agrees_with_the_loader_of_transformers(architecture, quantization, dtype, tmp_path, cache):
+    """In every compute dtype, its logits to the bit."""
+    quantization = GGMLQuantizationType[quantization]
+    file = write_gguf(tmp_path / "small.gguf", small_model(architecture, quantization), architecture, quantization)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, dtype=getattr(torch, dtype)
     ).eval()
 
-    ours, tokenizer, info = load.load(catalog.resolve(str(file)), dtype)
+    ours, _, info = load.load(catalog.resolve(str(file)), dtype)
 
     assert ours.dtype == getattr(torch, dtype)
     assert info.compute_dtype == dtype
     assert torch.equal(logits(ours), logits(theirs))
-    assert tokenizer.convert_ids_to_tokens(tokenizer("he\n\n1").input_ids) == ["he", "ĊĊ", "1"]
-    text = "he said:\n\n  hé   日本 <|im_end|>"
-    assert (
-        tokenizer(text).input_ids
-        == transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)(text).input_ids
-    )
+
+
+def test_a_16_bit_model_is_stored_in_16_bits(tmp_path, cache):
+    """It takes half the disk, and its weights are those that a folder in float32 gives when it is loaded so."""
+    file = write_gguf(tmp_path / "small.gguf", small_model("qwen2"), "qwen2", GGMLQuantizationType.Q8_0)
+    source = catalog.resolve(str(file))
+
+    half, _, _ = load.load(source, "bfloat16")
+    (stored,) = (cache / "models").glob("small-*/model-*.safetensors")
+    size = stored.stat().st_size
+    load.prepare(source, "float32")
+    whole, _, _ = load.load(source, "bfloat16")
+
+    assert size < 2.1 * sum(parameter.numel() for parameter in half.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(half.parameters(), whole.parameters(), strict=True))
+    assert not list((cache / "models").glob("small-*-float16"))
+
+
+TEXTS = (
+    "he said:\n\n  hé   日本 <|im_end|>",
+    "12345 he1234  12\t34",
+    "he'll HE'LL I'm 'lx",
+    "e\u0301 \u00e9 ﬁ \u1100\u1161",  # letters that NFC joins
+    "!\n\n!! \r\n  \n   x",
+    "  ",
+    "",
+)
+
+
+@pytest.mark.parametrize(("architecture", "pre"), [("llama", "smollm"), ("qwen2", "qwen2"), ("llama", "llama-bpe")])
+def test_tokens_are_those_of_transformers(architecture, pre, tmp_path, cache):
+    """But for what transformers' conversion leaves out: SmolLM's cuts at digits, Qwen's NFC, Llama 3's bos."""
+    file = write_gguf(tmp_path / "small.gguf", small_model(architecture), architecture, pre=pre)
+    _, ours, _ = load.load(catalog.resolve(str(file)), "float32")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+
+    for text in TEXTS:
+        if pre != "smollm" or "1" not in text:
+            normal = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+            assert ours(text, add_special_tokens=False).input_ids == theirs(normal).input_ids, text
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("smollm", ["he", "ĊĊ", "1", "2", "3", "4", "'ll", "Ġ", "Ġhe", "'", "L", "L", "!", "Ċ"]),
+        ("qwen2", ["he", "ĊĊ", "1", "2", "3", "4", "'ll", "Ġ", "Ġhe", "'LL", "!Ċ"]),
+        ("llama-bpe", ["<|im_start|>", "he", "ĊĊ", "123", "4", "'ll", "Ġ", "Ġhe", "'LL", "!Ċ"]),
+    ],
+)
+def test_each_kind_cuts_in_its_own_way(pre, expected, tmp_path, cache):
+    """Digits alone, or in threes; a contraction in capitals or not; bos first where the kind has it."""
+    file = write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama", pre=pre)
+    _, tokenizer, _ = load.load(catalog.resolve(str(file)), "float32")
+
+    assert tokenizer.convert_ids_to_tokens(tokenizer("he\n\n1234'll  he'LL!\n").input_ids) == expected
 
 
 def test_gemmas_tokens_are_those_of_transformers(tmp_path, cache):
@@ -246,6 +347,33 @@ def test_large_models_are_written_in_shards(tmp_path, cache, monkeypatch):
     assert torch.equal(logits(load.load(source, "float32")[0]), logits(original))
 
 
+def test_slices_are_joined_and_nothing_of_them_is_left(tmp_path, cache, monkeypatch):
+    """A file cut in three packages is the model that the whole file is; the joined file is gone afterwards."""
+    whole = write_gguf(tmp_path / "whole.gguf", small_model("llama"), "llama")
+    content, slices = whole.read_bytes(), []
+    for index, part in enumerate((content[:1000], content[1000:5000], content[5000:]), start=1):
+        (tmp_path / f"fake_part{index}" / "data").mkdir(parents=True)
+        (tmp_path / f"fake_part{index}" / "__init__.py").write_text("raise RuntimeError('imported')")
+        (tmp_path / f"fake_part{index}" / "data" / "part.bin").write_bytes(part)
+        slices.append((f"fake-part{index}", "data/part.bin"))
+    monkeypatch.syspath_prepend(tmp_path)
+    model = catalog.EMBEDDED["smollm2-135m-instruct"]
+    model = replace(model, slices=tuple(slices), sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(catalog.EMBEDDED, model.name, model)
+
+    ours, _, _ = load.load(catalog.resolve(model.name), "float32")
+    theirs, _, _ = load.load(catalog.resolve(str(whole)), "float32")
+
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not [path for path in cache.rglob("*") if path.suffix == ".gguf" or path.name.startswith(".draft")]
+    monkeypatch.setitem(catalog.EMBEDDED, model.name, replace(model, slices=model.slices[::-1]))
+    assert [check.status for check in catalog.doctor() if model.name in check.name] == ["fail"]
+    (tmp_path / "fake_part2" / "data" / "part.bin").unlink()
+    found = catalog.resolve(model.name)
+    assert not found.available
+    assert "fake-part2 has no file data/part.bin: make model MODEL=smollm2-135m-instruct, or pip" in found.missing
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -400])
 def test_a_truncated_file_is_refused(keep, tmp_path, cache):
     """Cut in its header, its vocabulary or its last tensor, a file is an error of one line and no folder."""
@@ -260,8 +388,8 @@ def test_a_truncated_file_is_refused(keep, tmp_path, cache):
 
 def test_other_architectures_go_through_transformers(tmp_path, cache):
     """What the converter does not know is read by transformers' own GGUF loader, and computes what it should."""
-    original = small_model("qwen2")
-    file = write_gguf(tmp_path / "small.gguf", original, "qwen2")
+    original = small_model("phi3")
+    file = write_gguf(tmp_path / "small.gguf", original, "phi3")
     source = catalog.resolve(str(file))
 
     model, _, info = load.load(source, "float32")

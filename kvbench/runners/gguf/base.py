@@ -26,6 +26,10 @@ class GGUFFile:
         return default if field is None else field.contents()
 
 
+def _as_it_is(name: str, weight: NDArray[np.float32], config: Mapping[str, Any]) -> NDArray[np.float32]:
+    return weight
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one of llama.cpp's architectures becomes a transformers model.
@@ -35,9 +39,8 @@ class Architecture:
     """
 
     name: str
-
     config: Callable[[Callable[..., Any]], dict[str, Any]]
-    weight: Callable[[str, NDArray[np.float32], Mapping[str, Any]], NDArray[np.float32]]
+    weight: Callable[[str, NDArray[np.float32], Mapping[str, Any]], NDArray[np.float32]] = _as_it_is
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,12 @@ class Tokenizer:
     """How one of llama.cpp's tokenizers becomes a transformers tokenizer.
 
     name: `tokenizer.ggml.model`, a slash, and for byte-level BPE (gpt2) its `pre`, for others the architecture.
+    ends: tokens that end an answer beside those that the file names; it has room for one or two.
     """
 
     name: str
     build: Callable[[GGUFFile], Any]
+    ends: tuple[str, ...] = ()
 
 
 def common_config(get: Callable[..., Any]) -> dict[str, Any]:
@@ -63,6 +68,54 @@ def common_config(get: Callable[..., Any]) -> dict[str, Any]:
         "max_position_embeddings": int(get("context_length")),
         "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
     }
+
+
+def words(digits: str) -> Any:
+    """Cuts a text into contractions, words with a sign or space before them, numbers, runs of signs, and spaces.
+
+    digits: the pattern of a number.
+
+    Source: llama.cpp's pre-tokenizers "llama-bpe" and "qwen2", which are those of the models' tokenizer.json.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    before = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    after = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(before + digits + after), "isolated"), to_bytes])
+
+
+def byte_level(
+    file: GGUFFile, cut: Any, *, normalizer: Any = None, ignore_merges: bool = False, add_bos: bool = False
+) -> Any:
+    """A tokenizer of byte-level BPE (gpt2) over the pieces that `cut` makes.
+
+    ignore_merges: a piece that is a token is that token, whatever the merges say. add_bos: where the file doesn't say.
+    """
+    from tokenizers import Tokenizer, decoders, models
+
+    tokens: list[str] = file.get("tokenizer.ggml.tokens")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    if normalizer:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = cut
+    backend.decoder = decoders.ByteLevel()
+    if file.get("tokenizer.ggml.add_bos_token", add_bos):
+        backend.post_processor = first_bos(file)
+    return as_transformers(file, backend)
+
+
+def first_bos(file: GGUFFile) -> Any:
+    """Puts the file's bos token before a text."""
+    from tokenizers import processors
+
+    index = file.get("tokenizer.ggml.bos_token_id")
+    bos = file.get("tokenizer.ggml.tokens")[index]
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, index)]
+    )
 
 
 def as_transformers(file: GGUFFile, backend: Any) -> Any:

@@ -3,55 +3,92 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.environment import cache_dir
-from kvbench.runners.gguf.base import GGUFFile
+from kvbench.runners.gguf.base import GGUFFile, Tokenizer
 from kvbench.runners.gguf.read import architectures, read_gguf, tokenizers
-from kvbench.runners.model_files import ModelError, file_sha256, one_error, one_line, transformers_config, write_json
+from kvbench.runners.model_files import (
+    ComputeDtype,
+    ModelError,
+    file_sha256,
+    one_error,
+    one_line,
+    transformers_config,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    import torch
+    from gguf import ReaderTensor
 
 CONVERTER = 1  # part of a converted model's revision: raise it when the same file would give other numbers or tokens
 FOLDER = 2  # of a converted folder's name: raise it when an earlier conversion may be wrong in some environment
-SHARD_BYTES = 2**31
+SHARD_BYTES = 2**30
+SLICE_BYTES = 2**26
 
 
-def convert(file: Path) -> Path | None:
-    """The folder that this GGUF file was, or now is, converted to; None where only transformers' loader reads it.
+def convert(
+    files: Sequence[Path], stem: str, dtype: ComputeDtype = "float32", sha256: str | None = None
+) -> Path | None:
+    """The folder that a GGUF file was, or now is, converted to; None where only transformers' loader reads it.
+
+    files: the file, or the slices that it is once they are joined. stem: how the folder's name begins.
+    dtype: what the weights are stored in, each as casting the float32 one gives it: a model is loaded in one dtype,
+    and in 16 bits takes half the disk and half the time. A float32 folder serves all.
+    sha256: what the file must be.
 
     A conversion is written to a draft and renamed, one process at a time; what a killed one left is removed.
+
+    Raises:
+        ModelError: another file, a broken one, or one that has more in it than its architecture.
     """
     from filelock import FileLock
 
     home = cache_dir() / "models"
-    folder = home / f"{file.stem}-{file_sha256(file)[:16]}-c{CONVERTER}.{FOLDER}"
-    if folder.is_dir():
-        return folder
+    whole = home / f"{stem}-{(sha256 or file_sha256(*files))[:16]}-c{CONVERTER}.{FOLDER}"
+    folder = whole if dtype == "float32" else whole.with_name(f"{whole.name}-{dtype}")
+    for known in (whole, folder):
+        if known.is_dir():
+            return known
+    if sha256 and (found := file_sha256(*files)) != sha256:
+        raise ModelError(f"has sha256 {found[:16]}…, not {sha256[:16]}…")
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(f"cannot make the cache directory {home}, set KVBENCH_CACHE: {one_line(error)}") from error
-    with one_error(f"{file.name} cannot be converted"), FileLock(home / f"{folder.name}.lock"):
+    with one_error(f"{files[0].name} cannot be converted"), FileLock(home / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder
-        opened = read_gguf(file)
-        if not opened.config:
-            return None
-        names = _tensor_names(opened, file.name)
         draft = home / f".draft-{folder.name}"  # of this name only under the lock: any that is there was abandoned
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         try:
-            _write_folder(opened, names, file, draft)
+            file = _joined(files, draft)
+            opened = read_gguf(file)
+            if not opened.config:
+                return None
+            _write_folder(opened, _tensor_names(opened, file.name), file, draft, dtype)
+            if file.parent == draft:
+                file.unlink()
             draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _joined(files: Sequence[Path], draft: Path) -> Path:
+    """The one file, or a file in the draft folder that the slices are joined to."""
+    if len(files) == 1:
+        return files[0]
+    joined = draft / "joined.gguf"
+    with joined.open("wb") as out:
+        for file in files:
+            with file.open("rb") as part:
+                shutil.copyfileobj(part, out, 2**20)
+    return joined
 
 
 def _tensor_names(file: GGUFFile, file_name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -77,13 +114,14 @@ def _tensor_names(file: GGUFFile, file_name: str) -> dict[str, tuple[str, tuple[
     return names
 
 
-def _write_folder(file: GGUFFile, names: Mapping[str, tuple[str, tuple[int, ...]]], path: Path, folder: Path) -> None:
+def _write_folder(
+    file: GGUFFile, names: Mapping[str, tuple[str, tuple[int, ...]]], path: Path, folder: Path, dtype: ComputeDtype
+) -> None:
     """Weights, configuration and tokenizer, as transformers reads them."""
-    import numpy as np
-    from gguf.quants import dequantize
-    from safetensors.numpy import save_file
+    import torch
+    from safetensors.torch import save_file
 
-    shard: dict[str, NDArray[np.float32]] = {}
+    shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     total = 0
 
@@ -95,19 +133,21 @@ def _write_folder(file: GGUFFile, names: Mapping[str, tuple[str, tuple[int, ...]
 
     for tensor in file.reader.tensors:
         name, expected = names[tensor.name]
-        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        weight = architectures()[file.architecture].weight(tensor.name, weight, file.config)
-        if weight.shape != expected:
-            raise ModelError(f"{path.name}: {tensor.name} has shape {weight.shape}, expected {expected}")
-        shard[name] = np.ascontiguousarray(weight)
+        weight = _weight(tensor, file, getattr(torch, dtype))
+        if tuple(weight.shape) != expected:
+            raise ModelError(f"{path.name}: {tensor.name} has shape {tuple(weight.shape)}, expected {expected}")
+        shard[name] = weight
         total += weight.nbytes
         if sum(part.nbytes for part in shard.values()) > SHARD_BYTES:
             flush()
     if shard:
         flush()
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", file.config)
+    write_json(folder / "config.json", file.config | {"dtype": dtype})
     ends = [file.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id")]
+    if rules := _rules(file):
+        tokens = file.get("tokenizer.ggml.tokens")
+        ends += [tokens.index(end) for end in rules.ends if end in tokens]
     generation: dict[str, Any] = {
         key: file.config[key] for key in ("bos_token_id", "pad_token_id") if key in file.config
     }
@@ -117,21 +157,42 @@ def _write_folder(file: GGUFFile, names: Mapping[str, tuple[str, tuple[int, ...]
     _tokenizer(file, path).save_pretrained(folder)
 
 
+def _weight(tensor: ReaderTensor, file: GGUFFile, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor's values in `dtype`. Dequantized in slices: all at once, a large vocabulary's take twice their size."""
+    import numpy as np
+    import torch
+    from gguf.quants import dequantize
+
+    weight = np.empty(tuple(reversed(tensor.shape)), np.float32)
+    slices = max(1, weight.nbytes // SLICE_BYTES)
+    for part, data in zip(np.array_split(weight, slices), np.array_split(tensor.data, slices), strict=True):
+        part[...] = dequantize(data, tensor.tensor_type)
+    weight = architectures()[file.architecture].weight(tensor.name, weight, file.config)
+    return torch.from_numpy(np.ascontiguousarray(weight)).to(dtype)
+
+
+def _rules(file: GGUFFile) -> Tokenizer | None:
+    """How the file's tokenizer is built here; None where it is transformers' conversion."""
+    kind = str(file.get("tokenizer.ggml.model"))
+    if file.get("tokenizer.ggml.add_eos_token", False):
+        return None
+    return tokenizers().get(f"{kind}/{file.get('tokenizer.ggml.pre') if kind == 'gpt2' else file.architecture}")
+
+
 def _tokenizer(file: GGUFFile, path: Path) -> Any:
     """The file's tokenizer.
 
-    Two are built here. SmolLM's, since transformers (5.23) leaves out that it splits off every digit, and so cuts
-    spaces before a number in another way than the model was trained with; and Gemma's, of which transformers before
-    5.23 makes one that knows single characters alone. Others are transformers' conversion.
+    The known ones are built here: transformers' conversion is slow, and is wrong for some. It (5.23) leaves out that
+    SmolLM's splits off every digit, and so cuts spaces before a number in another way than the model was trained with;
+    of Gemma's transformers before 5.23 makes one that knows single characters alone.
     """
     from transformers import AutoTokenizer
 
-    kind = str(file.get("tokenizer.ggml.model"))
-    adds = file.get("tokenizer.ggml.add_bos_token", False) or file.get("tokenizer.ggml.add_eos_token", False)
-    ours = tokenizers().get(f"{kind}/{file.get('tokenizer.ggml.pre') if kind == 'gpt2' else file.architecture}")
-    if ours and not (kind == "gpt2" and adds):
-        tokenizer = ours.build(file)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    rules = _rules(file)
+    tokenizer: Any = (
+        rules.build(file)
+        if rules
+        else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    )
     tokenizer.model_max_length = file.config["max_position_embeddings"]
     return tokenizer

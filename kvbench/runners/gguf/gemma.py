@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvbench.runners.gguf.base import Architecture, GGUFFile, Tokenizer, as_transformers, common_config
+from kvbench.runners.gguf.base import Architecture, GGUFFile, Tokenizer, as_transformers, common_config, first_bos
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ def _gemma_tokenizer(file: GGUFFile) -> Any:
     The file has no merges: every pair of pieces that joins to a piece is one, in the order of the wholes, and of one
     whole's that with the longer left piece first. Source: the merges that transformers 5.23 reads off such a file.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # runs of spaces stand in the file as they are read, not as they are matched
     tokens: list[str] = [token.replace(" ", "▁") for token in file.get("tokenizer.ggml.tokens")]
@@ -61,10 +61,7 @@ def _gemma_tokenizer(file: GGUFFile) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     if file.get("tokenizer.ggml.add_bos_token", True):
-        bos = tokens[file.get("tokenizer.ggml.bos_token_id")]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
-        )
+        backend.post_processor = first_bos(file)
     return as_transformers(file, backend)
 
 

@@ -1,11 +1,11 @@
-"""Llama and the models of its shape: SmolLM2."""
+"""Llama, and the models of its shape: SmolLM2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvbench.runners.gguf.base import Architecture, GGUFFile, Tokenizer, as_transformers, common_config
+from kvbench.runners.gguf.base import Architecture, GGUFFile, Tokenizer, byte_level, common_config, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,17 +37,16 @@ def _smollm_tokenizer(file: GGUFFile) -> Any:
 
     Source: llama.cpp's pre-tokenizer "smollm"; the same two steps stand in the tokenizer.json of SmolLM2 on the hub.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import pre_tokenizers
 
-    tokens: list[str] = file.get("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    return as_transformers(file, backend)
+    by_digit = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return byte_level(file, pre_tokenizers.Sequence(by_digit))
+
+
+def _llama3_tokenizer(file: GGUFFile) -> Any:
+    return byte_level(file, words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
 
 
 LLAMA = Architecture("llama", _llama_config, _llama_weight)
 SMOLLM = Tokenizer("gpt2/smollm", _smollm_tokenizer)
+LLAMA3_TOKENIZER = Tokenizer("gpt2/llama-bpe", _llama3_tokenizer, ends=("<|end_of_text|>", "<|eot_id|>"))
