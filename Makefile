@@ -5,6 +5,7 @@
 #   make model MODEL=NAME      a model that `kvbench ls models` lists, from its packages
 #   make check                 format, lint, types, import contracts
 #   make test-gpu              the kernels' tests, compiled, with the python that has the GPU: GPU_PYTHON=...
+#   make fuzz                  damaged inputs by the thousand, minutes; ARGS="--seed 2" for others
 #   make bench                 the benchmark scripts
 #   make docs                  what is generated in docs/
 #   make dist                  wheel and sdist in dist/
@@ -15,7 +16,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env quickstart model check test test-gpu bench docs dist wheel clean
+.PHONY: env quickstart model check test test-gpu fuzz bench docs dist wheel clean
 
 # only what the environment itself holds is imported
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
@@ -70,6 +71,9 @@ test: env
 # no environment of ours: a machine with a GPU has its own torch, Triton and transformers, and need not install kvbench
 test-gpu:
 	TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -P -m pytest tests/kernels $(ARGS)
+
+fuzz: env
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 bench: env
 	@for script in benchmarks/*.py; do echo "== $$script"; TQDM_DISABLE=1 $(BIN)/python "$$script" $(ARGS); done

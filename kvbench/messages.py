@@ -26,8 +26,10 @@ BOUNDS = {
 
 
 def wrong(item: ErrorDetails) -> str:
-    """`expected a whole number, not 'x'`, of one of pydantic's errors of a type, a size or a length."""
+    """`expected a whole number, not 'x'`, of one of pydantic's errors; of a check of ours, its own words."""
     kind = item["type"]
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
     if kind == "too_short":
         return "expected at least one entry, the list is empty"
     if kind in BOUNDS:

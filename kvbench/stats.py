@@ -230,7 +230,7 @@ def parse_margin(text: str) -> float:
     Raises:
         ValueError: another form, or none above 0 and below 100.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*pp", str(text).strip())
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *pp", str(text).strip())
     if not found or not 0 < float(found[1]) < 100:
         raise ValueError(f"expected a margin in percentage points, such as 1pp, not '{text}'")
     return float(found[1]) / 100

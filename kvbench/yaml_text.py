@@ -2,20 +2,130 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import yaml
 
+from kvbench.files import read_text
 from kvbench.messages import path_text
 
 Loc = tuple[str | int, ...]
 
+# far more than a person writes, and read in a fraction of a second
+MAX_BYTES = 2**17
+MAX_NODES = 5000
+MAX_LEVELS = 40
+MAX_DIGITS = 40
+MAX_WIDTH = 200  # of a line that is shown
+
+KIND = "tag:yaml.org,2002:"
+KINDS = {
+    "null": "nothing",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "timestamp": "a date",
+}
+# as every version of YAML reads them
+PLAIN = {
+    "int": re.compile(rf"[-+]?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})"),
+    "float": re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message says where, what, and what was expected."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without its traps, each an error at its place.
+
+    No number in a notation that another version of YAML reads otherwise (010 is 8 or 10, 1:30 is 90 or a text), no
+    date, no key that is not text, nothing that holds itself, and no more levels and nodes, aliases written out, than a
+    person writes.
+    """
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(KIND) in {*KINDS, "str", "seq", "map"}
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.levels = 0  # of the node that is being read
+        self.sizes: dict[int, tuple[int, int]] = {}  # levels and nodes of each that was read, by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, with all below it."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        self.levels += 1
+        if self.levels > MAX_LEVELS:
+            raise refused(f"more than {MAX_LEVELS} levels, one in another", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        if node is None or id(node) in self.sizes:
+            return node
+        if isinstance(event, yaml.AliasEvent):
+            raise refused(f"*{event.anchor} stands inside what it is the name of", event.start_mark)
+        if len(self.sizes) >= MAX_NODES:
+            raise refused(f"more than {MAX_NODES} values", event.start_mark)
+        below = [self.sizes[id(one)] for one in parts(node)]
+        levels = 1 + max((levels for levels, _ in below), default=0)
+        nodes = 1 + sum(nodes for _, nodes in below)
+        self.sizes[id(node)] = levels, nodes
+        if levels > MAX_LEVELS or nodes > MAX_NODES:
+            raise refused(f"more than {MAX_LEVELS} levels or {MAX_NODES} values, aliases written out", event.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """The next scalar, where all readers of YAML agree what it is."""
+        node = super().compose_scalar_node(anchor)
+        if half := re.search("[\ud800-\udfff]", node.value):
+            raise refused(f"half a character, U+{ord(half[0]):04X}", node.start_mark)
+        kind = node.tag.removeprefix(KIND)
+        if kind not in KINDS:
+            return node
+        value = node.value if len(node.value) <= MAX_DIGITS else f"{node.value[:MAX_DIGITS]}…"
+        if self.resolve(yaml.ScalarNode, node.value, (True, False)) != node.tag:  # type: ignore[no-untyped-call]
+            raise refused(f"'{value}' is not {KINDS[kind]}", node.start_mark)
+        if kind == "timestamp":
+            raise refused(f"{value} is a date to YAML; a text stands in quotes", node.start_mark)
+        if kind in PLAIN and not PLAIN[kind].fullmatch(node.value):
+            what = f"at most {MAX_DIGITS} decimal digits, none of them a leading 0" if kind == "int" else "as 0.5"
+            raise refused(f"{value} is no plain number: write {what}, and a text in quotes", node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The next mapping, if its keys are text."""
+        node = super().compose_mapping_node(anchor)
+        for key, _ in node.value:
+            if key.tag not in (f"{KIND}str", f"{KIND}merge"):
+                raise refused("a key is text: put it in quotes", key.start_mark)
+        return node
+
+
+def parts(node: yaml.Node) -> Iterator[yaml.Node]:
+    """The nodes that a node holds itself."""
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+
+
+class Trap(yaml.MarkedYAMLError):
+    """A text that is YAML, but not one that is read here."""
+
+
+def refused(problem: str, mark: Any) -> Trap:
+    """What is wrong with the YAML, and where."""
+    return Trap(problem=problem, problem_mark=mark)
 
 
 @dataclass(frozen=True)
@@ -72,12 +182,16 @@ class Document:
     def excerpt(self, start: yaml.Mark, end: yaml.Mark) -> str:
         """The source line of a mark with carets under it."""
         lines = self.text.splitlines()
-        line = lines[start.line] if start.line < len(lines) else ""
-        width = end.column - start.column if end.line == start.line else len(line.rstrip()) - start.column
+        line = lines[start.line].rstrip() if start.line < len(lines) else ""
+        width = end.column - start.column if end.line == start.line else len(line) - start.column
+        # of a line that no screen holds, the part with the place
+        first = 0 if len(line) <= MAX_WIDTH else max(0, start.column - MAX_WIDTH // 2)
+        seen, column = line[first : first + MAX_WIDTH], start.column - first
         prefix = f"{start.line + 1:>5} | "
         # tabs keep their width under the line
-        indent = re.sub(r"[^\t]", " ", line[: start.column])
-        return f"{prefix}{line.rstrip()}\n{' ' * (len(prefix) - 2)}| {indent}{'^' * max(1, width)}"
+        indent = re.sub(r"[^\t]", " ", seen[:column])
+        carets = "^" * max(1, min(width, len(seen) - column))
+        return f"{prefix}{seen}\n{' ' * (len(prefix) - 2)}| {indent}{carets}"
 
 
 def child(node: yaml.Node, step: str | int, key: bool = False) -> yaml.Node | None:
@@ -91,28 +205,32 @@ def child(node: yaml.Node, step: str | int, key: bool = False) -> yaml.Node | No
     return None
 
 
-def read_document(text: str, name: str) -> tuple[Document, dict[str, Any]]:
-    """The node tree and the data of a YAML text.
+def read_document(text: str, name: str, expected: str) -> tuple[Document, dict[str, Any]]:
+    """The node tree and the data of a YAML text. expected: what stands in it at least, in words.
 
     Raises:
         ConfigError: it is no YAML, is empty, is no mapping, or has a key twice.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         root = loader.get_single_node()
         if root is None:
-            raise ConfigError(f"{name}: the file is empty; a sweep has at least name, model, dtypes and tasks")
+            raise ConfigError(f"{name}: the file is empty; {expected}")
         document = Document(name, text, root, {})
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(document.message((), "expected a mapping with name, model, dtypes and tasks"))
+            raise ConfigError(document.message((), f"expected a mapping: {expected}"))
         twice = list(duplicate_keys(document, root))
         if twice:
             raise ConfigError("\n".join(twice))
         data = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         raise ConfigError(syntax_message(text, name, error)) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        raise ConfigError(
+            f"{name}:{line}:{column}: not YAML: the character U+{ord(text[error.position]):04X}, which no file shows"
+        ) from None
     return document, data
 
 
@@ -155,6 +273,26 @@ def duplicate_keys(document: Document, root: yaml.Node) -> Iterator[str]:
                 pending.append((value, (*loc, str(key.value))))
 
 
+def read_file(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        ConfigError: it isn't there, is no text, or is far longer than one that a person writes.
+    """
+    try:
+        return read_text(path, MAX_BYTES)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f": did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"no file {path}{hint}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
 # ---- --set
 
 
@@ -165,12 +303,13 @@ def apply_setting(data: Any, setting: str) -> Loc:
         ConfigError: it has no value, or there is no such place.
     """
     path, equals, text = setting.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", path):
+    if not equals or not re.fullmatch(r"\w+(\.\w+|\[[0-9]{1,9}\]){0,9}", path):
         raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as tasks[0].limit=50")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {setting}: '{text}' is not a YAML value") from None
+        value = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        why = f": {error.problem}" if isinstance(error, Trap) else ""
+        raise ConfigError(f"--set {setting}: '{text}' is not a YAML value{why}") from None
     loc: Loc = tuple(int(part[1:-1]) if part.startswith("[") else part for part in re.findall(r"\[\d+\]|\w+", path))
     parent: Any = data
     for depth, step in enumerate(loc):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, NOTHING_TO_COMPARE, Margin, fail
+from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, NOTHING_TO_COMPARE, Margin, fail, say
 
 if TYPE_CHECKING:
     from kvbench.measured import Measured
@@ -61,14 +61,10 @@ def check(
     except (OSError, ValueError) as error:
         fail(error, BAD_INPUT)
     for line in found.failed:
-        print(f"FAILED {line}")
+        say(f"FAILED {line}")
     for line in found.skipped:
-        print(f"skipped {line}")
-    print(
-        "\n".join(
-            [*found.notes, f"{found.compared} compared, {len(found.failed)} failed, {len(found.skipped)} skipped"]
-        )
-    )
+        say(f"skipped {line}")
+    say(*found.notes, f"{found.compared} compared, {len(found.failed)} failed, {len(found.skipped)} skipped")
     if found.failed:
         raise typer.Exit(GATE_FAILED)
     if not found.compared:
@@ -89,4 +85,4 @@ def _keep(here: Measured, write: Path, timed: bool) -> None:
         fail(f"cannot write {write}: {why}; --write takes a file in a folder that is there", BAD_INPUT)
     if timed:
         print("kernel times are not kept in it: --against a run folder compares them", file=sys.stderr)
-    print(write)
+    say(str(write))

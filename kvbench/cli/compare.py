@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, Baseline, Margin, ReportFormat, fail, print_rows
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, Baseline, Margin, ReportFormat, fail, print_rows, say
 
 if TYPE_CHECKING:
     from kvbench.report.timings import SpeedComparison
@@ -56,10 +56,10 @@ def compare(
         fail(error, BAD_INPUT)
     if as_format == ReportFormat.TABLE:
         for title, lines in comparison_text.tables(found):
-            print(title)
+            say(title)
             print_rows(comparison_text.HEADERS, lines, comparison_text.NUMERIC)
             print()
-        print("\n".join([comparison_text.LEGEND, *comparison_text.summary(first, found, second)]))
+        say(comparison_text.LEGEND, *comparison_text.summary(first, found, second))
     elif as_format == ReportFormat.MD:
         print(comparison_text.markdown(first, found, second), end="")
     else:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, UNUSABLE, ReportFormat, fail
+from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, UNUSABLE, ReportFormat, fail, say
 
 
 class Operation(StrEnum):
@@ -119,7 +119,7 @@ def kernel(
     environment = {**describe(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
 
     def keep(row: dict[str, Any]) -> None:
-        print(_progress(row), file=sys.stderr)
+        say(_progress(row), to=sys.stderr)
         if output:
             Store(output).save(*as_record(row, environment))
 
@@ -140,7 +140,7 @@ def kernel(
     else:
         print("\n\n".join(render(timings, as_format.value) for timings in done))
     if output:
-        print(output, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+        say(str(output), to=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
     if not all(timings.passed for timings in done):
         raise typer.Exit(GATE_FAILED)
 

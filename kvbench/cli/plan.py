@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbench.cli.shared import BAD_INPUT, AsList, Config, Limit, ListFormat, Only, Output, Set, Skip, fail, print_rows
+from kvbench.cli.shared import (
+    BAD_INPUT,
+    AsList,
+    Config,
+    Limit,
+    ListFormat,
+    Only,
+    Output,
+    Set,
+    Skip,
+    fail,
+    print_rows,
+    say,
+)
 
 if TYPE_CHECKING:
     from kvbench.sweep.command import Options, Planned
@@ -74,7 +87,7 @@ def print_plan(planned: Planned) -> None:
     from kvbench.sweep.command import plan_summary, plan_tables
 
     for title, headers, rows in plan_tables(planned):
-        print(title)
+        say(title)
         print_rows(headers, rows, numeric=(2, 3, 4))
         print()
-    print("\n".join(plan_summary(planned)))
+    say(*plan_summary(planned))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, ReportFormat, fail, print_table
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, ReportFormat, fail, print_table, say
 
 
 def report(
@@ -35,15 +35,15 @@ def report(
     if as_format == ReportFormat.TABLE:
         for table in found.tables():
             print_table(table)
-        print("\n".join([LEGEND, *found.summary()]))
+        say(LEGEND, *found.summary())
     else:
         print({"md": found.markdown, "csv": found.csv, "json": found.json}[as_format.value](), end="")
         for problem in found.problems:
-            print(problem, file=sys.stderr)
+            say(problem, to=sys.stderr)
     try:
         first, *others = found.write()
     except OSError as error:
-        print(f"not written: {error.filename}: {error.strerror}", file=sys.stderr)
+        say(f"not written: {error.filename}: {error.strerror}", to=sys.stderr)
     else:
         names = " · ".join([str(first), *(path.name for path in others)])
-        print(names, file=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+        say(names, to=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)

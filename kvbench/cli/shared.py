@@ -7,15 +7,19 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
+
+from kvbench.render.text import seen, table
 
 if TYPE_CHECKING:
     from kvbench.report.table import Table
 
 # 3 comes from the sweep itself
 GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 1, 2, 4, 5, 130
+
+MAX_COUNT = 10**9  # documents; no data set has more
 
 
 class ReportFormat(StrEnum):
@@ -49,7 +53,9 @@ Set = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", min=1, metavar="N", help="A quick look at N documents a task: NOT A REAL SCORE."),
+    typer.Option(
+        "--limit", min=1, max=MAX_COUNT, metavar="N", help="A quick look at N documents a task: NOT A REAL SCORE."
+    ),
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: results/<sweep name>]")
@@ -72,18 +78,21 @@ Baseline = Annotated[
 
 def fail(error: object, code: int) -> NoReturn:
     """The message alone on stderr, and the exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {seen(error)}", file=sys.stderr)
     raise typer.Exit(code)
 
 
-def print_table(table: Table) -> None:
+def say(*lines: str, to: TextIO | None = None) -> None:
+    """Lines of text in the terminal, on stdout unless told otherwise."""
+    print(seen("\n".join(lines)), file=to)
+
+
+def print_table(one: Table) -> None:
     """A report's table, its warnings above and its notes below."""
-    print(table.title)
-    for warning in table.warnings:
-        print(warning)
-    numeric = [index for index, header in enumerate(table.headers) if header.numeric]
-    print_rows(["\n".join(header.lines) for header in table.headers], table.rows, numeric)
-    print("\n".join([*table.notes, ""]))
+    say(one.title, *one.warnings)
+    numeric = [index for index, header in enumerate(one.headers) if header.numeric]
+    print_rows(["\n".join(header.lines) for header in one.headers], one.rows, numeric)
+    say(*one.notes, "")
 
 
 def print_list(rows: Sequence[dict[str, Any]], as_format: ListFormat, absent: dict[str, str] | None = None) -> None:
@@ -106,21 +115,5 @@ def _shown(value: object, absent: str) -> str:
 
 
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
-    """A table as wide as it needs to be, whatever the terminal: a value that is cut short is a wrong value."""
-    heads = [header.split("\n") for header in headers]
-    depth = max(map(len, heads)) if any(headers) else 0
-    lines = [[*[""] * (depth - len(head)), *head] for head in heads]
-    head_rows = [[line[level] for line in lines] for level in range(depth)]
-    widths = [max(map(len, column)) for column in zip(*head_rows, *rows, strict=True)]
-
-    def joined(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if index in numeric else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "   ".join(cells).rstrip()
-
-    print("\n".join(map(joined, head_rows)), end="\n" if head_rows else "")
-    if head_rows:
-        print("─" * (sum(widths) + 3 * (len(widths) - 1)))
-    print("\n".join(map(joined, rows)))
+    """A table in the terminal."""
+    print(table(headers, rows, numeric))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, AsList, ListFormat, fail, print_list
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, AsList, ListFormat, fail, print_list, say
 
 
 def show(
@@ -30,6 +30,6 @@ def show(
     if as_format == ListFormat.JSON:
         print(json.dumps([asdict(row) for row in found.rows], indent=1))
         return
-    print(found.title)
+    say(found.title)
     if found.rows:
         print_list([asdict(row) for row in found.rows], as_format)

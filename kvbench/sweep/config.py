@@ -12,18 +12,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from kvbench.files import is_folder, named_path
 from kvbench.messages import shown, wrong
 from kvbench.registry import find_name
 from kvbench.schemes import Scheme, split_pair
 from kvbench.stats import parse_margin
 from kvbench.sweep.parts import REAL, ComputeDtype, Parts
-from kvbench.tasks import OURS
-from kvbench.tasks.base import Task
+from kvbench.tasks import OURS, OptionError
+from kvbench.tasks.base import Count, Line, Task
 from kvbench.transforms import all_rotations
-from kvbench.yaml_text import ConfigError, Document, Loc, apply_setting, read_document
+from kvbench.yaml_text import ConfigError, Document, Loc, apply_setting, read_document, read_file
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
 Attention = Literal["auto", "reference", "triton"]
+MINIMUM = "a sweep has at least name, model, dtypes and tasks"
 # torch takes seeds below 2^64; the A/A cell's is the next one, and each answer that is drawn counts on from there
 MAX_SEED = 2**63 - 1
 
@@ -38,8 +40,8 @@ class _Strict(BaseModel):
 class ModelSpec(_Strict):
     """A model by name, folder, hub id or GGUF file."""
 
-    name: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
+    name: Line
+    revision: Line | None = None
     compute_dtype: ComputeDtype | None = None
 
     @model_validator(mode="before")
@@ -110,6 +112,11 @@ def _margin(value: str) -> str:
     return value
 
 
+def _path(value: str) -> str:
+    named_path(value)
+    return value
+
+
 class Sweep(_Strict):
     """What `kvbench sweep` runs: every model × dtype × rotation × task.
 
@@ -122,7 +129,7 @@ class Sweep(_Strict):
     GPU wherever they can serve; an explicit choice never falls back.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     note: str = ""
     model: ModelSpec | None = None
     models: Annotated[list[ModelSpec], Field(min_length=1)] | None = None
@@ -133,13 +140,13 @@ class Sweep(_Strict):
     canary: bool = True
     again: bool = True
     margin: Annotated[str, AfterValidator(_margin)] = "1pp"
-    data: str | None = None
+    data: Annotated[str, AfterValidator(_path)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     page_size: Annotated[int, Field(ge=1, le=4096)] = 16
     scoring: Scoring = "fused"
     attention: Attention = "auto"
     compute_dtype: ComputeDtype | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     apply_chat_template: bool | None = None
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
@@ -176,7 +183,7 @@ class Sweep(_Strict):
     def data_folder(self) -> Path | None:
         """The mirror of datasets that the YAML names, else KVBENCH_DATA."""
         folder = self.data or os.environ.get("KVBENCH_DATA")
-        return Path(folder).expanduser() if folder else None
+        return named_path(folder) if folder else None
 
     def make_tasks(self, parts: Parts = REAL) -> list[Task]:
         """The tasks, with what the sweep says for all of them.
@@ -191,8 +198,10 @@ class Sweep(_Strict):
         spec = dict(spec) if isinstance(spec, Mapping) else {"task": spec}
         if self.limit is not None:
             own = spec.get("limit")
-            spec["limit"] = min(own, self.limit) if isinstance(own, int) else self.limit
-        if spec.get("task") in OURS:
+            # what is no number stays, for the task to refuse
+            smaller = min(own, self.limit) if isinstance(own, int) and not isinstance(own, bool) else own
+            spec["limit"] = self.limit if own is None else smaller
+        if spec.get("task") in [*OURS]:
             return spec
         form = {"apply_chat_template": self.apply_chat_template, "system_instruction": self.system_instruction}
         spec = {name: value for name, value in form.items() if value is not None} | spec
@@ -210,19 +219,7 @@ def load_sweep(path: Path, settings: Sequence[str] = (), *, parts: Parts = REAL)
     Raises:
         ConfigError: with one message for each thing that is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f": did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"no file {path}{hint}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    return parse_sweep(text, str(path), settings, parts=parts)
+    return parse_sweep(read_file(path), str(path), settings, parts=parts)
 
 
 def parse_sweep(text: str, name: str, settings: Sequence[str] = (), *, parts: Parts = REAL) -> Sweep:
@@ -231,7 +228,7 @@ def parse_sweep(text: str, name: str, settings: Sequence[str] = (), *, parts: Pa
     Raises:
         ConfigError: with one message for each thing that is wrong.
     """
-    document, data = read_document(text, name)
+    document, data = read_document(text, name, MINIMUM)
     for setting in settings:
         document.overridden[apply_setting(data, setting)] = setting
     try:
@@ -247,8 +244,12 @@ def parse_sweep(text: str, name: str, settings: Sequence[str] = (), *, parts: Pa
 
 def problems_beyond_shape(document: Document, sweep: Sweep, parts: Parts) -> Iterator[str]:
     """A message for each folder, model and task that cannot be, though it is written well."""
-    data = sweep.data_folder()
-    if data is not None and not data.is_dir():
+    try:
+        data = sweep.data_folder()
+    except ValueError as error:
+        yield f"KVBENCH_DATA: {error}"
+        return
+    if data is not None and not is_folder(data):
         text = f"there is no folder {data}"
         yield document.message(("data",), text) if sweep.data else f"KVBENCH_DATA: {text}"
         return
@@ -262,7 +263,10 @@ def problems_beyond_shape(document: Document, sweep: Sweep, parts: Parts) -> Ite
             # its identity reads what the task is made of, such as a mirror's file
             parts.make_task(sweep.task_spec(spec), data).identity()
         except ValueError as error:
-            yield document.message_near(("tasks", index), str(error))
+            if isinstance(error, OptionError):
+                yield document.message(("tasks", index, *error.loc), str(error), key=error.unknown)
+            else:
+                yield document.message_near(("tasks", index), str(error))
 
 
 # ---- pydantic's errors in our words
@@ -287,7 +291,7 @@ def explain(document: Document, item: ErrorDetails) -> str:
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
         return document.message(loc, f"unknown value {shown(value)}: {hint}")
     if kind == "string_pattern_mismatch":
-        return document.message(loc, f"expected letters, digits, '.', '_' and '-', not {shown(value)}")
+        return document.message(loc, f"expected up to 100 letters, digits, '.', '_' and '-', not {shown(value)}")
     if kind == "model_type":
         return document.message(loc, f"expected a name or a mapping, not {shown(value)}")
     return document.message(loc, wrong(item))

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from kvbench.render.text import cell as cell_text
+from kvbench.render.text import seen
 from kvbench.results import Record, headline, shown_metric
 from kvbench.sweep.plan import Cell
 
@@ -109,7 +111,7 @@ class Display:
 
     def say(self, text: str, style: str = "") -> None:
         """A line that stays."""
-        self.console.print(Text(text, style))
+        self.console.print(Text(seen(text), style))
 
     def finished(self, cell: Cell, record: Record) -> None:
         """The line of a cell that is done, or has failed."""
@@ -181,4 +183,4 @@ class Lane:
         self.display.finished(cell, record)
 
     def _show(self, text: str, eta: float | None) -> None:
-        self.bars.reset(self.bar, total=None, description=text, visible=True, count="", eta=duration(eta))
+        self.bars.reset(self.bar, total=None, description=cell_text(text), visible=True, count="", eta=duration(eta))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from kvbench.messages import path_text, wrong
 from kvbench.tasks import lm_eval_index
@@ -25,6 +26,14 @@ OURS: dict[str, type[Divergence | Needle | Throughput]] = {
     "needle": Needle,
     "throughput": Throughput,
 }
+
+
+class OptionError(ValueError):
+    """A task's option that cannot be; loc: where it stands in the entry. unknown: it is the key that is wrong."""
+
+    def __init__(self, message: str, loc: tuple[str | int, ...], unknown: bool) -> None:
+        super().__init__(message)
+        self.loc, self.unknown = loc, unknown
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,10 @@ def make_task(spec: str | dict[str, Any], data: Path | None = None) -> Task:
     try:
         return kind.model_validate(options)  # type: ignore[return-value]
     except ValidationError as error:
-        raise ValueError(f"task {task}: {_explain(error, kind)}") from error
+        first = error.errors()[0]
+        raise OptionError(
+            f"task {task}: {_explain(first, kind)}", first["loc"], first["type"] == "extra_forbidden"
+        ) from error
 
 
 def list_tasks() -> list[TaskInfo]:
@@ -76,13 +88,12 @@ def list_tasks() -> list[TaskInfo]:
     return ours + [TaskInfo(name, lm_eval_index.index()[name].kind, "lm-eval") for name in theirs]
 
 
-def _explain(error: ValidationError, kind: type[Options]) -> str:
-    first = error.errors()[0]
+def _explain(first: ErrorDetails, kind: type[Options]) -> str:
     where = path_text(first["loc"])
     if first["type"] == "extra_forbidden":
         known = sorted(set(kind.model_fields) - {"task"})
         return f"unknown option '{where}': {_nearest(where, known) or ''}".rstrip(": ")
-    return f"{where}: {wrong(first)}"
+    return f"{where}: {wrong(first)}" if where else wrong(first)
 
 
 def _nearest(text: str, names: Iterable[str]) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from kvbench.files import named_path
+from kvbench.messages import shown
 
 if TYPE_CHECKING:  # a config is validated without waiting for torch
     from torch import Tensor
@@ -18,6 +22,22 @@ if TYPE_CHECKING:  # a config is validated without waiting for torch
 
 
 Need = Literal["chat template", "generation"]
+
+
+def _line(value: str) -> str:
+    if not value.strip() or not value.isprintable() or len(value) > MAX_NAME:
+        raise ValueError(f"expected a line of 1 to {MAX_NAME} characters that can be seen, not {shown(value)}")
+    return value
+
+
+def _path(value: Any) -> Any:
+    return named_path(value) if isinstance(value, str) else value
+
+
+MAX_NAME = 4096  # characters; a model's may be a path
+Line = Annotated[str, AfterValidator(_line)]
+NamedPath = Annotated[Path, BeforeValidator(_path), Field(strict=False)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
 
 
 @dataclass(frozen=True)
@@ -98,8 +118,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str
-    limit: PositiveInt | None = None
+    name: Line
+    limit: Count | None = None
 
     @property
     def timed(self) -> bool:

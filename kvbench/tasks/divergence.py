@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.tasks import text
-from kvbench.tasks.base import Options, RunContext
+from kvbench.tasks.base import Line, NamedPath, Options, RunContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +31,10 @@ class Divergence(Options):
     between which the divergence is also stated alone: [1024, 2048, 8192] adds `kld@1024-2048` and `kld@2048-8192`.
     """
 
-    name: str = "divergence"
-    tokens: Annotated[int, Field(ge=2)] = 4096
-    context: Annotated[int, Field(ge=2)] = 512
-    text: Annotated[Path | None, Field(strict=False)] = None
+    name: Line = "divergence"
+    tokens: Annotated[int, Field(ge=2, le=10**9)] = 4096
+    context: Annotated[int, Field(ge=2, le=10**9)] = 512
+    text: NamedPath | None = None
     positions: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")

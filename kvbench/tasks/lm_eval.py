@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
 from kvbench.results import LM_EVAL, Metric, Outcome, headline, of_lm_eval
 from kvbench.tasks import lm_eval_index, mirror, text
-from kvbench.tasks.base import Need, Options, RunContext, no_template
+from kvbench.tasks.base import NamedPath, Need, Options, RunContext, no_template
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -44,12 +44,12 @@ class LmEval(Options):
     """
 
     task: str
-    num_fewshot: NonNegativeInt | None = None
+    num_fewshot: Annotated[int, Field(ge=0, le=10**6)] | None = None
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
-    data: Annotated[Path | None, Field(strict=False)] = None
+    data: NamedPath | None = None
 
     @model_validator(mode="after")
     def _turns_of_a_chat(self) -> Self:

@@ -8,19 +8,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Need, Options, RunContext
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
 
 VERSION = 1
 ANSWER_TOKENS = 16
+MAX_DOCUMENTS = 10**6
 CITIES = ("Oslo", "Lisbon", "Nairobi", "Quito", "Hanoi", "Dublin", "Ankara", "Havana", "Seoul", "Tunis", "Riga", "Lima")
 
 
@@ -41,11 +42,20 @@ class Needle(Options):
     per_cell: documents for each context and depth; seed: of the documents, not of the sweep.
     """
 
-    name: str = "needle"
-    contexts: Annotated[tuple[Annotated[int, Field(ge=128)], ...], Field(min_length=1, strict=False)] = (1024,)
-    depths: PositiveInt = 5
-    per_cell: PositiveInt = 4
+    name: Line = "needle"
+    contexts: Annotated[tuple[Annotated[int, Field(ge=128, le=10**9)], ...], Field(min_length=1, strict=False)] = (
+        1024,
+    )
+    depths: Count = 5
+    per_cell: Count = 4
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _few_enough(self) -> Self:
+        made = len(self.contexts) * self.depths * self.per_cell
+        if made > MAX_DOCUMENTS:
+            raise ValueError(f"contexts × depths × per_cell are {made} documents; take at most {MAX_DOCUMENTS}")
+        return self
 
     def identity(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from kvbench.files import read_text
+
 BUILTIN = "pydoc_data.topics"
 
 
@@ -53,9 +55,11 @@ def read(path: Path | None) -> Text:
     if path is None:
         return builtin()
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {path}: {error}") from error
+        text = read_text(path)
+    except OSError as error:
+        raise ValueError(f"text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {path}: not UTF-8 (byte {error.start})") from error
     return Text(path.name, text, sha256(text))
 
 

@@ -8,11 +8,11 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Need, Options, RunContext
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext
 
 if TYPE_CHECKING:
     from kvbench.runners.base import GenerateRequest, Paged, Runner
@@ -29,11 +29,11 @@ class Throughput(Options):
     seed: of the tokens, not of the sweep.
     """
 
-    name: str = "throughput"
-    prompt: PositiveInt = 1024
-    new: int = Field(default=128, ge=2)
-    batch: PositiveInt = 8
-    repeats: PositiveInt = 3
+    name: Line = "throughput"
+    prompt: Count = 1024
+    new: int = Field(default=128, ge=2, le=10**9)
+    batch: Count = 8
+    repeats: Count = 3
     seed: int = 0
 
     @property

@@ -249,7 +249,7 @@ def with_line(line):
         ),
         ("", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes and tasks"),
         ("# nothing\n", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes and tasks"),
-        ("- a\n", "bad.yaml:1:1: expected a mapping with name, model, dtypes and tasks"),
+        ("- a\n", "bad.yaml:1:1: expected a mapping: a sweep has at least name, model, dtypes and tasks"),
         ("a: &a [*a]\n", None),
         ("\x00", None),
     ],
