@@ -1,69 +1,400 @@
-"""A scheme: how a model's keys and values are stored, with its name and the parser of that name."""
+"""A scheme: how a model's keys and values are stored, with its name, its parser, its identity and its bytes.
+
+In one text, `int4:int2+w64s4+l0=int8` and beside it the transforms, `center+hadamard:hadamard`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
+from kvbench.calibration import Calibration
 from kvbench.dtypes import Dtype, all_dtypes
+from kvbench.presets import all_presets
 from kvbench.registry import find_name
-from kvbench.transforms import Rotation, all_rotations
+from kvbench.transforms import Lowered, Params, Transform, all_transforms
+from kvbench.transforms.base import POSITIONS
 
-Pair = str | Mapping[str, str]  # one name for both, "key:value", or {"key": …, "value": …}
+Pair = str | Mapping[str, Any]  # one name for both, "key:value", or {"key": …, "value": …}
+Layers = Sequence[tuple[int, int]]  # (KV heads, head_dim) of each
+SAME = "-"  # in a layer's dtypes: as in the other layers
+SPEC = ("dtype", "key", "value", "rotation", "rotations", "window", "layers", "calibration", "scheme")
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """A dtype and a rotation for keys, and the same for values."""
+class Side:
+    """How keys, or values, are stored: what prepares a row, in this order, and what it becomes.
 
-    key: Dtype
-    value: Dtype
-    key_rotation: Rotation
-    value_rotation: Rotation
+    The maps take what each transform learned of a layer, in the same order.
+    """
+
+    dtype: Dtype
+    transforms: tuple[Transform, ...] = ()
 
     @classmethod
-    def parse(cls, dtype: Pair, rotation: Pair | None = None) -> Self:
-        """The scheme of these names; without a rotation, each dtype's default.
+    def of(cls, dtype: Dtype, names: str) -> Self:
+        """The side with these transforms, `center+hadamard`; `none` is none.
 
         Raises:
             ValueError: an unknown name.
         """
-        key, value = (all_dtypes()[find_name(name, all_dtypes(), "dtype")] for name in split_pair(dtype))
-        if rotation is None or rotation == "default":
-            rotations = [key.default_rotation, value.default_rotation]
+        found = [find_name(name, all_transforms(), "rotation") for name in names.split("+")]
+        return cls(dtype, tuple(all_transforms()[name] for name in found if name != "none"))
+
+    @property
+    def name(self) -> str:
+        """The transforms' names, `center+hadamard`, or `none`."""
+        return "+".join(transform.name for transform in self.transforms) or "none"
+
+    @property
+    def learns(self) -> bool:
+        """Whether it needs a calibration text."""
+        return any(transform.learns for transform in self.transforms)
+
+    def apply(self, x: Tensor, params: Sequence[Params] = (), positions: Tensor | None = None) -> Tensor:
+        """[T, H, D] rows as the dtype takes them, of tokens at these positions [T]."""
+        for transform, known in self._with(params):
+            x = transform.apply(x, known, positions)
+        return x
+
+    def query(self, q: Tensor, params: Sequence[Params] = ()) -> Tensor:
+        """[T, HQ, D] queries for such keys."""
+        for transform, known in self._with(params):
+            q = transform.query(q, known)
+        return q
+
+    def score(self, q: Tensor, params: Sequence[Params] = ()) -> Tensor | None:
+        """[T, HQ, P], what query(q)·apply(k) lacks of q·k, for keys by page of positions; P = 1 where all are alike."""
+        total = None
+        for transform, known in self._with(params):
+            own = transform.score(q, known)
+            if own is not None:
+                total = own if total is None else total + own
+            q = transform.query(q, known)
+        return total
+
+    def undo(self, o: Tensor, params: Sequence[Params] = ()) -> Tensor:
+        """[T, HQ, D] outputs as untransformed values would give them."""
+        for transform, known in reversed(self._with(params)):
+            o = transform.undo(o, known)
+        return o
+
+    def lower(self, head_dim: int, params: Sequence[Params] = ()) -> Lowered | None:
+        """All transforms as kernels take them at once; None where they can't."""
+        whole: Lowered | None = Lowered()
+        for transform, known in self._with(params):
+            one = transform.lower(head_dim, known)
+            whole = None if whole is None or one is None else whole.then(one)
+        return whole
+
+    def _with(self, params: Sequence[Params]) -> list[tuple[Transform, Params]]:
+        return list(zip(self.transforms, params or ({},) * len(self.transforms), strict=True))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which keys a query reads in 16 bits: the first `sinks` tokens, and those near it.
+
+    recent: whole pages of 64 positions before the query's own, which is read in 16 bits too; None for sinks alone.
+    """
+
+    sinks: int = 0
+    recent: int | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """The window of a mapping with `sinks` and `recent`, either of which may be left out.
+
+        Raises:
+            ValueError: another key, or no whole number.
+        """
+        if not isinstance(value, Mapping) or not value or set(value) - {"sinks", "recent"}:
+            raise ValueError(f"window: expected a mapping with 'sinks' (tokens) and 'recent' (pages), not {value!r}")
+        for name, count in value.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"window: {name} is a whole number from 0 on, not {count!r}")
+        if not value.get("sinks") and "recent" not in value:
+            raise ValueError("window: no sinks and no recent pages leave nothing in 16 bits: leave it out")
+        return cls(**value)
+
+    @property
+    def label(self) -> str:
+        """`w64s4`: recent tokens, and sinks."""
+        near = "" if self.recent is None else f"w{self.recent * POSITIONS}"
+        return f"{near}s{self.sinks}" if self.sinks or not near else near
+
+    def starts(self, positions: Tensor) -> Tensor:
+        """[T] the first of the recent keys that queries at these positions [T] read in 16 bits."""
+        if self.recent is None:
+            return positions + 1
+        return ((positions // POSITIONS - self.recent) * POSITIONS).clamp_min(0)
+
+    def tokens(self, length: int) -> int:
+        """Tokens that a sequence of this length keeps in 16 bits: a ring of pages, and the sinks."""
+        return min(length, self.sinks + (0 if self.recent is None else (self.recent + 1) * POSITIONS))
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other dtypes in one layer; a negative index counts from the last. None: as in the other layers."""
+
+    index: int
+    key: Dtype | None
+    value: Dtype | None
+
+    @property
+    def label(self) -> str:
+        """`l0=int8_per_token_head`, `l-1=int4_per_token_head:-`."""
+        return f"l{self.index}=" + join_pair(*(SAME if d is None else d.name for d in (self.key, self.value)))
+
+    def resolve(self, model_dtype: torch.dtype) -> Self:
+        """With `auto` replaced by the model's own dtype."""
+        return replace(
+            self, key=self.key and self.key.resolve(model_dtype), value=self.value and self.value.resolve(model_dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How keys and values are stored. layers: what other layers have. calibration: where a transform learns."""
+
+    key: Side
+    value: Side
+    window: Window | None = None
+    layers: tuple[Override, ...] = ()
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        for transform in self.value.transforms:
+            if transform.keys_only:
+                raise ValueError(
+                    f"'{transform.name}' on values can't be undone, for outputs mix them: write KEY:VALUE, "
+                    f"such as {self.key.name}:none"
+                )
+        if self.calibration is None and self.learns:
+            object.__setattr__(self, "calibration", Calibration())
+
+    # ---- reading
+
+    @classmethod
+    def parse(cls, dtype: Pair, rotation: Pair | None = None) -> Self:
+        """The scheme of these names; without a rotation, each dtype's default, or what the preset says.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if isinstance(dtype, str):
+            if dtype in all_presets() and dtype not in all_dtypes() and rotation in (None, "default"):
+                return cls.of(all_presets()[dtype].spec)
+            dtype, *extras = dtype.split("+")
         else:
-            rotations = [find_name(name, all_rotations(), "rotation") for name in split_pair(rotation)]
-        return cls(key, value, all_rotations()[rotations[0]], all_rotations()[rotations[1]])
+            extras = []
+        key, value = (find_dtype(name) for name in split_pair(dtype))
+        if rotation is None or rotation == "default":
+            names = [key.default_rotation, value.default_rotation]
+        else:
+            names = [name if isinstance(name, str) else "+".join(name) for name in split_pair(rotation)]
+        scheme = cls(Side.of(key, names[0]), Side.of(value, names[1]))
+        for extra in extras:
+            scheme = scheme._with_label(extra)
+        return scheme
+
+    @classmethod
+    def of(cls, spec: Any) -> Self:
+        """The scheme of a text, or of a mapping as a preset or the YAML's `schemes` has it.
+
+        Raises:
+            ValueError: an unknown key or name.
+        """
+        if isinstance(spec, str):
+            return cls.parse(spec)
+        if not isinstance(spec, Mapping) or not spec:
+            raise ValueError(f"expected a scheme's name or a mapping, not {spec!r}")
+        for name in spec:
+            if name not in SPEC:
+                raise ValueError(f"unknown key '{name}' of a scheme: one of {', '.join(SPEC)}")
+        rotation = spec.get("rotation", spec.get("rotations"))
+        sides = {name: spec[name] for name in ("key", "value") if name in spec}
+        if ("dtype" in spec) + ("scheme" in spec) + bool(sides) != 1:
+            raise ValueError("a scheme has either 'dtype', 'key' and 'value', or 'scheme' (another one's name)")
+        scheme = cls.parse(spec.get("dtype") or spec.get("scheme") or sides, rotation)
+        if "window" in spec:
+            scheme = replace(scheme, window=Window.of(spec["window"]))
+        if "layers" in spec:
+            scheme = replace(scheme, layers=_overrides(spec["layers"]))
+        return scheme.calibrated(Calibration.of(spec["calibration"])) if "calibration" in spec else scheme
+
+    def _with_label(self, label: str) -> Self:
+        if match := re.fullmatch(r"(?:w(\d+))?(?:s(\d+))?", label):
+            recent, sinks = match.groups()
+            if label and int(recent or 0) % POSITIONS == 0:
+                window = Window(int(sinks or 0), None if recent is None else int(recent) // POSITIONS)
+                return replace(self, window=window)
+        if match := re.fullmatch(r"l(-?\d+)=(.+)", label):
+            return replace(self, layers=(*self.layers, *_overrides({match[1]: match[2]})))
+        raise ValueError(
+            f"'+{label}' of a scheme's name is no window, such as +w64s4 (w in steps of {POSITIONS}), "
+            f"and no layer, such as +l0=int8"
+        )
+
+    def calibrated(self, calibration: Calibration) -> Self:
+        """This scheme learning from another text; itself where it learns nothing."""
+        return replace(self, calibration=calibration) if self.learns else self
+
+    # ---- what it is called
 
     @property
     def dtype_name(self) -> str:
-        """`int4_per_token_head`, or `int4_per_token_head:int2_per_token_head` where keys and values differ."""
-        return join_pair(self.key.name, self.value.name)
+        """`int4_per_token_head:int2_per_token_head`, or one name for both; `+w64s4` and what else it has."""
+        extras = [self.window.label if self.window else "", *(layer.label for layer in self.layers)]
+        extras.append(self.calibration.label if self.calibration else "")
+        return "+".join([join_pair(self.key.dtype.name, self.value.dtype.name), *filter(None, extras)])
 
     @property
     def rotation_name(self) -> str:
-        """`hadamard`, or `randomized_hadamard:hadamard` where keys and values differ."""
-        return join_pair(self.key_rotation.name, self.value_rotation.name)
+        """`hadamard`, or `center+hadamard:hadamard` where keys and values differ."""
+        return join_pair(self.key.name, self.value.name)
+
+    def columns(self) -> dict[str, str]:
+        """What tables and records call it."""
+        return {"dtype": self.dtype_name, "rotation": self.rotation_name}
+
+    @property
+    def label(self) -> str:
+        """`int4_per_token_head · hadamard`."""
+        return " · ".join(self.columns().values())
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what it stores; what is as it was before schemes had more is left out."""
+        row: dict[str, Any] = {
+            "dtype": join_pair(self.key.dtype.name, self.value.dtype.name),
+            "rotation": self.rotation_name,
+        }
+        if self.window is not None:
+            row["window"] = {"sinks": self.window.sinks, "recent": self.window.recent, "page": POSITIONS}
+        if self.layers:
+            row["layers"] = [layer.label for layer in self.layers]
+        if self.calibration is not None:
+            row["calibration"] = self.calibration.identity()
+        return row
+
+    # ---- what it is for a model
+
+    @property
+    def learns(self) -> bool:
+        """Whether it needs a calibration text."""
+        return self.key.learns or self.value.learns
+
+    @property
+    def dtypes(self) -> list[Dtype]:
+        """All that its layers have, each once."""
+        more = [dtype for layer in self.layers for dtype in (layer.key, layer.value) if dtype]
+        return list(dict.fromkeys([self.key.dtype, self.value.dtype, *more]))
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Keys', then values'."""
+        return self.key, self.value
 
     def resolve(self, model_dtype: torch.dtype) -> Self:
         """This scheme with `auto` replaced by the model's own dtype."""
-        return type(self)(
-            self.key.resolve(model_dtype), self.value.resolve(model_dtype), self.key_rotation, self.value_rotation
+        return replace(
+            self,
+            key=replace(self.key, dtype=self.key.dtype.resolve(model_dtype)),
+            value=replace(self.value, dtype=self.value.dtype.resolve(model_dtype)),
+            layers=tuple(layer.resolve(model_dtype) for layer in self.layers),
         )
 
+    def layer(self, index: int, count: int) -> tuple[Side, Side]:
+        """How layer `index` of `count` stores its keys and its values."""
+        key, value = self.key, self.value
+        for override in self.layers:
+            if override.index % count == index:
+                key = replace(key, dtype=override.key or key.dtype)
+                value = replace(value, dtype=override.value or value.dtype)
+        return key, value
+
+    def check(self, layers: Layers, max_length: int | None = None) -> None:
+        """Raises ValueError where a model of these layers and positions can't have it."""
+        for override in self.layers:
+            if not -len(layers) <= override.index < len(layers):
+                raise ValueError(
+                    f"layers: there is no layer {override.index}: "
+                    f"the model's go from 0 to {len(layers) - 1}, or from -1 back to {-len(layers)}"
+                )
+        for index, (_, head_dim) in enumerate(layers):
+            for side in self.layer(index, len(layers)):
+                side.dtype.check_head_dim(head_dim)
+        if self.window and max_length is not None and self.window.tokens(max_length + 1) > max_length:
+            kept = self.window.tokens(max_length + 1)
+            raise ValueError(
+                f"window: at least {kept} tokens in 16 bits are more than the model's {max_length} positions: "
+                f"take fewer recent pages or sinks"
+            )
+
+    def exact(self, model_dtype: torch.dtype) -> Self:
+        """How the rows of the window are stored: transformed alike, in 16 bits; as the model has them if not at all."""
+
+        def side(one: Side) -> Side:
+            return replace(one, dtype=all_dtypes()["fp16" if one.transforms else "auto"].resolve(model_dtype))
+
+        return type(self)(side(self.key), side(self.value), calibration=self.calibration)
+
+    # ---- bytes
+
     def bits_per_value(self, head_dim: int) -> float:
-        """True bits a value, the mean over keys and values."""
-        return (self.key.bits_per_value(head_dim) + self.value.bits_per_value(head_dim)) / 2
+        """True bits a value of a token outside the window, in a layer without an override: mean of keys and values."""
+        return (self.key.dtype.bits_per_value(head_dim) + self.value.dtype.bits_per_value(head_dim)) / 2
 
     def row_bytes(self, head_dim: int) -> int:
-        """Bytes of K and V together for one token and one head."""
-        return self.key.row_bytes(head_dim) + self.value.row_bytes(head_dim)
+        """Bytes of K and V together for one token and one head, outside the window, in a layer without an override."""
+        return self.key.dtype.row_bytes(head_dim) + self.value.dtype.row_bytes(head_dim)
+
+    def token_bytes(self, layers: Layers) -> int:
+        """Packed bytes of one token's keys and values over all layers. The scheme is resolved."""
+        sides = [(self.layer(i, len(layers)), shape) for i, shape in enumerate(layers)]
+        return sum(heads * side.dtype.row_bytes(head_dim) for both, (heads, head_dim) in sides for side in both)
+
+    def nbytes(self, layers: Layers, tokens: int, model_dtype: torch.dtype) -> int:
+        """Bytes that an engine holds for a sequence of so many tokens: packed rows, and a ring in 16 bits."""
+        packed = self.resolve(model_dtype).token_bytes(layers) * tokens
+        if self.window is None:
+            return packed
+        return packed + self.exact(model_dtype).token_bytes(layers) * self.window.tokens(tokens)
 
 
-def split_pair(pair: Pair) -> tuple[str, str]:
+def find_dtype(name: Any) -> Dtype:
+    """The dtype of a name, which may be short.
+
+    Raises:
+        ValueError: no name, or more than one.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"expected a dtype's name, not {name!r}")
+    return all_dtypes()[find_name(name, all_dtypes(), "dtype")]
+
+
+def _overrides(layers: Any) -> tuple[Override, ...]:
+    """The overrides of `{0: int8, "-1": {key: int4}}`."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(f"layers: expected a mapping from a layer's number to a dtype, not {layers!r}")
+    found = []
+    for index, dtype in layers.items():
+        if not re.fullmatch(r"-?\d+", str(index)):
+            raise ValueError(f"layers: {index!r} is no layer's number")
+        if isinstance(dtype, Mapping) and dtype and not set(dtype) - {"key", "value"}:
+            dtype = {"key": SAME, "value": SAME, **dtype}
+        names = split_pair(dtype)
+        found.append(Override(int(index), *(None if name == SAME else find_dtype(name) for name in names)))
+    return tuple(found)
+
+
+def split_pair(pair: Pair) -> tuple[Any, Any]:
     """The names for keys and for values.
 
     Raises:
@@ -73,6 +404,8 @@ def split_pair(pair: Pair) -> tuple[str, str]:
         if set(pair) != {"key", "value"}:
             raise ValueError(f"a pair has the keys 'key' and 'value', not {', '.join(map(repr, pair))}")
         return pair["key"], pair["value"]
+    if not isinstance(pair, str):
+        raise ValueError(f"expected a name, KEY:VALUE or {{key: …, value: …}}, not {pair!r}")
     parts = pair.split(":")
     if len(parts) > 2:
         raise ValueError(f"'{pair}' has more than one colon: write KEY:VALUE")

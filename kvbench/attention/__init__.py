@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbench.attention import reference
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
-from kvbench.schemes import Scheme
+from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
 
@@ -36,17 +36,27 @@ def choose(
     return "reference" if lacking else "triton"
 
 
-def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, *, impl: Implementation) -> None:
-    """Rotate and quantize new tokens and write them to their slots: the same bytes by either implementation.
+def append(
+    cache: PagedCache,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    slot_mapping: Tensor,
+    *,
+    impl: Implementation,
+    positions: Tensor | None = None,
+) -> None:
+    """Transform and quantize new tokens and write them to their slots: the same bytes by either implementation.
 
     k, v: [T, HKV, D], any floating dtype. slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
+    positions: [T] int64 within their sequences; needed where a transform goes by position.
     """
     if impl == "triton":
         from kvbench.attention import triton
 
-        triton.append(cache, layer, k, v, slot_mapping)
+        triton.append(cache, layer, k, v, slot_mapping, positions)
     else:
-        cache.append(layer, k, v, slot_mapping)
+        cache.append(layer, k, v, slot_mapping, positions)
 
 
 def attend(
@@ -60,21 +70,32 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    exact: PagedCache | None = None,
+    window: Window | None = None,
 ) -> Tensor:
     """Attention outputs [T, HQ, D], in q's dtype, of queries that read only the cache.
 
-    q: [T, HQ, D], not rotated, the new tokens of `batch`, whose keys and values are in the cache already.
+    q: [T, HQ, D], not transformed, the new tokens of `batch`, whose keys and values are in the cache already.
     scaling: factor of the scores. sliding_window: a query sees itself and the window - 1 tokens before it.
     softcap: c in c·tanh(score / c). sinks: [HQ], one more logit a head that takes probability and gives nothing.
+    exact: the same rows in 16 bits, transformed alike, in the same pages and slots; window: which of them a query reads
+    instead of the cache's: a key before `window.sinks`, or at or after `window.starts` of the query's position.
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
     """
     if impl == "triton":
         from kvbench.attention import triton
 
-        return triton.attend(
-            q, cache, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
-        )
-    return reference.attend(
-        q, cache, layer, batch, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+    implementation = triton.attend if impl == "triton" else reference.attend
+    return implementation(
+        q,
+        cache,
+        layer,
+        batch,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        exact=exact,
+        window=window,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
+from kvbench.schemes import Window
+from kvbench.transforms.base import POSITIONS
 
 QUERY_CHUNK = 512  # queries of a sequence whose scores are held at once
 FREE_SCORES = 2**16  # padded scores that cost no more than another call
@@ -44,19 +46,25 @@ def attend(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    exact: PagedCache | None,
+    window: Window | None,
 ) -> Tensor:
     """See kvbench.attention.attend."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    queries = cache.scheme.key_rotation.rotate_query(q.to(dtype))  # [T, HQ, D]
-    all_k, all_v = cache.read(layer, batch.pages_read[0], dtype)  # [pages, HKV, S, D]
+    keys_as, values_as = cache.keys[layer], cache.values[layer]
+    queries = keys_as.side.query(q.to(dtype), keys_as.params)  # [T, HQ, D]
+    lacking = keys_as.side.score(q.to(dtype), keys_as.params)  # [T, HQ, P]
+    if lacking is not None and lacking.shape[-1] == 1 and softcap is None and sinks is None:
+        lacking = None  # softmax does not see it
+    copies = [cache] if exact is None else [cache, exact]
+    read = [one.read(layer, batch.pages_read[0], dtype) for one in copies]  # [pages, HKV, S, D]
     out = torch.empty_like(queries)
     for group in _groups(batch, sliding_window):
         length = int((group.lengths - group.first_key).max())
         keys = group.first_key[:, None] + torch.arange(length, device=q.device)  # [B, L] positions
-        k, v = (x[group.pages].transpose(1, 2).flatten(2, 3)[:, :, :length] for x in (all_k, all_v))  # [B, HKV, L, D]
         unwritten = keys >= group.lengths[:, None]
-        if bool(unwritten.any()):
-            k, v = (x.masked_fill(unwritten[:, None, :, None], 0) for x in (k, v))
+        # [B, HKV, L, D] of k and v, packed and exact
+        rows = [[_in_order(x, group.pages, length, unwritten) for x in both] for both in read]
         for tokens, real, positions in zip(
             group.tokens.split(QUERY_CHUNK, 1),
             group.real.split(QUERY_CHUNK, 1),
@@ -67,31 +75,67 @@ def attend(
             visible = keys[:, None, :seen] <= positions[:, :, None]  # [B, T, L]
             if sliding_window is not None:
                 visible &= keys[:, None, :seen] > positions[:, :, None] - sliding_window
+            near = None
+            if window is not None and exact is not None:
+                near = keys[:, None, :seen] >= window.starts(positions)[:, :, None]
+                near = (near | (keys[:, None, :seen] < window.sinks))[:, None]  # [B, 1, T, L]
             mixed = _softmax_attention(
                 queries[tokens].transpose(1, 2),
-                k[:, :, :seen],
-                v[:, :, :seen],
+                [[x[:, :, :seen] for x in both] for both in rows],
+                near,
                 visible[:, None],
+                None if lacking is None else _by_key(lacking[tokens], keys[:, :seen]),
                 scaling,
                 softcap,
                 sinks,
             )
             out[tokens[real]] = mixed.transpose(1, 2)[real]
-    return cache.scheme.value_rotation.unrotate(out).to(q.dtype)
+    return values_as.side.undo(out, values_as.params).to(q.dtype)
+
+
+def _in_order(x: Tensor, pages: Tensor, length: int, unwritten: Tensor) -> Tensor:
+    """[B, HKV, L, D] of x [pages, HKV, S, D]: each sequence's rows, zeros where none was written."""
+    rows = x[pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return rows.masked_fill(unwritten[:, None, :, None], 0) if bool(unwritten.any()) else rows
+
+
+def _by_key(lacking: Tensor, keys: Tensor) -> Tensor:
+    """[B, HQ, T, L] of what scores lack [B, T, HQ, P], for the keys at these positions [B, L]."""
+    pages = lacking.shape[-1]
+    which = (keys // POSITIONS).clamp_max(pages - 1)  # P = 1: all alike; a padded key may lie beyond the last page
+    index = which[:, None, None].expand(-1, lacking.shape[2], lacking.shape[1], -1)
+    return lacking.transpose(1, 2).gather(-1, index)
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    rows: Sequence[Sequence[Tensor]],
+    near: Tensor | None,
+    visible: Tensor,
+    lacking: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """[B, HQ, T, D] of q: [B, HQ, T, D] over k and v: [B, HKV, L, D] where visible: [B, 1, T, L]."""
-    if softcap is None and sinks is None:
+    """[B, HQ, T, D] of q: [B, HQ, T, D] over k and v: [B, HKV, L, D] where visible: [B, 1, T, L].
+
+    rows: k and v as they are packed, and where near: [B, 1, T, L] as they are in the window.
+    lacking: [B, HQ, T, L], added to the scores before scaling, or None.
+    """
+    k, v = rows[0]
+    if softcap is None and sinks is None and lacking is None and near is None:
         out: Tensor = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         return out
     group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    scores = q @ k.mT * scaling  # [B, HQ, T, L]
+    per_query = [[x.repeat_interleave(group, dim=1) for x in both] for both in rows]
+    scores = q @ per_query[0][0].mT  # [B, HQ, T, L]
+    if near is not None:
+        scores = torch.where(near, q @ per_query[1][0].mT, scores)
+    if lacking is not None:
+        scores = scores + lacking
+    scores = scores * scaling
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -99,7 +143,9 @@ def _softmax_attention(
         sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
     p = scores.softmax(-1)[..., : k.shape[2]]
-    return p @ v
+    if near is None:
+        return p @ per_query[0][1]
+    return p.masked_fill(near, 0) @ per_query[0][1] + p.masked_fill(~near, 0) @ per_query[1][1]
 
 
 # a pass asks for the same groups in every layer, and at most two windows alternate

@@ -15,8 +15,11 @@ from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype
 from kvbench.dtypes.int2 import THRESHOLD
-from kvbench.schemes import Scheme
-from kvbench.transforms import Rotation
+from kvbench.schemes import Scheme, Window
+from kvbench.schemes import Side as SchemeSide
+from kvbench.transforms import Transform
+
+MULTIPLE = 64  # a head_dim for which to ask whether a transform has a form for kernels
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {
@@ -41,8 +44,11 @@ def attend(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    exact: PagedCache | None = None,
+    window: Window | None = None,
 ) -> Tensor:
     """See kvbench.attention.attend."""
+    assert exact is None, "`lacking` refuses windows"
     keys, values = cache.keys[layer], cache.values[layer]
     out: Tensor = attention.attend(
         q,
@@ -55,13 +61,15 @@ def attend(
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         sinks=None if sinks is None else sinks.to(torch.float32),
-        k_turn=turn(keys.rotation, keys.head_dim, q.device),
-        v_turn=turn(values.rotation, values.head_dim, q.device),
+        k_turn=turn(keys.side, keys.head_dim, q.device),
+        v_turn=turn(values.side, values.head_dim, q.device),
     )
     return out
 
 
-def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+def append(
+    cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, positions: Tensor | None = None
+) -> None:
     """What `PagedCache.append` does, in one launch: the same bytes.
 
     Raises:
@@ -78,8 +86,8 @@ def append(cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Te
         rounding(keys.dtype),
         rounding(values.dtype),
         slot_mapping,
-        k_turn=turn(keys.rotation, keys.head_dim, k.device),
-        v_turn=turn(values.rotation, values.head_dim, v.device),
+        k_turn=turn(keys.side, keys.head_dim, k.device),
+        v_turn=turn(values.side, values.head_dim, v.device),
     )
 
 
@@ -90,12 +98,14 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) ->
     if compute_dtype not in (torch.float16, torch.bfloat16):
         return f"the kernels multiply in 16 bits, and the model computes in {str(compute_dtype).removeprefix('torch.')}"
     try:
-        for dtype in (scheme.key, scheme.value):
+        for dtype in scheme.dtypes:
             layout(dtype)
             rounding(dtype)
+        for side in scheme.sides:
+            turn(side, MULTIPLE, device)
     except ValueError as error:
         return str(error)
-    return ""
+    return "no kernel reads a window of 16-bit rows" if scheme.window else ""
 
 
 def side(plane: Plane) -> Side:
@@ -138,7 +148,13 @@ def rounding(dtype: Dtype) -> store.Rounding:
 
 
 @lru_cache(maxsize=64)
-def turn(rotation: Rotation, head_dim: int, device: torch.device) -> Turn:
-    """A rotation as the kernels take it."""
-    signs = rotation.signs(head_dim)
-    return Turn(rotation.block(head_dim), rotation.exponent(head_dim), None if signs is None else signs.to(device))
+def turn(side: SchemeSide | Transform, head_dim: int, device: torch.device) -> Turn:
+    """A side's transforms, or one of them, as the kernels take them.
+
+    Raises:
+        ValueError: they are more than a Hadamard matrix and signs.
+    """
+    lowered = side.lower(head_dim)
+    if lowered is None or lowered.offset is not None:
+        raise ValueError(f"no kernel computes {side.name}: use impl='reference'")
+    return Turn(lowered.block, lowered.exponent, None if lowered.signs is None else lowered.signs.to(device))

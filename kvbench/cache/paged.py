@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from kvbench.dtypes import Dtype, Rows
-from kvbench.schemes import Scheme
-from kvbench.transforms import Rotation
+from kvbench.schemes import Layers, Scheme, Side
+from kvbench.transforms import Params
+
+# of each layer, what the transforms of its keys learned, and those of its values
+Learned = Sequence[tuple[tuple[Params, ...], tuple[Params, ...]]]
 
 
 def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -23,16 +26,22 @@ def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torc
 class Plane:
     """The stored keys, or the stored values, of one layer.
 
+    params: what the side's transforms learned of the layer.
     codes: [P, HKV, S, code_bytes] uint8. scale: [P, HKV, S] float32, or None where rows have none.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
     """
 
-    dtype: Dtype
-    rotation: Rotation
+    side: Side
+    params: tuple[Params, ...]
     head_dim: int
     codes: Tensor
     scale: Tensor | None
     tensor_scale: Tensor | None
+
+    @property
+    def dtype(self) -> Dtype:
+        """What its rows become."""
+        return self.side.dtype
 
     @property
     def nbytes(self) -> int:
@@ -44,19 +53,21 @@ class PagedCache:
     """Packed keys and values of all layers, in pages.
 
     layers: (KV heads, head_dim) of each. scheme: how they are stored; `auto` becomes `model_dtype`.
+    learned: what the transforms of each layer's keys learned, and those of its values; None where none learns.
     destroyed: zeros are stored instead of all keys and values: the canary of a sweep, which must wreck every score.
 
     Raises:
-        ValueError: a head_dim that the scheme's dtypes can't take.
+        ValueError: layers or a head_dim that the scheme can't take, or a scheme that learns without what it learned.
     """
 
     def __init__(
         self,
-        layers: Sequence[tuple[int, int]],
+        layers: Layers,
         scheme: Scheme,
         *,
         pages: int,
         page_size: int,
+        learned: Learned | None = None,
         model_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         destroyed: bool = False,
@@ -66,13 +77,22 @@ class PagedCache:
         self.destroyed = destroyed
 
         self.pages = pages
-        # layers of one shape lie in one tensor each, so that few calls copy a page of all of them
+        self.scheme.check(layers)
+        if learned is None:
+            if scheme.learns:
+                raise ValueError(f"{scheme.label} learns from a text: give the cache what it learned")
+            nothing: list[tuple[Params, ...]] = [({},) * len(side.transforms) for side in scheme.sides]
+            learned = [(nothing[0], nothing[1])] * len(layers)
+        # layers of one shape and dtype lie in one tensor each, so that few calls copy a page of all of them
         self._stacks: list[Tensor] = []
 
-        def planes(dtype: Dtype, rotation: Rotation) -> list[Plane]:
+        def planes(which: int) -> list[Plane]:
+            sides = [self.scheme.layer(i, len(layers))[which] for i in range(len(layers))]
+            kinds = [(side.dtype, *shape) for side, shape in zip(sides, layers, strict=True)]
             found: list[Plane | None] = [None] * len(layers)
-            for heads, head_dim in dict.fromkeys(layers):
-                members = [i for i, layer in enumerate(layers) if layer == (heads, head_dim)]
+            for kind in dict.fromkeys(kinds):
+                dtype, heads, head_dim = kind
+                members = [i for i, other in enumerate(kinds) if other == kind]
                 shape = (len(members), pages, heads, page_size)
                 codes = torch.empty(*shape, dtype.code_bytes(head_dim), dtype=torch.uint8, device=device)
                 self._stacks.append(codes)
@@ -83,11 +103,11 @@ class PagedCache:
                 for i, layer in enumerate(members):
                     scale = None if scales is None else scales[i]
                     one = torch.ones((), device=device) if dtype.granularity == "per_tensor" else None
-                    found[layer] = Plane(dtype, rotation, head_dim, codes[i], scale, one)
+                    known = tuple({n: t.to(device) for n, t in params.items()} for params in learned[layer][which])
+                    found[layer] = Plane(sides[layer], known, head_dim, codes[i], scale, one)
             return [plane for plane in found if plane is not None]
 
-        self.keys = planes(self.scheme.key, self.scheme.key_rotation)
-        self.values = planes(self.scheme.value, self.scheme.value_rotation)
+        self.keys, self.values = planes(0), planes(1)
 
     @property
     def nbytes(self) -> int:
@@ -104,27 +124,29 @@ class PagedCache:
         pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.scale) if t is not None)
         return pages / (planes[0].codes.shape[0] * self.page_size)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-        """Rotate and quantize new tokens, and write them to their slots.
+    def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, positions: Tensor | None = None) -> None:
+        """Transform and quantize new tokens, and write them to their slots.
 
         k, v: [T, HKV, D], any floating dtype.
         slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
+        positions: [T] int64 within their sequences; needed where a transform goes by position.
         """
         if self.destroyed:
             k, v = torch.zeros_like(k), torch.zeros_like(v)
         kept = slot_mapping >= 0
         if not bool(kept.all()):
             k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
+            positions = None if positions is None else positions[kept]
         page, offset = slot_mapping // self.page_size, slot_mapping % self.page_size
         for plane, x in ((self.keys[layer], k), (self.values[layer], v)):
-            rows = plane.dtype.quantize(plane.rotation.rotate(x), plane.tensor_scale)
+            rows = plane.dtype.quantize(plane.side.apply(x, plane.params, positions), plane.tensor_scale)
             plane.codes[page, :, offset] = rows.codes
             if plane.scale is not None:
                 assert rows.scale is not None
                 plane.scale[page, :, offset] = rows.scale
 
     def read(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Decoded keys and values of whole pages, as they are stored: rotated.
+        """Decoded keys and values of whole pages, as they are stored: transformed.
 
         pages: [N] int64. Returns k, v: [N, HKV, S, D], computed in `dtype`; slots never written hold anything.
         """
@@ -146,13 +168,8 @@ class PagedCache:
             stack[:, destination] = stack[:, source]
 
 
-def kv_bytes_per_token(layers: Sequence[tuple[int, int]], scheme: Scheme) -> int:
-    """Bytes of one token's keys and values over all layers. The scheme is resolved."""
-    return sum(heads * scheme.row_bytes(head_dim) for heads, head_dim in layers)
-
-
 def fitting_tokens(
-    layers: Sequence[tuple[int, int]],
+    layers: Layers,
     scheme: Scheme,
     free_bytes: int,
     *,
@@ -166,7 +183,7 @@ def fitting_tokens(
     Raises:
         torch.OutOfMemoryError: the device has less.
     """
-    page_bytes = kv_bytes_per_token(layers, scheme) * page_size
+    page_bytes = scheme.token_bytes(layers) * page_size
     # a scale that a whole layer shares is four bytes more a layer and side
     pages = max(0, free_bytes - 8 * len(layers)) // page_bytes
     cache = PagedCache(layers, scheme, pages=pages, page_size=page_size, device=device)

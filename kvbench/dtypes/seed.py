@@ -1,7 +1,7 @@
 """The byte layout of the seed (vLLM's per-token-head caches), for comparing rows with it to the bit.
 
 A row of the seed is its codes, channel after channel from the low bits of each byte up, and then its scale as a
-little-endian float32. Its Hadamard matrix is unnormalised; ours carries a power of two (see transforms/base.py), so
+little-endian float32. Its Hadamard matrix is unnormalised; ours carries a power of two (see transforms/rotation.py), so
 scales are multiplied by a power of two and codes stay as they are. The seed's int2 also folds the 1/b of turning
 back into the stored scale.
 """

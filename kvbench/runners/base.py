@@ -130,3 +130,10 @@ class Paged(Protocol):
     def longest_sequence(self, pages: int) -> int:
         """Tokens of the longest sequence that it takes with so many pages."""
         ...
+
+
+def begins_with(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text: (bos,) or ()."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    return tuple(whole[: whole.index(plain[0])])

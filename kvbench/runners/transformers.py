@@ -27,11 +27,13 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kvbench.attention import Batch, Implementation, append, attend, choose
 from kvbench.cache import OutOfPages, PagedCache, PagePool, to_device
-from kvbench.cache.paged import kv_bytes_per_token
+from kvbench.cache.paged import Learned
+from kvbench.results import Tensors
 from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
 from kvbench.runners.catalog import ModelSource
 from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
+from kvbench.runners.learned import unpack
 from kvbench.runners.load import load as load_model
 from kvbench.runners.model_files import ComputeDtype
 from kvbench.runners.prefix import Segment, build_tree, segments
@@ -77,6 +79,7 @@ class _Part:
     batch: Batch
     read: PagedCache
     written: tuple[PagedCache, ...]
+    exact: PagedCache | None = None  # what `read` holds, in 16 bits: its window
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,20 @@ class _Step:
 
 
 _step: ContextVar[_Step] = ContextVar("kvbench_step")
+
+# called with the model's number of a layer, its new queries [T, HQ, D] and keys [T, HKV, D], and their positions [T]
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+_observer: ContextVar[Observer | None] = ContextVar("kvbench_observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside the block `observer` is called with what each attention layer gets."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def _attention(
@@ -108,11 +125,14 @@ def _attention(
     step = _step.get()
     layer = step.layer_index[module.layer_idx]
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    if (observer := _observer.get()) is not None:
+        observer(module.layer_idx, queries, keys, torch.cat([part.batch.positions for part in step.parts]))
     outs = []
     sizes = [len(part.batch.slot_mapping) for part in step.parts]
     for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
         for cache in part.written:
-            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl)
+            positions = part.batch.positions if cache.scheme.learns else None
+            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl, positions=positions)
         outs.append(
             attend(
                 q,
@@ -124,6 +144,8 @@ def _attention(
                 sliding_window=sliding_window,
                 softcap=softcap,
                 sinks=s_aux,
+                exact=part.exact,
+                window=part.read.scheme.window,
             )
         )
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
@@ -188,6 +210,7 @@ class TransformersModel:
         scoring: Scoring = "fused",
         attention: Attention = "auto",
         destroyed: bool = False,
+        learned: Tensors | None = None,
     ) -> TransformersRunner:
         """This model with its keys and values stored by `scheme`.
 
@@ -196,15 +219,27 @@ class TransformersModel:
         context's keys and values exactly, and only later tokens read the cache, as engines do that attend to the
         prompt before they store it.
         attention: "auto" takes the Triton kernels on a GPU where they can serve; an explicit choice never falls back.
-        destroyed: the canary; see PagedCache.
+        destroyed: the canary; see PagedCache. learned: what `learn` gave for a scheme that learns; learned here and now
+        where it is not given.
 
         Raises:
-            ValueError: a head_dim that the scheme can't take, or an attention that can't serve it.
+            ValueError: a model that can't have the scheme, or an attention that can't serve it.
         """
-        for _, head_dim in self.info.layers:
-            scheme.key.check_head_dim(head_dim)
-            scheme.value.check_head_dim(head_dim)
-        return TransformersRunner(self, scheme, page_size, scoring, attention, destroyed)
+        scheme.check(self.info.layers, self.info.max_length)
+        if scheme.learns and learned is None:
+            learned = self.learn(scheme)
+        known = None if learned is None else unpack(learned, scheme, len(self.info.layers))
+        return TransformersRunner(self, scheme, page_size, scoring, attention, destroyed, known)
+
+    def learn(self, scheme: Scheme) -> Tensors:
+        """What the scheme's transforms learn of this model from its calibration text.
+
+        Raises:
+            ValueError: the text is too short.
+        """
+        from kvbench.runners.calibrate import learn
+
+        return learn(self, scheme)
 
 
 @dataclass
@@ -220,7 +255,9 @@ class TransformersRunner:
     scoring: Scoring
     attention: Attention
     destroyed: bool
+    learned: Learned | None = None
     limits: Limits = field(init=False)
+    # packed; with a window the same rows in 16 bits; with "prefill_exact" the exact cache
     _caches: tuple[PagedCache, ...] = field(init=False, default=())
     _pool: PagePool = field(init=False)
     _lanes: dict[tuple[int, int], Lanes] = field(init=False, default_factory=dict)  # whose graphs read `_caches`
@@ -490,13 +527,13 @@ class TransformersRunner:
         if not lanes.running:
             return self._forward(tokens, positions, parts), []
         next_tokens, next_positions, batch = lanes.inputs()
-        parts.append(_Part(batch, self._caches[0], self._caches[:1]))
+        parts.append(self._part(batch))
         both = torch.cat([tokens, next_tokens]), torch.cat([positions, next_positions])
         hidden, last = self._forward(*both, parts).split([len(tokens), len(next_tokens)])
         return hidden, [lanes.take(self._logits(last))]
 
     def _lane_logits(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-        return self._logits(self._forward(tokens, positions, [_Part(batch, self._caches[0], self._caches[:1])]))
+        return self._logits(self._forward(tokens, positions, [self._part(batch)]))
 
     def _answer(self, made: Made, answers: list[Generation | None]) -> None:
         """Gives each run its new tokens, and answers those that ended."""
@@ -569,8 +606,13 @@ class TransformersRunner:
             own = [piece for piece in pieces if piece.segment.exact == exact]
             if own:
                 batch = Batch.make([p.table for p in own], [p.slots for p in own], self.page_size, self.device)
-                parts.append(_Part(batch, self._caches[-1 if exact else 0], self._caches[: None if exact else 1]))
+                parts.append(_Part(batch, self._caches[-1], self._caches) if exact else self._part(batch))
         return tokens, torch.cat([part.batch.positions for part in parts]), parts
+
+    def _part(self, batch: Batch) -> _Part:
+        """Tokens that read the packed cache, and their window."""
+        windowed = self.scheme.window is not None
+        return _Part(batch, self._caches[0], self._caches[: 1 + windowed], self._caches[1] if windowed else None)
 
     def _forward(self, tokens: Tensor, positions: Tensor, parts: Sequence[_Part]) -> Tensor:
         """Last hidden states [T, H]."""
@@ -621,11 +663,14 @@ class TransformersRunner:
             OutOfPages: the memory does not hold one sequence of `longest` tokens.
         """
         schemes = [self.scheme.resolve(self.model.dtype)]
+        if self.scheme.window:
+            schemes.append(self.scheme.exact(self.model.dtype))
+        stored = len(schemes)
         if self.scoring == "prefill_exact":
             schemes.append(Scheme.parse("auto").resolve(self.model.dtype))
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
-            page_bytes = self.page_size * sum(kv_bytes_per_token(self.info.layers, scheme) for scheme in schemes)
+            page_bytes = self.page_size * sum(scheme.token_bytes(self.info.layers) for scheme in schemes)
             held = sum(cache.nbytes for cache in self._caches)
             graphs = sum(lanes.graph_bytes for lanes in self._lanes.values())
             free = (_free_memory(self.device) - graphs + held) // page_bytes
@@ -650,7 +695,8 @@ class TransformersRunner:
                 page_size=self.page_size,
                 model_dtype=self.model.dtype,
                 device=self.device,
-                destroyed=self.destroyed and i == 0,
+                learned=self.learned if i < stored else None,
+                destroyed=self.destroyed and i < stored,
             )
             for i, scheme in enumerate(schemes)
         )

@@ -229,13 +229,13 @@ def _header(sweep: Sweep, cells: int, before: Sequence[str], environment: dict[s
 def _write_run(planned: Planned, judgements: list[dict[str, Any]]) -> None:
     sweep = planned.sweep
     baseline = sweep.baseline_scheme
-    schemes = {(scheme.dtype_name, scheme.rotation_name): None for scheme in [baseline, *sweep.schemes()]}
+    schemes = {scheme.label: scheme for scheme in [baseline, *sweep.schemes()]}
     planned.store.write_run(
         {
             "sweep": sweep.name,
             "note": sweep.note,
-            "baseline": {"dtype": baseline.dtype_name, "rotation": baseline.rotation_name},
-            "schemes": [{"dtype": dtype, "rotation": rotation} for dtype, rotation in schemes],
+            "baseline": baseline.columns(),
+            "schemes": [scheme.columns() for scheme in schemes.values()],
             "cells": [cell.name for cell in planned.every],
             "canary": judgements if judgements or sweep.canary else None,
             # without `data`: a run folder may be committed, and names no path of this machine

@@ -173,11 +173,11 @@ class Sweep(_Strict):
 
     def schemes(self) -> list[Scheme]:
         """Every dtype × rotation, in the order written, each once."""
-        found: dict[tuple[str, str], Scheme] = {}
+        found: dict[str, Scheme] = {}
         for spec in self.dtypes:
             for rotation in spec.rotations or self.rotations:
                 scheme = Scheme.parse(spec.dtype, None if rotation == "default" else rotation)
-                found.setdefault((scheme.dtype_name, scheme.rotation_name), scheme)
+                found.setdefault(scheme.label, scheme)
         return list(found.values())
 
     def data_folder(self) -> Path | None:

@@ -34,6 +34,8 @@ from kvbench.sweep.plan import Cell
 from kvbench.sweep.progress import Watcher
 from kvbench.tasks.base import RunContext
 
+LEARNING_VERSION = 1  # raised when the same text comes to teach something else
+
 
 class NotInEffectError(RuntimeError):
     """A destroyed cache left the scores where they were: nothing that this sweep measures means anything."""
@@ -240,13 +242,27 @@ class Session:
         keep(self.setting.store, self.watcher, cell, record, outcome)
 
     def _runner(self, cell: Cell, scheme: Scheme, destroyed: bool) -> Runner:
+        options: dict[str, Any] = {"learned": self._learned(cell, scheme)} if scheme.learns else {}
         return self.model.runner(
             scheme,
             page_size=self.setting.page_size,
             scoring=cell.scoring,
             attention=self.setting.attention,
             destroyed=destroyed,
+            **options,
         )
+
+    def _learned(self, cell: Cell, scheme: Scheme) -> Tensors:
+        """What the scheme learned of the model, kept in the run folder: once for all that learn the same."""
+        assert scheme.calibration is not None
+        identity = {
+            "version": LEARNING_VERSION,
+            "model": cell.identity["model"],
+            "rotation": scheme.rotation_name,
+            "calibration": scheme.calibration.identity(),
+        }
+        slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{scheme.rotation_name}-learned"
+        return self.setting.store.baseline(identity, slug, lambda: self.model.learn(scheme))
 
     def _baseline(self, cell: Cell) -> Callable[[str, Callable[[Runner], Tensors]], Tensors]:
         scheme = self.setting.baseline
@@ -254,7 +270,7 @@ class Session:
         def baseline(key: str, compute: Callable[[Runner], Tensors]) -> Tensors:
             identity = {
                 "model": cell.identity["model"],
-                "scheme": {"dtype": scheme.dtype_name, "rotation": scheme.rotation_name},
+                "scheme": scheme.identity(),
                 "scoring": cell.scoring,
                 "seed": cell.seed,
                 "key": key,

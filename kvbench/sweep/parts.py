@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from kvbench.results import Tensors
 from kvbench.runners.base import ModelInfo, Runner
 from kvbench.schemes import Scheme
 from kvbench.tasks.base import Task
@@ -44,8 +45,24 @@ class LoadedModel(Protocol):
         """What identifies it."""
         ...
 
-    def runner(self, scheme: Scheme, *, page_size: int, scoring: Any, attention: Any, destroyed: bool) -> Runner:
-        """The model under a scheme; with `destroyed`, all that its cache gives back is zero."""
+    def runner(
+        self,
+        scheme: Scheme,
+        *,
+        page_size: int,
+        scoring: Any,
+        attention: Any,
+        destroyed: bool,
+        learned: Tensors | None = None,
+    ) -> Runner:
+        """The model under a scheme; with `destroyed`, all that its cache gives back is zero.
+
+        learned: what `learn` gave, for a scheme that learns.
+        """
+        ...
+
+    def learn(self, scheme: Scheme) -> Tensors:
+        """What the scheme's transforms learn of this model."""
         ...
 
 

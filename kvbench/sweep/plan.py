@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import name_of
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
@@ -70,11 +69,7 @@ class Cell:
                 "revision": self.model.revision,
                 "compute_dtype": self.model.compute_dtype,
             },
-            "scheme": {
-                "dtype": self.scheme.dtype_name,
-                "rotation": self.scheme.rotation_name,
-                "destroyed": self.canary,
-            },
+            "scheme": {**self.scheme.identity(), "destroyed": self.canary},
             "task": {**self.task.identity(), **(asdict(self.place) if self.place else {})},
             "scoring": self.scoring,
             "seed": self.seed,
@@ -126,7 +121,7 @@ class Cell:
         """Bytes of one token's keys and values over all layers; None where the model's shape is unknown."""
         if self.model.layers is None:
             return None
-        return kv_bytes_per_token(self.model.layers, self.resolved)
+        return self.resolved.token_bytes(self.model.layers)
 
     @property
     def bits_per_value(self) -> float | None:
@@ -161,7 +156,7 @@ def plan(
             schemes.append((baseline, (False, False, True)))
         schemes += [(scheme, (False, False, False)) for scheme in sweep.schemes()]
         for scheme, controls in schemes:
-            check_head_dims(facts, scheme)
+            check_scheme(facts, scheme)
             for task in tasks:
                 own = place if task.timed else None
                 cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, *controls, place=own)
@@ -169,14 +164,14 @@ def plan(
     return [cell for name, cell in cells.items() if name not in done]
 
 
-def check_head_dims(model: ModelFacts, scheme: Scheme) -> None:
-    """Raises ConfigError where a dtype of the scheme can't take the model's head_dim."""
-    for head_dim in sorted({head_dim for _, head_dim in model.layers or ()}):
-        for dtype in (scheme.key, scheme.value):
-            try:
-                dtype.check_head_dim(head_dim)
-            except ValueError as error:
-                raise ConfigError(f"model {model.name}: {error}") from None
+def check_scheme(model: ModelFacts, scheme: Scheme) -> None:
+    """Raises ConfigError where a model whose shape is known can't have the scheme."""
+    if model.layers is None:
+        return
+    try:
+        scheme.check(model.layers, model.max_length)
+    except ValueError as error:
+        raise ConfigError(f"model {model.name}: {error}") from None
 
 
 # ---- --only and --skip

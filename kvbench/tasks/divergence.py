@@ -140,6 +140,8 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
     Raises:
         ValueError: the text has too few tokens.
     """
+    from kvbench.runners.base import begins_with
+
     bos = begins_with(tokenizer)
     # not verbose: the whole text is longer than the model takes, its pieces are not
     tokens = tokenizer.encode(source, add_special_tokens=False, verbose=False)
@@ -152,13 +154,6 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
         )
     starts = [length * (i * blocks // documents) for i in range(documents)]
     return [(*bos, *tokens[start : start + length]) for start in starts]
-
-
-def begins_with(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text: (bos,) or ()."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
-    return tuple(whole[: whole.index(plain[0])])
 
 
 def _compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> dict[str, Tensor]:

@@ -95,8 +95,7 @@ def _row(request: KernelRequest, scheme: Scheme, batch: int, context: int, copy_
     shape = request.shape
     return {
         "op": request.op,
-        "dtype": scheme.dtype_name,
-        "rotation": scheme.rotation_name,
+        **scheme.columns(),
         "batch": batch,
         "context": None if request.op == "write" else context,
         "prefix": request.prefix if request.op in ("prefill", "mixed") else 0,
@@ -204,17 +203,17 @@ def _gate_attention(work: Work, out: Tensor) -> tuple[float, str]:
 
 def _same_precision(q: Tensor, work: Work, last: Batch, length: int) -> Tensor:
     """Attention as torch computes it in q's dtype from keys and values decoded to it."""
-    scheme = work.cache.scheme
+    keys, values = work.cache.keys[0], work.cache.values[0]
     pages = last.page_table[0].to(torch.int64)
     k, v = (x.transpose(1, 2).flatten(0, 1)[:length] for x in work.cache.read(0, pages, torch.float32))
     group = q.shape[1] // k.shape[1]
     k, v = (x.to(q.dtype).repeat_interleave(group, 1) for x in (k, v))  # [N, HQ, D]
-    queries = scheme.key_rotation.rotate_query(q.float()).to(q.dtype)
+    queries = keys.side.query(q.float(), keys.params).to(q.dtype)
     score = torch.einsum("thd,nhd->htn", queries.float(), k.float()) * q.shape[-1] ** -0.5
     position = torch.arange(length - q.shape[0], length, device=q.device)[:, None]
     score = score.masked_fill(torch.arange(length, device=q.device)[None] > position, -torch.inf)
     out = torch.einsum("htn,nhd->thd", score.softmax(-1).to(q.dtype).float(), v.float()).to(q.dtype)
-    return scheme.value_rotation.unrotate(out.float()).to(q.dtype)
+    return values.side.undo(out.float(), values.params).to(q.dtype)
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -22,6 +22,7 @@ from kvbench.dtypes import Rows
 from kvbench.dtypes.seed import export_rows
 from kvbench.schemes import Scheme
 from kvbench.timing.work import Work
+from kvbench.transforms import Rotation, all_rotations
 
 Call = Callable[[], Tensor]
 
@@ -236,7 +237,9 @@ def _vllm_cache(work: Work) -> dict[str, Any]:
 def _exported(plane: Plane, pages: Tensor) -> Tensor:
     assert plane.scale is not None
     rows = Rows(plane.codes[pages], plane.scale[pages])
-    return export_rows(rows, plane.dtype, plane.rotation, plane.head_dim)
+    (rotation,) = plane.side.transforms or (all_rotations()["none"],)
+    assert isinstance(rotation, Rotation), "VLLM_SCHEMES has no other"
+    return export_rows(rows, plane.dtype, rotation, plane.head_dim)
 
 
 VLLM_SCHEMES = SIXTEEN_BITS | {

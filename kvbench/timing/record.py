@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import Metric, Record, kernel_task, name_of
 from kvbench.schemes import Scheme
 
@@ -50,7 +49,7 @@ def as_record(row: dict[str, Any], environment: dict[str, Any]) -> tuple[Record,
         task=task,
         scoring="none",
         bits_per_value=scheme.bits_per_value(row["head_dim"]),
-        kv_bytes_per_token=kv_bytes_per_token([layer], scheme),
+        kv_bytes_per_token=scheme.token_bytes([layer]),
         metrics=_metrics(row) if passed else (),
         facts={name: value for name, value in row.items() if name != "samples_us"},
         environment=environment,

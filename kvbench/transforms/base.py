@@ -1,99 +1,130 @@
-"""What a rotation is: how rows are turned before they are quantized, and turned back.
+"""What prepares a row before it is quantized, and what that asks of queries and outputs.
 
-One convention, written down here. With H the ±1 matrix of blocks of b = 2^m, and a = m // 2 (rounded down):
-
-    a stored row    y  = 2^-a     H (signs ∘ x)          `rotate`          K and V, before quantization
-    a query         q' = 2^-(m-a) H (signs ∘ q)          `rotate_query`    so that q'·y = q·x
-    an output       o  = signs ∘ (2^-(m-a) H o')         `unrotate`        the inverse of `rotate`
-
-Attention between the last two needs no extra factor. All factors are powers of two, so codes are those of the
-unnormalised matrix and the seed's scales are ours times a power of two (`Rotation.exponent`): exact in float32.
+Whatever a transform does to keys, its queries and scores undo: query(q)·apply(k) + c(q) = q·k, where c(q) (`score`) is
+the same for all keys of a page of positions. Softmax does not see what is the same for all keys, so a constant c is
+added only where a softcap or a sink logit would see it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+POSITIONS = 64  # of a page of positions, which share what is learned by page
+
+Params = Mapping[str, Tensor]  # what a transform learned of one layer's keys, by name; float32 or float64
+NOTHING: Params = {}
+
 
 @dataclass(frozen=True)
-class Rotation:
-    """An orthogonal map of the D values of a row, up to powers of two. A subclass says `block` and `signs`."""
+class Rope:
+    """A layer's rotary embedding in the rotate-half convention: channels c and c + R/2 are turned together.
+
+    frequencies: [R/2] float64, radians a position; channels from R on are not turned.
+    """
+
+    frequencies: Tensor
+
+    def turn(self, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """[T, HKV, D] float64 of x at its positions [T], or with `back` as it was before."""
+        angle = positions.to(torch.float64)[:, None, None] * self.frequencies  # [T, 1, R/2]
+        return self._turned(x, angle.cos(), -angle.sin() if back else angle.sin())
+
+    def page_means(self, x: Tensor, pages: int) -> Tensor:
+        """[pages, HKV, D] float64: the mean of x [HKV, D] turned to each position of a page."""
+        positions = torch.arange(pages * POSITIONS, dtype=torch.float64)
+        angle = positions[:, None] * self.frequencies
+        cos, sin = (part.view(pages, POSITIONS, 1, -1).mean(1) for part in (angle.cos(), angle.sin()))
+        return self._turned(x.expand(pages, *x.shape), cos, sin)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = self.frequencies.shape[0]
+        x = x.to(torch.float64)
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One layer's keys of the calibration text, as attention gets them, and the queries that read them.
+
+    keys: [T, HKV, D], any floating dtype. queries: [T, HQ, D], where a transform reads them.
+    positions: [T] int64. rope: None where it is not known.
+    max_length: the model's positions.
+    """
+
+    keys: Tensor
+    queries: Tensor | None
+    positions: Tensor
+    rope: Rope | None
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A transform as kernels take it: y = 2^-exponent H (signs ∘ (x - offset)), H of blocks of `block` values.
+
+    signs: [D] float32 of ±1, or None. offset: [HKV, D] float32, or [pages of 64 positions, HKV, D], or None; an offset
+    by page also adds q·offset[page] to the scores of a page's keys.
+    """
+
+    block: int = 1
+    exponent: int = 0
+    signs: Tensor | None = None
+    offset: Tensor | None = None
+
+    def then(self, other: Lowered) -> Lowered | None:
+        """Both, one after the other; None where that has another form."""
+        if self.block == 1:
+            if other.offset is None:
+                return replace(other, offset=self.offset)
+            return other if self.offset is None else None
+        return self if other.block == 1 and other.offset is None else None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A map of the D values of a row before they are quantized. A subclass says what it does; the base does nothing.
+
+    keys_only: values can't have it, for an output could not undo it. learns: it needs a calibration text.
+    reads_queries: it learns from the queries too.
+    """
 
     name: str
     source: str
+    keys_only: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    reads_queries: ClassVar[bool] = False
 
-    def block(self, head_dim: int) -> int:
-        """Size b of the blocks that are turned among themselves; 1 turns nothing."""
-        return 1
+    def learn(self, sample: Sample) -> Params:
+        """What it needs to know of a layer, from the keys as the transforms before it left them."""
+        return {}
 
-    def signs(self, head_dim: int) -> Tensor | None:
-        """[D] float32 of ±1 on the CPU, or None where no sign changes."""
+    def apply(self, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
+        """[T, HKV, D] rows as they are quantized, from x [T, HKV, D] at these positions [T]."""
+        return x
+
+    def query(self, q: Tensor, params: Params) -> Tensor:
+        """[T, HQ, D] queries for such keys, in q's dtype."""
+        return q
+
+    def score(self, q: Tensor, params: Params) -> Tensor | None:
+        """c(q), before scaling: [T, HQ, P] for keys by their page of positions, P = 1 for all alike, or None for 0."""
         return None
 
-    def exponent(self, head_dim: int) -> int:
-        """a: stored rows are 2^-a times those of the unnormalised matrix."""
-        return (self.block(head_dim).bit_length() - 1) // 2
+    def undo(self, o: Tensor, params: Params) -> Tensor:
+        """[T, HQ, D] outputs as values without the transform would give them, in o's dtype."""
+        return o
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """[..., D] rows as they are stored, from x: [..., D]; float32, or float64 where x is.
-
-        Summed as a butterfly (neighbours first), so that the result is the same bits on every machine.
-        """
-        head_dim = x.shape[-1]
-        block = self.block(head_dim)
-        if block == 1:
-            return x
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        signs = self.signs(head_dim)
-        if signs is not None:
-            y = y * signs.to(y)
-        return butterfly(y, block) * 2.0 ** -self.exponent(head_dim)
-
-    def rotate_query(self, q: Tensor) -> Tensor:
-        """[..., D] queries for rotated keys, in q's dtype."""
-        return self._times_matrix(q, transpose=False)
-
-    def unrotate(self, o: Tensor) -> Tensor:
-        """[..., D] attention outputs turned back, in o's dtype: the inverse of `rotate`."""
-        return self._times_matrix(o, transpose=True)
-
-    def _times_matrix(self, x: Tensor, transpose: bool) -> Tensor:
-        head_dim = x.shape[-1]
-        if self.block(head_dim) == 1:
-            return x
-        matrix = reader_matrix(self, head_dim).to(dtype=x.dtype, device=x.device)
-        # rows are multiplied from the left: x @ Mᵀ is M applied to each
-        return x @ (matrix if transpose else matrix.T)
+    def lower(self, head_dim: int, params: Params = NOTHING) -> Lowered | None:
+        """As kernels take it; None where they can't. Asked with no params, it says whether they could."""
+        return None
 
 
-@lru_cache(maxsize=16)  # asked for in every layer of every pass
-def reader_matrix(rotation: Rotation, head_dim: int) -> Tensor:
-    """[D, D] float64 M = 2^-(m-a) H diag(signs): queries become M q, outputs Mᵀ o."""
-    block = rotation.block(head_dim)
-    m = block.bit_length() - 1
-    matrix = butterfly(torch.eye(head_dim, dtype=torch.float64), block) * 2.0 ** -(m - rotation.exponent(head_dim))
-    signs = rotation.signs(head_dim)
-    return matrix if signs is None else matrix * signs.to(torch.float64)
-
-
-def butterfly(x: Tensor, block: int) -> Tensor:
-    """[..., D] of x: [..., D]: each block of `block` values times the ±1 Sylvester matrix in natural order.
-
-    Source: fast Walsh-Hadamard transform, Fino and Algazi 1976.
-    """
-    half = 1
-    while half < block:
-        pairs = x.unflatten(-1, (-1, 2, half))
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        half *= 2
-    return x
-
-
-def largest_power_of_two(head_dim: int) -> int:
-    """The largest power of two that divides head_dim."""
-    return head_dim & -head_dim
+def grouped(x: Tensor, heads: int) -> Tensor:
+    """[..., heads, D] of x [..., HKV, D]: each KV head repeated for the query heads that read it."""
+    return x.repeat_interleave(heads // x.shape[-2], dim=-2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbench.transforms.base import Rotation, largest_power_of_two
+from kvbench.transforms.rotation import Rotation, largest_power_of_two
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """No rotation."""
 
-from kvbench.transforms.base import Rotation
+from kvbench.transforms.rotation import Rotation
 
 none = Rotation("none", source="values as they are")

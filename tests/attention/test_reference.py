@@ -41,10 +41,10 @@ def one_head(q, k, v, scaling, window=None, softcap=None, sink=None):
     return torch.stack(outputs)
 
 
-def stored(dtype, rotation, x):
+def stored(side, x):
     """What a row of x is after the cache, turned back."""
-    dtype = dtype.resolve(x.dtype)
-    return rotation.unrotate(dtype.dequantize(dtype.quantize(rotation.rotate(x)), torch.float64))
+    dtype = side.dtype.resolve(x.dtype)
+    return side.undo(dtype.dequantize(dtype.quantize(side.apply(x)), torch.float64))
 
 
 def write(cache, pool, k, v, new):
@@ -80,8 +80,8 @@ def check(scheme, draw, heads=(6, 2), head_dim=16, page_size=4, lengths=(9, 1, 1
     sinks = options.get("sinks")
     parts = []
     for keys, values, queries in zip(k, v, q.split(new), strict=True):
-        keys = stored(scheme.key, scheme.key_rotation, keys)
-        values = stored(scheme.value, scheme.value_rotation, values)
+        keys = stored(scheme.key, keys)
+        values = stored(scheme.value, values)
         per_head = [
             one_head(
                 queries[:, h],

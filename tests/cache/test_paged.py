@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvbench.cache import PagedCache
-from kvbench.cache.paged import fitting_tokens, kv_bytes_per_token
+from kvbench.cache.paged import fitting_tokens
 from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
@@ -41,7 +41,7 @@ def test_the_largest_cache_fits_and_a_page_more_does_not(scheme):
     cache = PagedCache(LAYERS, scheme, pages=tokens // page_size, page_size=page_size)
 
     assert tokens % page_size == 0
-    assert token_bytes == kv_bytes_per_token(LAYERS, scheme)
+    assert token_bytes == scheme.token_bytes(LAYERS)
     assert cache.nbytes <= free < cache.nbytes + token_bytes * page_size + 8 * len(LAYERS)
 
 
@@ -54,15 +54,12 @@ def test_memory_is_the_packed_size(scheme):
     cache = PagedCache(LAYERS, scheme, pages=pages, page_size=page_size)
     slots = pages * page_size
     scheme = scheme.resolve(torch.float32)
-    bits = sum(
-        slots * heads * head_dim * (scheme.key.bits_per_value(head_dim) + scheme.value.bits_per_value(head_dim))
-        for heads, head_dim in LAYERS
-    )
-    scales = 4 * len(LAYERS) * sum(dtype.granularity == "per_tensor" for dtype in (scheme.key, scheme.value))
+    bits = sum(slots * heads * head_dim * 2 * scheme.bits_per_value(head_dim) for heads, head_dim in LAYERS)
+    scales = 4 * len(LAYERS) * sum(side.dtype.granularity == "per_tensor" for side in scheme.sides)
 
     assert 8 * (cache.nbytes - scales) == bits
-    assert cache.nbytes - scales == slots * kv_bytes_per_token(LAYERS, scheme)
-    assert cache.bytes_per_token == kv_bytes_per_token(LAYERS, scheme)
+    assert cache.nbytes - scales == slots * scheme.token_bytes(LAYERS)
+    assert cache.bytes_per_token == scheme.token_bytes(LAYERS)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
@@ -74,10 +71,8 @@ def test_a_slot_gives_back_what_its_dtype_made_of_it(scheme):
     scheme = cache.scheme
     for layer, rows in enumerate(written):
         read = cache.read(layer, torch.arange(5), torch.float32)
-        for x, got, dtype, rotation in zip(
-            rows, read, (scheme.key, scheme.value), (scheme.key_rotation, scheme.value_rotation), strict=True
-        ):
-            expected = dtype.dequantize(dtype.quantize(rotation.rotate(x)))
+        for x, got, side in zip(rows, read, scheme.sides, strict=True):
+            expected = side.dtype.dequantize(side.dtype.quantize(side.apply(x)))
             flat = got.transpose(1, 2).flatten(0, 1)  # [slots, HKV, D]
             assert torch.equal(flat[slots], expected)
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from kvbench.cache import OutOfPages
-from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.dtypes import all_dtypes
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
 from kvbench.runners.lanes import Lanes
@@ -187,7 +186,7 @@ def test_batches_and_page_sizes_change_nothing(llama64, scheme):
             torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.key.code_bits < 16], ids=str)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.key.dtype.code_bits < 16], ids=str)
 def test_quantized_caches_are_read(llama64, scheme):
     """
     Every quantized cache changes the scores of its prompt: nothing attends to keys and values that it did not store.
@@ -377,7 +376,7 @@ def test_pages_come_from_the_memory_there_is(monkeypatch):
     exact = loaded.runner(Scheme.parse("auto"), page_size=4)
     answers, scores = exact.generate(requests), exact.score(scored)
     monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, 8, 2**24, 0.5))
-    page_bytes = 4 * kv_bytes_per_token(loaded.info.layers, exact.scheme.resolve(torch.float32))
+    page_bytes = 4 * exact.scheme.resolve(torch.float32).token_bytes(loaded.info.layers)
     monkeypatch.setattr("kvbench.runners.transformers._free_memory", lambda device: 2 * 60 * page_bytes)
 
     pages = {}
@@ -429,7 +428,7 @@ def test_stats_count_what_was_computed():
     assert stats["prefill_tokens"] == 20 + 9 + 9
     assert stats["decode_tokens"] == sum(len(answer.tokens) - 1 for answer in answers)
     assert min(stats["prefill_seconds"], stats["decode_seconds"]) > 0
-    assert stats["kv_bytes_per_token"] == kv_bytes_per_token(runner.info.layers, runner.scheme)
+    assert stats["kv_bytes_per_token"] == runner.scheme.token_bytes(runner.info.layers)
 
 
 class EagerBlocks(Lanes):
@@ -565,7 +564,7 @@ def test_a_few_pages_more_are_not_worth_a_new_cache(captures, monkeypatch):
     """
     monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, 64, 2**24, 0.5))
     runner = tiny("llama").runner(Scheme.parse("auto"), page_size=4)
-    page = 4 * kv_bytes_per_token(runner.info.layers, runner.scheme.resolve(torch.float32))
+    page = 4 * runner.scheme.resolve(torch.float32).token_bytes(runner.info.layers)
     requests = [GenerateRequest(tokens(9, i), 7) for i in range(30)]
     sizes = []
     for spare in (100, 110, 130, 2000):  # pages of which half are taken, besides those of the cache

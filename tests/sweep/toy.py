@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.results import Metric, Outcome
 from kvbench.runners.base import ModelInfo
 from kvbench.schemes import Scheme
@@ -39,7 +38,7 @@ class ToyRunner:
         return 0.0 if self.destroyed else self.scheme.bits_per_value(64) / 16
 
     def stats(self) -> dict[str, float]:
-        bytes_per_token = kv_bytes_per_token(LAYERS, self.scheme.resolve(torch.float32))
+        bytes_per_token = self.scheme.resolve(torch.float32).token_bytes(LAYERS)
         return {"kv_bytes_per_token": bytes_per_token, "prefill_tokens": 100, "prefill_seconds": 0.5}
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kvbench.cache import OutOfPages
-from kvbench.cache.paged import kv_bytes_per_token
 from kvbench.measured import read
 from kvbench.report.compare import compare
 from kvbench.report.comparison_text import noise_floor
@@ -118,7 +117,7 @@ def test_the_smaller_limit_is_the_longest_context(shape):
     assert (longest, limit) == (144, "memory")
 
     runner.limits = replace(runner.limits, memory=1.0)
-    free = 160 * kv_bytes_per_token(runner.info.layers, runner.scheme.resolve(torch.float32))
+    free = 160 * runner.scheme.resolve(torch.float32).token_bytes(runner.info.layers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvbench.runners.transformers._free_memory", lambda _: free)
         runner.generate([GenerateRequest(tuple(range(longest - 4)), 4)])

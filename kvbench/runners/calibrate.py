@@ -1,0 +1,144 @@
+"""Learning what a scheme's transforms need to know of a model: one pass of it over a calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.calibration import Calibration
+from kvbench.results import Tensors
+from kvbench.runners.base import begins_with
+from kvbench.runners.learned import pack
+from kvbench.runners.transformers import STATEFUL_ROPE, TransformersModel, observed
+from kvbench.schemes import Scheme, Side
+from kvbench.transforms import Params, Rope, Sample
+
+
+@dataclass
+class _Layer:
+    """What one attention layer got, piece by piece, on the CPU."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+
+
+def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
+    """What each layer's transforms learned, of the model with its exact cache; sums are float64.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    calibration = scheme.calibration or Calibration()
+    documents = _documents(loaded, calibration)
+    queries = any(transform.reads_queries for side in scheme.sides for transform in side.transforms)
+    layers: dict[int, _Layer] = {}
+
+    def keep(layer: int, q: Tensor, k: Tensor, positions: Tensor) -> None:
+        own = layers.setdefault(layer, _Layer())
+        own.keys.append(k.cpu())
+        own.positions.append(positions.cpu())
+        if queries:
+            own.queries.append(q.cpu())
+
+    with observed(keep), _ropes(loaded.model) as ropes:
+        loaded.runner(Scheme.parse("auto")).hidden_states(documents)
+    learned: list[tuple[tuple[Params, ...], tuple[Params, ...]]] = []
+    for number, layer in sorted(layers.items()):
+        sample = Sample(
+            torch.cat(layer.keys),
+            torch.cat(layer.queries) if layer.queries else None,
+            torch.cat(layer.positions),
+            ropes.get(number),
+            loaded.info.max_length,
+        )
+        layer.keys.clear()
+        learned.append((_learn(scheme.key, sample), ({},) * len(scheme.value.transforms)))
+    return pack(learned)
+
+
+def _learn(side: Side, sample: Sample) -> tuple[Params, ...]:
+    found: list[Params] = []
+    for transform in side.transforms:
+        params = transform.learn(sample)
+        found.append(params)
+        if any(later.learns for later in side.transforms[len(found) :]):
+            keys = transform.apply(sample.keys, params, sample.positions)
+            queries = None if sample.queries is None else transform.query(sample.queries, params)
+            # what else a transform leaves is not turned by the position as the model's keys are
+            sample = replace(sample, keys=keys, queries=queries, rope=None)
+    return tuple(found)
+
+
+def _documents(loaded: TransformersModel, calibration: Calibration) -> list[list[int]]:
+    """The text's tokens in documents, each begun as the tokenizer begins a text."""
+    bos = list(begins_with(loaded.tokenizer))
+    tokens = loaded.tokenizer.encode(calibration.read(), add_special_tokens=False, verbose=False)
+    longest = loaded.info.max_length - len(bos)
+    return [[*bos, *document] for document in calibration.documents(tokens, longest)]
+
+
+# ---- rotary embeddings, as the model's own modules compute them
+
+
+@contextmanager
+def _ropes(model: Any) -> Iterator[dict[int, Rope]]:
+    """A layer's rotary embedding by the model's number of the layer, filled in by the passes inside the block.
+
+    A layer whose embedding is none in the rotate-half convention, as far as cosines and sines can tell, has no entry.
+    """
+    found: dict[int, Rope] = {}
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+    rope_type = (getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}).get("rope_type")
+
+    def computed(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        calls.append((module, args, kwargs, out))
+        del calls[:-8]  # those of one pass: a kind of layer each
+
+    def called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embedding = kwargs.get("position_embeddings")
+        if module.layer_idx in found or not isinstance(embedding, tuple):
+            return
+        for rotary, rotary_args, rotary_kwargs, out in calls:
+            if isinstance(out, tuple) and out[0].data_ptr() == embedding[0].data_ptr():
+                rope = _rope(rotary, rotary_args, rotary_kwargs)
+                if rope is not None:
+                    found[module.layer_idx] = rope
+
+    hooks = []
+    if rope_type not in STATEFUL_ROPE:
+        for module in model.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                hooks.append(module.register_forward_hook(computed, with_kwargs=True))
+            elif hasattr(module, "layer_idx"):
+                hooks.append(module.register_forward_pre_hook(called, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rope(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rope | None:
+    """Frequencies from the angle at position 1, which is below π, in float32."""
+
+    def at_one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            return torch.zeros(1, 1, 1, device=value.device)  # only its dtype and device are read
+        return torch.ones(1, 1, dtype=value.dtype, device=value.device)
+
+    out = rotary(*map(at_one, args), **{name: at_one(value) for name, value in kwargs.items()})
+    if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)):
+        return None
+    cos, sin = (part.to("cpu", torch.float64).flatten() for part in out)
+    half = len(cos) // 2
+    if len(cos) % 2 or not torch.equal(cos[:half], cos[half:]) or not torch.equal(sin[:half], sin[half:]):
+        return None
+    return Rope(torch.atan2(sin, cos)[:half])

@@ -1,0 +1,48 @@
+"""What a scheme learned of a model, as named tensors that a run folder keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from kvbench.cache.paged import Learned
+from kvbench.results import Tensors
+from kvbench.schemes import Scheme
+from kvbench.transforms import Params
+
+
+def pack(learned: Learned) -> Tensors:
+    """The tensors by layer, side, place among the side's transforms, and name."""
+    return {
+        f"{layer}.{which}.{place}.{name}": tensor
+        for layer, sides in enumerate(learned)
+        for which, side in enumerate(sides)
+        for place, params in enumerate(side)
+        for name, tensor in params.items()
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layers: int) -> Learned:
+    """What `pack` packed, for a scheme of the same transforms."""
+    found: list[list[list[dict[str, Tensor]]]] = [
+        [[{} for _ in side.transforms] for side in scheme.sides] for _ in range(layers)
+    ]
+    for key, tensor in tensors.items():
+        layer, which, place, name = key.split(".")
+        found[int(layer)][int(which)][int(place)][name] = tensor
+
+    def params(side: list[dict[str, Tensor]]) -> tuple[Params, ...]:
+        return tuple(side)
+
+    return [(params(keys), params(values)) for keys, values in found]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of all tensors' bytes, in hex."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].contiguous().cpu().numpy().tobytes())
+    return whole.hexdigest()
