@@ -31,7 +31,8 @@ def _line(value: str) -> str:
 
 
 def _path(value: Any) -> Any:
-    return named_path(value) if isinstance(value, str) else value
+    # a text again, for of JSON no other is a path
+    return str(named_path(value)) if isinstance(value, str) else value
 
 
 MAX_NAME = 4096  # characters; a model's may be a path
