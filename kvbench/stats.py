@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 
 ALPHA = 0.05  # of a whole report, by Holm
 POWER = 0.8
+FEW = 12  # clusters of which all signs can be tried
 # An interval of a share counts these documents too, two that got worse and two that got better: otherwise ten answers
 # of which none moved would show, with an interval of no width, that nothing can. Bonett and Price add one each way
 # (https://doi.org/10.1111/j.2044-8317.2011.02030.x); with two the size of the equivalence test stays below 5 % where
@@ -28,7 +29,8 @@ PSEUDO_FLIPS = (-1.0, -1.0, 1.0, 1.0)
 class Difference:
     """The mean of paired differences.
 
-    ci_low, ci_high: of 95 %. p: two-sided, of no difference; None where one document can't tell. n: documents.
+    ci_low, ci_high: of 95 %, infinite where nothing says how wide. p: two-sided, of no difference; None where one
+    document can't tell, and of a distance, which is there for sure. n: documents.
     spread: the standard deviation of one document's difference; where that is 0, with the pseudo-documents.
     worse, better: documents whose difference is below and above 0.
     """
@@ -59,8 +61,8 @@ def compare_answers(difference: Array, groups: Sequence[Any] | None = None) -> D
     wide = compare_means(np.append(difference, PSEUDO_FLIPS), clusters)
     low, high = _clipped((wide.ci_low, wide.ci_high))
     # differences without any spread would make a t without bound, and a p of 0 of two documents
-    p = plain.p if plain.spread or plain.p is None else wide.p
-    return replace(plain, p=p, ci_low=low, ci_high=high, spread=plain.spread or wide.spread)
+    sure = plain if plain.spread or plain.p is None else wide
+    return replace(plain, p=sure.p, test=sure.test, ci_low=low, ci_high=high, spread=plain.spread or wide.spread)
 
 
 @lru_cache(maxsize=100_000)
@@ -98,7 +100,10 @@ def compare_means(difference: Array, groups: Sequence[Any] | None = None, weight
     if count < 2:
         return Difference(mean, -math.inf, math.inf, None, n, test, math.inf, worse, better)
     if np.ptp(difference) == 0:  # no spread: t is 0/0, or infinite
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n, test, 0.0, worse, better)
+        if mean == 0:  # numbers that are equal to the last digit are the same numbers
+            return Difference(0.0, 0.0, 0.0, 1.0, n, test, 0.0, worse, better)
+        p = float(stats.binomtest(count, count).pvalue)
+        return Difference(mean, -math.inf, math.inf, p, n, "sign", 0.0, worse, better)
     if test == "paired t":
         found = stats.ttest_1samp(difference, 0)
         low, high = found.confidence_interval(1 - ALPHA)
@@ -111,6 +116,40 @@ def compare_means(difference: Array, groups: Sequence[Any] | None = None, weight
         low, high = fit.conf_int(ALPHA)[0]
         p, error = float(fit.pvalues[0]), float(fit.bse[0])
     return Difference(mean, float(low), float(high), p, n, test, error * math.sqrt(n), worse, better)
+
+
+def compare_scores(difference: Array, groups: Sequence[Any] | None = None) -> Difference:
+    """How the mean of a score changed whose scale nobody knows: as `compare_means`, and no surer than signs allow.
+
+    Few scores of coarse steps can all but agree by chance, which a t-test takes for certainty. If neither cell is
+    better each difference is as likely with the other sign, so up to FEW clusters p is no less than what share of all
+    signs gives a mean as far from 0.
+    """
+    found = compare_means(difference, groups)
+    keys = np.arange(len(difference)) if groups is None else np.unique(np.asarray(groups, str), return_inverse=True)[1]
+    sums = np.bincount(keys, difference)
+    if found.p is None or len(sums) > FEW or not found.spread:
+        return found
+    signs = stats.permutation_test((sums,), np.mean, permutation_type="samples", n_resamples=2**FEW)
+    return replace(found, p=max(found.p, float(signs.pvalue)), test=f"{found.test}, signs")
+
+
+def compare_distances(
+    difference: Array, groups: Sequence[Any] | None = None, weights: Array | None = None
+) -> Difference:
+    """How far documents are from a baseline that is at no distance from itself, such as a KL divergence: no p.
+
+    That there is a distance is sure beforehand, so only its interval says something. Distances are never negative and
+    have a long tail, which a t interval leaves out at the far end: that end is taken on the log scale, by the delta
+    method, and the near one from t (benchmarks/coverage.py has how often each holds the truth).
+    """
+    found = replace(compare_means(difference, groups, weights), p=None, test="interval")
+    away = 1 if found.mean > 0 else -1
+    if not math.isfinite(found.ci_low) or not found.spread or (away * difference < 0).any():
+        return found
+    reach = (found.ci_high - found.mean) / abs(found.mean)
+    far = found.mean * math.exp(min(reach, 700))
+    return replace(found, ci_high=far) if away > 0 else replace(found, ci_low=far)
 
 
 def _independent(groups: Sequence[Any] | None) -> bool:
@@ -164,8 +203,11 @@ def documents_to_decide(found: Difference, margin: float | None, family: int = 1
 
     family: comparisons in the report. A difference whose interval is away from 0: so many that it is significant, if it
     stays as it is. Else so many that both truths would be called: no difference, and one as wide as the margin.
+    Of a distance so many that its interval no longer holds the margin.
     """
-    if found.ci_low > 0 or found.ci_high < 0:
+    if found.test == "interval":
+        wanted = None if margin is None else documents_to_see(found.spread, abs(found.mean) - margin)
+    elif found.ci_low > 0 or found.ci_high < 0:
         wanted = documents_to_see(found.spread, found.mean, ALPHA / family)
     elif margin is None:
         return None

@@ -16,7 +16,9 @@ from kvbench.stats import (
     PSEUDO_FLIPS,
     Difference,
     compare_answers,
+    compare_distances,
     compare_means,
+    compare_scores,
     documents_to_decide,
     documents_to_see,
     holm,
@@ -240,10 +242,115 @@ def test_of_few_documents_nothing_is_sure():
 
 def test_equal_numbers_are_equal():
     """
-    Differences of exactly 0 have p = 1; a constant that is not 0 has p = 0.
+    Differences of exactly 0 have p = 1, and an interval of no width.
     """
-    assert compare_means(np.zeros(8)).p == 1
-    assert compare_means(np.full(8, 0.1)).p == 0
+    same = compare_means(np.zeros(8))
+
+    assert (same.p, same.ci_low, same.ci_high) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("n", "p"), [(2, 0.5), (5, 0.0625), (8, 2 / 2**8)])
+def test_a_difference_without_spread_has_no_interval(n, p):
+    """
+    Documents that all lose 100 points tell by their signs alone, and nothing says how far off that number is.
+    """
+    lost = compare_means(np.full(n, -100.0))
+
+    assert (lost.mean, lost.test, lost.p) == (-100, "sign", p)
+    assert (lost.ci_low, lost.ci_high) == (-np.inf, np.inf)
+    assert documents_to_decide(lost, 1.0) is None
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 12])
+def test_few_coarse_scores_are_not_called_sure(n):
+    """
+    Of an F1 of 0 to 100 that changes by whole steps and is no better anywhere, at most 5 % of the tests call a
+    difference; of three documents a t-test calls more.
+    """
+    draw = np.random.default_rng(20)
+    d = draw.choice([-100.0, -99.0, 0.0, 99.0, 100.0], p=[0.2, 0.2, 0.2, 0.2, 0.2], size=(REPETITIONS, n))
+
+    called = [compare_scores(one).p for one in d]
+
+    assert np.mean([p < ALPHA for p in called]) <= ALPHA + binomial_error(ALPHA)
+    if n == 3:
+        assert np.mean([compare_means(one).p < ALPHA for one in d]) > ALPHA + binomial_error(ALPHA)
+
+
+def test_two_scores_that_all_but_agree_show_nothing():
+    """
+    -100 and -99 are two documents, whatever t says; of twenty such it is sure.
+    """
+    assert compare_means(np.array([-100.0, -99.0])).p < 0.01
+    assert compare_scores(np.array([-100.0, -99.0])).p == 0.5
+    assert compare_scores(np.array([-100.0, -99.0] * 10)).p < 1e-10
+
+
+@pytest.mark.parametrize("n", [4, 8, 16, 64])
+@pytest.mark.parametrize(("sigma", "least"), [(0.1, 0.93), (0.5, 0.92), (1.0, 0.86)])
+def test_the_interval_of_a_distance_holds_the_truth(n, sigma, least):
+    """
+    Of lognormal distances at least as often as docs/method.md says; at n 8 and sigma 1 t alone in 83 of 100.
+    """
+    draw = np.random.default_rng(21)
+    d, truth = draw.lognormal(0, sigma, size=(REPETITIONS, n)), np.exp(sigma**2 / 2)
+
+    found = [compare_distances(one) for one in d]
+
+    held = np.mean([one.ci_low <= truth <= one.ci_high for one in found])
+    assert held >= least
+    plain = np.mean([t.ci_low <= truth <= t.ci_high for t in map(compare_means, d)])
+    assert held >= plain
+    if n == 8 and sigma == 1.0:
+        assert plain < 0.85 < 0.87 < held
+    # a same-top share falls as a KL divergence rises
+    assert [(one.ci_low, one.ci_high) for one in map(compare_distances, -d[:50])] == [
+        pytest.approx((-one.ci_high, -one.ci_low)) for one in found[:50]
+    ]
+
+
+def distances(truth, sigma, n, repetitions=REPETITIONS, seed=22):
+    """The verdicts of KL divergences whose documents are lognormal and have this mean; the margin is MARGIN."""
+    row = Row("toy", "int4", "none", "task", "kld", "fp16 · none", unit="nats", higher_is_better=False)
+    d = np.random.default_rng(seed).lognormal(0, sigma, size=(repetitions, n)) * truth / np.exp(sigma**2 / 2)
+    return [judge([Paired(row, compare_distances(one), MARGIN, "")])[0] for one in d]
+
+
+@pytest.mark.parametrize("n", [4, 8, 64])
+def test_a_distance_as_large_as_the_margin_is_seldom_called(n):
+    """
+    A KL divergence of exactly the margin is called EQUIVALENT and WORSE at most 5 % of the time each, without a p.
+    """
+    found = distances(MARGIN, 0.15, n)
+
+    assert {row.p_holm for row in found} == {None}
+    for verdict in ("EQUIVALENT", "WORSE"):
+        assert np.mean([row.verdict == verdict for row in found]) <= ALPHA
+    assert found[0].verdict == "INCONCLUSIVE" or found[1].verdict == "INCONCLUSIVE"
+
+
+def test_a_distance_is_called_by_its_margin_alone():
+    """
+    Far above the margin it is WORSE and far below EQUIVALENT, however sure it is that there is one.
+    """
+    assert {row.verdict for row in distances(0.15, 0.15, 8, 200)} == {"WORSE"}
+    assert {row.verdict for row in distances(0.003, 0.15, 8, 200)} == {"EQUIVALENT"}
+
+
+@pytest.mark.parametrize("truth", [0.9 * MARGIN, 1.1 * MARGIN])
+def test_so_many_documents_decide_a_distance(truth):
+    """
+    With as many as `documents_to_decide` says, a distance near the margin is called right four times in five.
+    """
+    d = np.random.default_rng(23).lognormal(0, 0.2, size=8)
+    open_case = compare_distances(truth * d / d.mean())
+    n = documents_to_decide(open_case, MARGIN)
+    sigma = np.sqrt(np.log(1 + (open_case.spread / truth) ** 2))
+
+    found = distances(truth, sigma, n, 500)
+
+    right = "WORSE" if truth > MARGIN else "EQUIVALENT"
+    assert np.mean([row.verdict == right for row in found]) >= 0.8 - binomial_error(0.8, 500)
 
 
 def test_two_equal_losses_prove_nothing():

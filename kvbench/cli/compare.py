@@ -65,7 +65,7 @@ def compare(
     else:
         as_json = as_format == ReportFormat.JSON
         print(table.rows_json(found.rows) if as_json else table.rows_csv(found.rows, verdicts.COLUMNS), end="")
-    if found.invalid or not found.family:
+    if found.invalid or not found.judged:
         raise typer.Exit(NOTHING_TO_COMPARE)
 
 

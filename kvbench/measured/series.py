@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvbench.results import Metric, exponential
-from kvbench.stats import Array, Difference, compare_answers, compare_means
+from kvbench.stats import Array, Difference, compare_answers, compare_distances, compare_means, compare_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,11 +95,18 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
     return Series(metric, values[order], picked, digest, tuple(documents))
 
 
-def paired(series: Series, base: Series) -> Difference:
-    """How one metric changed over the same documents; a perplexity's is that of its logarithm."""
+def paired(series: Series, base: Series, origin: bool = False) -> Difference:
+    """How one metric changed over the same documents; a perplexity's is that of its logarithm.
+
+    origin: `base` is the sweep's baseline, which distances are measured from.
+    """
     difference: Array = series.values - base.values
     # a document that is asked twice is one document
     hashes = [document[3] for document in series.documents or base.documents] or None
     if series.metric.kind == "share":
         return compare_answers(difference, hashes)
+    if series.metric.kind == "distance" and origin:
+        return compare_distances(difference, hashes, series.weights)
+    if series.metric.kind == "mean" and series.weights is None:
+        return compare_scores(difference, hashes)
     return compare_means(difference, hashes, series.weights)

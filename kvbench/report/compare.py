@@ -18,7 +18,7 @@ REASONS = 3  # of a refusal, as many as are named
 
 @dataclass(frozen=True)
 class Comparisons:
-    """All comparisons of one report; what Holm corrects for is their number.
+    """All comparisons of one report; what Holm corrects for is the number of those with a p-value.
 
     again: the A/A cells' rows, of the first folder where there are two. notes: a line each, for a person.
     """
@@ -32,6 +32,11 @@ class Comparisons:
     def family(self) -> list[Comparison]:
         """The rows that were tested, without the A/A cells'."""
         return [row for row in self.rows if row.p_holm is not None]
+
+    @property
+    def judged(self) -> list[Comparison]:
+        """The rows that have a verdict, by a test or by their interval."""
+        return [row for row in self.rows if row.verdict not in (None, "INVALID")]
 
     @property
     def invalid(self) -> list[Comparison]:
@@ -75,7 +80,9 @@ def compare(
                     found.append(_moved(cell, base, metric))
                 absent.setdefault(cell.absent[metric], {})[f"{cell.task} {metric}"] = None
                 continue
-            found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen)))
+            # what the sweep's distances were measured from
+            origin = base is not None and base.scheme == (measured.baseline or scheme)
+            found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen), origin))
     notes |= dict.fromkeys(f"not compared, {reason}: {', '.join(what)}" for reason, what in absent.items())
     notes |= dict.fromkeys(_margin_notes(measured, other, chosen))
     rows = judge(found)
@@ -168,7 +175,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _compared(
-    cell: Cell, base: Cell | None, wrong: str, metric: str, canary: Cell | None, margin: float
+    cell: Cell, base: Cell | None, wrong: str, metric: str, canary: Cell | None, margin: float, origin: bool
 ) -> Comparison | Paired:
     row = Comparison(
         cell.model,
@@ -182,24 +189,27 @@ def _compared(
     here = cell.series.get(metric)
     there = base.series.get(metric) if base else None
     if here:
-        row = replace(row, value=_finite(here.metric.value), n=len(here.values))
+        row = replace(row, value=here.metric.value, n=len(here.values))
     if there:
-        row = replace(row, baseline=_finite(there.metric.value))
+        row = replace(row, baseline=there.metric.value)
     if wrong or here is None or there is None:
         why = wrong or cell.absent.get(metric) or (base.absent.get(metric) if base else "")
         why = why or ("not measured here" if here is None else "not in the baseline")
         return replace(row, verdict="INVALID", reason=why)
-    difference = paired(here, there)
+    difference = paired(here, there, origin)
     unit, limit = scale_of(here, margin)
     log = here.metric.kind == "log"
+    ends: list[float | None] = [_relative(end) if log else end for end in (difference.ci_low, difference.ci_high)]
+    if math.isinf(difference.ci_low) or math.isinf(difference.ci_high):  # nothing says how wide
+        ends = [None, None]
     worse, better = difference.worse, difference.better
     if not here.metric.higher_is_better:
         worse, better = better, worse
     row = replace(
         row,
-        difference=_finite(_relative(difference.mean) if log else difference.mean),
-        ci_low=_finite(_relative(difference.ci_low) if log else difference.ci_low),
-        ci_high=_finite(_relative(difference.ci_high) if log else difference.ci_high),
+        difference=_relative(difference.mean) if log else difference.mean,
+        ci_low=ends[0],
+        ci_high=ends[1],
         unit=unit,
         worse=worse,
         better=better,
@@ -216,14 +226,8 @@ def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
     """How far a number without documents, such as a speed, moved when it was measured again."""
     here, there = cell.values[metric], base.values[metric]
     place = (cell.model, cell.dtype, cell.rotation, cell.task, metric, " · ".join(base.scheme))
-    return Comparison(
-        *place, baseline=there, value=here, difference=_finite(here / there - 1), unit="relative", cell=cell.name
-    )
+    return Comparison(*place, baseline=there, value=here, difference=here / there - 1, unit="relative", cell=cell.name)
 
 
 def _relative(log: float) -> float:
     return math.expm1(log) if log < 700 else math.inf
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -28,7 +28,8 @@ HEADERS = (
 NUMERIC = (4, 5, 6, 7, 8, 9, 11)
 LEGEND = (
     "EQUIVALENT: the whole interval lies within the margin. INCONCLUSIVE (n): neither shown; so many documents would "
-    "decide. Flips: documents that got worse / better."
+    "decide. A distance from the baseline itself (KL divergence, same top token) is there for sure and has no p: WORSE "
+    "where its whole interval lies beyond the margin. Flips: documents that got worse / better."
 )
 
 
@@ -135,7 +136,10 @@ def summary(measured: Measured, found: Comparisons, other: Measured | None = Non
     counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     cells = [*measured.cells, *(other.cells if other else [])]
     environments = {cell.environment for cell in cells}
-    tested = f"{len(found.family)} comparisons (Holm over all): {counted}" if counted else "no comparisons"
+    untested = len(found.judged) - len(found.family)
+    holm = f"{len(found.family)}; {untested} by their interval, without a p" if untested else "all"
+    tested = f"{len(found.judged)} comparisons (Holm over {holm}): {counted}"
+    tested = tested if counted else "no comparisons"
     lines = [tested, *control_notes(measured, found, other)]
     floors = dict.fromkeys(
         (row.reason, f"{row.task} {row.metric}") for row in found.rows if row.verdict == FLOOR_VERDICT

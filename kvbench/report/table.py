@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvbench.results import plain_json
+
 
 @dataclass(frozen=True)
 class Header:
@@ -40,8 +42,8 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric:
 
 
 def rows_json(rows: Sequence[Any]) -> str:
-    """The rows as a JSON list."""
-    return json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n"
+    """The rows as a JSON list; what JSON has no number for is "inf", "-inf" or "nan"."""
+    return json.dumps(plain_json([asdict(row) for row in rows]), indent=1, allow_nan=False) + "\n"
 
 
 def rows_csv(rows: Sequence[Any], columns: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ class Paired:
 
 def at_floor(base: Series, canary: Series | None) -> str:
     """Why a loss from a baseline's share cannot be seen: there is none to lose; else empty. From the ceiling it can."""
-    if base.metric.kind != "share":
+    if base.metric.kind != "share" or not base.metric.higher_is_better:
         return ""
     value = base.metric.value
     if value <= FLOOR:
@@ -98,7 +98,7 @@ def scale_of(series: Series, margin: float) -> tuple[str, float | None]:
 
 
 def judge(found: Sequence[Comparison | Paired]) -> list[Comparison]:
-    """The verdicts, with p corrected for the number of comparisons; the A/A cells are outside of the count."""
+    """The verdicts, with p corrected for the number of comparisons that have one; the A/A cells are outside of it."""
     tested = [one for one in found if isinstance(one, Paired) and one.difference.p is not None and not one.row.again]
     corrected = dict(zip(map(id, tested), holm([one.difference.p or 0.0 for one in tested]), strict=True))
     return [
@@ -112,7 +112,9 @@ def _judged(one: Paired, p_holm: float | None, family: int) -> Comparison:
         return row
     difference, limit = one.difference, one.limit
     within = limit is not None and -limit < difference.ci_low and difference.ci_high < limit
-    if p_holm is not None and p_holm < ALPHA and not within:
+    beyond = limit is not None and (difference.ci_low >= limit or difference.ci_high <= -limit)
+    # a distance has no p: the margin alone says what is far
+    if beyond if p_holm is None else p_holm < ALPHA and not within:
         return replace(row, verdict="BETTER" if (difference.mean > 0) == row.higher_is_better else "WORSE")
     moved = difference.ci_low > 0 or difference.ci_high < 0  # where something moved, it could
     if one.at_floor and not moved:

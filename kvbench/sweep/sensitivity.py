@@ -75,7 +75,7 @@ def _measured(task: str, cells: Sequence[Cell], earlier: Measured) -> dict[str, 
             if name in base.series and base.series[name].digest == series.digest:
                 metric = series.metric
                 kind = metric.kind if metric.kind in ("share", "log") else metric.unit
-                found[name].append((kind, paired(series, base.series[name])))
+                found[name].append((kind, paired(series, base.series[name], origin=True)))
     return {
         name: (
             some[0][0],

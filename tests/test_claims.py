@@ -1,0 +1,199 @@
+"""Figures in the tables of README and docs are those of the committed records, verdicts those of the reports."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from kvbench.dtypes import all_dtypes
+from kvbench.measured import read
+from kvbench.report.compare import compare
+
+ROOT = Path(__file__).parents[1]
+MATRIX = {"SmolLM2": "matrix-smollm2", "Gemma": "matrix-gemma3"}
+SIGNS = {"▼": "WORSE", "=": "EQUIVALENT", "?": "INCONCLUSIVE"}
+METRICS = {
+    "KLD": ("divergence", "kld"),
+    "ppl ×": ("divergence", "ppl_ratio"),
+    "LAMBADA": ("lambada_openai", "acc"),
+    "needle": ("needle", "acc"),
+}
+
+
+def table(path, first):
+    """The rows below the head that begins with `first`, cells without bold."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
+    rows = []
+    for line in [lines[start], *lines[start + 2 :]]:
+        if not line.strip().startswith("|"):
+            break
+        rows.append([cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])])
+    return rows
+
+
+@cache
+def comparisons(folder):
+    return compare(read(ROOT / "results" / folder))
+
+
+def digits(text):
+    """What is shown and half a unit of its last place."""
+    number = re.match(r"[−-]?\d+(\.\d+)?", text)[0].replace("−", "-")
+    return float(number), 0.51 * 10 ** -len(number.partition(".")[2])
+
+
+def agrees(shown, value):
+    number, half = digits(shown)
+    return abs(number - value) <= half
+
+
+def main_rows():
+    head, *rows = table("README.md", "| dtype | rotation | smaller |")
+    dtype = ""
+    for row in rows:
+        dtype = row[0] or dtype
+        for name, cell in zip(head[3:], row[3:], strict=True):
+            model, _, metric = name.partition("<br>")
+            yield dtype, row[1], model, metric, cell
+
+
+@pytest.mark.parametrize(("dtype", "rotation", "model", "metric", "cell"), list(main_rows()))
+def test_the_first_table_is_that_of_the_records(dtype, rotation, model, metric, cell):
+    """
+    Each number to the place it is shown to, each sign its verdict.
+    """
+    found = comparisons(MATRIX[model])
+    place = (*METRICS[metric], dtype, rotation)
+    value, _, sign = cell.partition(" %" if "%" in cell else " ")
+    row = next((row for row in found.rows if (row.task, row.metric, row.dtype, row.rotation) == place), None)
+    if row is None:  # the baseline itself
+        assert (dtype, rotation) == ("fp16", "none")
+        actual = next(row.baseline for row in found.rows if (row.task, row.metric) == place[:2])
+    else:
+        assert row.verdict == SIGNS[sign.strip()], place
+        actual = row.value
+    if metric == "needle":
+        assert value == f"{round(actual * 80)}/80"
+    else:
+        assert agrees(value, 100 * actual if "%" in cell else actual), (place, actual)
+
+
+def test_the_example_of_compare_is_of_its_report():
+    """
+    Each row of README's comparison is one of SmolLM2's compare.md, without the column of the test.
+    """
+    lines = [line for line in (ROOT / "results/matrix-smollm2/compare.md").read_text().splitlines() if line[:2] == "| "]
+    there = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
+    rows = table("README.md", "| dtype | rotation | task | metric |")[1:]
+
+    assert len(rows) == 5
+    for row in rows:
+        assert row in [cells[:10] + cells[11:] for cells in there], row
+
+
+def test_the_count_of_verdicts_is_that_of_the_reports():
+    """
+    docs/method.md counts what the two compare.md hold, and names how many were tested.
+    """
+    head, *rows = table("docs/method.md", "| model | WORSE |")
+    for model, *counts in rows:
+        found = comparisons(MATRIX[model])
+        assert [int(count) for count in counts] == [sum(row.verdict == name for row in found.rows) for name in head[1:]]
+    text = (ROOT / "docs/method.md").read_text()
+    assert {(len(comparisons(name).judged), len(comparisons(name).family)) for name in MATRIX.values()} == {(289, 255)}
+    assert "289 comparisons each against" in text
+    assert "255 of them tested" in " ".join(text.split())
+
+
+@cache
+def kernels():
+    """By operation, sizes and shape: the rows of results/kernels-h100."""
+    rows = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "results/kernels-h100/cells").glob("*/record.json"))
+    ]
+    names = ("op", "batch", "context", "query_heads", "kv_heads", "head_dim", "page_size", "dtype", "rotation")
+    return {tuple(row["facts"][name] for name in names): row["facts"] for row in rows if row["status"] == "done"}
+
+
+def decode(name, batch=32, context=8192, shape=(32, 8, 128, 64)):
+    """The timing of a dtype, whose name may be short, under its own rotation."""
+    dtype = name if name in all_dtypes() else f"{name}_per_token_head"
+    shape = ("decode", batch, context, *shape)
+    rotations = [all_dtypes()[dtype].default_rotation, "hadamard", "randomized_hadamard"]
+    return next(kernels()[(*shape, dtype, one)] for one in rotations if (*shape, dtype, one) in kernels())
+
+
+def test_the_kernels_speed_in_the_readme_is_that_of_the_records():
+    """
+    Microseconds, ratio to the best 16-bit attention and share of the copy bandwidth, to the place shown.
+    """
+    head, times, ratios, shares = table("README.md", "| | fp16 | fp8_per_token_head")
+    for name, us, ratio, share in zip(head[1:], times[1:], ratios[1:], shares[1:], strict=True):
+        row = decode(name)
+        assert agrees(us, row["us"]), (name, row["us"])
+        assert agrees(ratio, row["speedup"]), (name, row["speedup"])
+        assert agrees(share, 100 * row["share_of_copy"]), (name, row["share_of_copy"])
+
+
+def kernel_cells():
+    head, *rows = table("docs/kernels.md", "| | 1×8k | 1×32k |")
+    for name, *cells in rows[1:]:
+        for size, cell in zip(head[1:], cells, strict=True):
+            if cell != "–":
+                yield name.partition(",")[0], size, cell
+
+
+@pytest.mark.parametrize(("dtype", "size", "cell"), list(kernel_cells()))
+def test_the_decode_times_in_the_docs_are_those_of_the_records(dtype, size, cell):
+    """
+    Of each size and dtype microseconds, and where they stand beside it the share of copy and the ratio. Where two times
+    stand, the second is of all samples, those of a rising clock included.
+    """
+    batch, context = size.removesuffix("k").split("×")
+    row = decode(dtype, int(batch), 1024 * int(context))
+    every = re.search(r"\(([\d.]+)\)", cell)
+    assert agrees(every[1] if every else cell, row["us"]), row["us"]
+    if found := re.search(r"\((\d+) %; ([\d.]+)×\)", cell):
+        assert agrees(found[1], 100 * row["share_of_copy"]), row["share_of_copy"]
+        assert agrees(found[2], row["speedup"]), row["speedup"]
+
+
+def test_what_is_left_to_copy_speed_is_that_of_the_records():
+    """
+    The time and the share of copy of four dtypes at 32×8k.
+    """
+    for name, _, _, us, share in table("docs/kernels.md", "| | bytes a token and head |")[1:]:
+        assert agrees(us, decode(name)["us"]), name
+        assert agrees(share, 100 * decode(name)["share_of_copy"]), name
+
+
+SHAPES = {
+    "MHA 32/32": (32, 32, 128, 64),
+    "GQA 16 (64/4)": (64, 4, 128, 64),
+    "MQA 32/1": (32, 1, 128, 64),
+    "D 64": (32, 8, 64, 64),
+    "D 256 (16/8)": (16, 8, 256, 64),
+    "pages of 16": (32, 8, 128, 16),
+    "pages of 128": (32, 8, 128, 128),
+}
+
+
+def test_the_other_shapes_are_those_of_the_records():
+    """
+    Share of copy and ratio of each dtype, and the peer's own time.
+    """
+    head, *rows = table("docs/kernels.md", "| | SDPA, µs | fp16 |")
+    assert [row[0] for row in rows] == list(SHAPES)
+    for name, peer, *cells in rows:
+        for dtype, cell in zip(head[2:], cells, strict=True):
+            row = decode(dtype, shape=SHAPES[name])
+            share, ratio = re.match(r"(\d+) % \(([\d.]+)×\)", cell).groups()
+            assert agrees(share, 100 * row["share_of_copy"]), (name, dtype, row["share_of_copy"])
+            assert agrees(ratio, row["speedup"]), (name, dtype, row["speedup"])
+        # it was timed beside each grid of rows
+        assert any(agrees(peer, decode(one, shape=SHAPES[name])["best_16bit_us"]) for one in head[2:]), name
