@@ -42,11 +42,12 @@ def test_the_quickstart_needs_nothing_from_outside():
     assert {("int2_per_token_head", "none"), ("int2_per_token_head", "hadamard")} <= schemes
 
 
-def test_the_qwen_table_has_every_dtype_with_its_default_rotation():
+def test_the_qwen_table_has_every_dtype_with_and_without_its_rotation():
     """
     It is the table that the 2- and 4-bit caches were proposed with.
     """
     sweep = load_sweep(CONFIGS / "qwen.yaml")
 
     wanted = {(name, dtype.default_rotation) for name, dtype in all_dtypes().items() if name not in ("auto", "bf16")}
+    wanted |= {(name, "none") for name, _ in wanted}
     assert {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()} == wanted

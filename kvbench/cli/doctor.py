@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import GATE_FAILED, UNUSABLE, print_rows
+from kvbench.cli.shared import GATE_FAILED, UNUSABLE, AsList, ListFormat, print_list, print_rows
 
 
 def doctor(
@@ -20,6 +22,15 @@ def doctor(
             help="Instead, write a model's own keys and values with the kernels, and compare them to the byte.",
         ),
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            "--keys",
+            metavar="MODEL",
+            help="Instead, show how a model's own keys and values are spread, and what a low-bit cache makes of them.",
+        ),
+    ] = None,
+    as_format: AsList = ListFormat.TABLE,
 ) -> None:
     """Say what this machine lacks to run kvbench."""
     from kvbench import environment
@@ -28,8 +39,14 @@ def doctor(
     if parity is not None:
         _print_parity(parity)
         return
+    if keys is not None:
+        _print_keys(keys, as_format)
+        return
     checks = [*environment.doctor(), *catalog.doctor()]
-    print_rows(("", "", "", ""), [(check.status, check.name, check.detail, check.todo) for check in checks])
+    if as_format == ListFormat.JSON:
+        print_list([asdict(check) for check in checks], as_format)
+    else:
+        print_rows(("", "", "", ""), [(check.status, check.name, check.detail, check.todo) for check in checks])
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(UNUSABLE)
 
@@ -66,3 +83,50 @@ def _print_parity(name: str) -> None:
     print_rows(("dtype", "rotation", "layers", "rows", "bytes"), rows)
     if any(row[-1] != "equal" for row in rows):
         raise typer.Exit(GATE_FAILED)
+
+
+def _print_keys(name: str, as_format: ListFormat) -> None:
+    import torch
+
+    from kvbench.environment import describe
+    from kvbench.runners import catalog
+    from kvbench.runners.keys import key_spreads, prediction
+    from kvbench.runners.transformers import TransformersModel
+    from kvbench.tasks import text
+
+    gpu = torch.cuda.is_available()
+    try:
+        loaded = TransformersModel.load(
+            catalog.resolve(name), "bfloat16" if gpu else "float32", "cuda" if gpu else "cpu"
+        )
+        builtin = text.builtin()
+        tokens = loaded.tokenizer.encode(builtin.text[:20000])[: min(2048, loaded.info.max_length)]
+        layers = key_spreads(loaded, tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--keys") from None
+    info = loaded.info
+    if as_format == ListFormat.JSON:
+        record = {
+            "command": f"kvbench doctor --keys {name} --format json",
+            "model": {"name": info.name, "revision": info.revision, "compute_dtype": info.compute_dtype},
+            "text": {"source": builtin.source, "sha256": builtin.sha256, "tokens": len(tokens)},
+            "prediction": prediction(layers),
+            "layers": [asdict(one) for one in layers],
+            "environment": describe(),
+        }
+        print(json.dumps(record, indent=1))
+        return
+    print(f"{info.name} · {info.compute_dtype} · {len(tokens)} tokens of {builtin.source}")
+    heads = ["layer"]
+    for side in ("keys", "values"):
+        heads += [f"{side}\n|mean|", "spread", "mean /\nspread", "kurtosis", "int4\nnoise", "rotated", "centred"]
+    rows = []
+    for one in layers:
+        row = [str(one.layer)]
+        for x in (one.keys, one.values):
+            row += [f"{x.mean:.2f}", f"{x.std:.2f}", f"{x.mean / x.std:.1f}" if x.std else "-", f"{x.kurtosis:.1f}"]
+            row += [f"{noise:.2f}" for noise in (x.int4_noise, x.int4_noise_rotated, x.int4_noise_centred)]
+        rows.append(row)
+    print_rows(heads, rows, numeric=range(len(heads)))
+    print("|mean|: the largest of a channel. Noise: of int4 rows, in spreads; rotated by Hadamard; centred by channel.")
+    print(prediction(layers))

