@@ -688,3 +688,18 @@ def test_bad_kernel_options_are_one_line(kvbench, arguments, code, message):
     What is wrong, alone on stderr, with the exit code of its kind.
     """
     assert one_error(kvbench("kernel", *arguments), code).startswith(message)
+
+
+def test_the_result_is_the_last_line(toy, tmp_path):
+    """
+    When a sweep has ended its process ends too, and no library writes below the result.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int4"], tasks=["toy_a"])
+    # triton is what complains where its objects outlive Python
+    program = f"import runpy, sys, triton; sys.argv[0] = 'kvbench'; runpy.run_path({str(TOY)!r}, run_name='__main__')"
+    arguments = ["sweep", str(config), "--output", str(tmp_path / "run")]
+
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"4 of 4 cells done · kvbench report {tmp_path / 'run'}"

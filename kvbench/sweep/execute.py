@@ -127,11 +127,15 @@ def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
         KeyboardInterrupt: it was stopped; finished cells are kept.
     """
     bench = Bench(setting, watcher)
-    for index, cell in enumerate(cells):
-        bench.run(cell)
-        raise_if_stopped()
-        if cell.judged and not any(one.judged and one.model == cell.model for one in cells[index + 1 :]):
-            stop_unless_wrecked(setting.store, cell)
+    try:
+        for index, cell in enumerate(cells):
+            bench.run(cell)
+            raise_if_stopped()
+            if cell.judged and not any(one.judged and one.model == cell.model for one in cells[index + 1 :]):
+                stop_unless_wrecked(setting.store, cell)
+    finally:
+        # what is frozen when Python ends is never freed, and libraries complain of it below the result
+        gc.unfreeze()
 
 
 class Bench:

@@ -65,7 +65,8 @@ def test_streams_are_the_dtype_s_values(dtype, device):
     rows = Rows(words.view(torch.uint8).view(65536, 2), scale if dtype.granularity == "per_token_head" else None)
     want = dtype.dequantize(rows, torch.float64).T
     if isinstance(dtype.decode, Codebook):
-        assert float(((got - want) / want).abs().max()) < 2.0**-10
+        # fp16's own spacing there: a centroid may be 0, where only 0 will do
+        assert bool(((got - want).abs() <= 2.0**-10 * want.abs()).all())
     else:
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
