@@ -59,6 +59,8 @@ def title_of(record: Record) -> str:
 def warnings_of(records: Sequence[Record]) -> list[str]:
     """What a reader must know before the numbers."""
     warnings = []
+    if any(record.identity.get("model", {}).get("trust_remote_code") for record in records):
+        warnings.append("trust_remote_code: Python code that came with the model ran, and had a part in its numbers")
     if records[0].limit is not None:
         warnings.append(f"NOT A REAL SCORE: --limit {records[0].limit}, the first documents of each task alone")
     machines = {machine_of(record) for record in records if record.environment}

@@ -121,6 +121,7 @@ class ModelSource:
     path: the folder, or the file; None where it isn't here. slices: of an embedded model, the files that it is in.
     kind: "shape" is a configuration alone, of which a model with random weights is made.
     missing: what to do to have it here; empty where it can be loaded now.
+    trusted: Python code that comes with it may run.
     """
 
     name: str
@@ -129,6 +130,7 @@ class ModelSource:
     hub_revision: str | None = None
     missing: str = ""
     slices: tuple[Path, ...] = ()
+    trusted: bool = False
 
     @property
     def available(self) -> bool:

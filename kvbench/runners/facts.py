@@ -69,6 +69,8 @@ def shape(source: ModelSource) -> tuple[Layers, int]:
         config = read_gguf(source.path).config
         if not config:
             config = transformers_config(source.path.parent, gguf_file=source.path.name)
+    elif source.trusted and source.kind in ("folder", "hub"):
+        config = text_config(transformers_config(source.path, trust_remote_code=True))
     else:
         config = text_config(read_json(source.path if source.kind == "shape" else source.path / "config.json"))
     return cache_layers(config), max_length(config)
@@ -114,7 +116,8 @@ def revision(source: ModelSource) -> str:
     if source.kind == "hub":
         return source.path.name
     if source.kind == "folder":
-        files = sorted({file for pattern in MODEL_FILES for file in source.path.glob(pattern)})
+        patterns = (*MODEL_FILES, "*.py") if source.trusted else MODEL_FILES
+        files = sorted({file for pattern in patterns for file in source.path.glob(pattern)})
         lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
         return f"sha256-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
     if source.kind == "shape":

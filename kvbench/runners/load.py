@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,10 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         model, tokenizer = _random_model(source, getattr(torch, dtype), device)
     else:
         source, folder, options = _prepare(source, dtype)
-        with _quiet(), one_error(f"model '{source.name}' cannot be loaded"):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), local_files_only=True, **options
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        options |= {"trust_remote_code": source.trusted, "local_files_only": True}
+        with _quiet(), one_error(f"model '{source.name}' cannot be loaded"), _code_is_named():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model = model.to(device).eval().requires_grad_(False)
     info = ModelInfo(
         name=source.name,
@@ -112,7 +111,7 @@ def prepare(source: ModelSource, dtype: ComputeDtype = "float32") -> Path:
     return folder
 
 
-def _prepare(source: ModelSource, dtype: ComputeDtype) -> tuple[ModelSource, Path, dict[str, str]]:
+def _prepare(source: ModelSource, dtype: ComputeDtype) -> tuple[ModelSource, Path, dict[str, Any]]:
     """The source once it is here, its folder, and what transformers must be told to read it."""
     if source.kind == "hub" and source.missing:
         source = _download(source)
@@ -143,9 +142,23 @@ def _download(source: ModelSource) -> ModelSource:
         folder = snapshot_download(
             source.name,
             revision=source.hub_revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *["*.py"] * source.trusted],
         )
-    return ModelSource(source.name, "hub", Path(folder), source.hub_revision)
+    return replace(source, path=Path(folder), missing="")
+
+
+@contextmanager
+def _code_is_named() -> Iterator[None]:
+    """transformers' refusal to run a model's own Python in our words: its own name an argument of a function."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            "it is Python code of its own, which does not run here; `model: {name: …, trust_remote_code: true}` in the "
+            "YAML would run it"
+        ) from error
 
 
 @contextmanager

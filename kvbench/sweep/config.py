@@ -38,10 +38,14 @@ class _Strict(BaseModel):
 
 
 class ModelSpec(_Strict):
-    """A model by name, folder, hub id or GGUF file."""
+    """A model by name, folder, hub id or GGUF file.
+
+    trust_remote_code: Python code that comes with it may run; it decides the numbers too, and the report names it.
+    """
 
     name: Line
     revision: Line | None = None
+    trust_remote_code: bool = False
     compute_dtype: ComputeDtype | None = None
 
     @model_validator(mode="before")

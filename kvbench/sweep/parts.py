@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -14,6 +14,7 @@ from kvbench.schemes import Scheme
 from kvbench.tasks.base import Task
 
 if TYPE_CHECKING:
+    from kvbench.runners.catalog import ModelSource
     from kvbench.sweep.config import ModelSpec
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -92,15 +93,21 @@ def default_compute_dtype() -> ComputeDtype:
     return "float32" if default_device() == "cpu" else "bfloat16"
 
 
+def _source(spec: ModelSpec) -> ModelSource:
+    from kvbench.runners import catalog
+
+    return replace(catalog.resolve(spec.name, spec.revision), trusted=spec.trust_remote_code)
+
+
 def find_model(spec: ModelSpec) -> ModelFacts:
     """What this machine knows of a model.
 
     Raises:
         ValueError: a name that can be no model.
     """
-    from kvbench.runners import catalog, facts, model_files
+    from kvbench.runners import facts, model_files
 
-    source = catalog.resolve(spec.name, spec.revision)
+    source = _source(spec)
     compute_dtype = spec.compute_dtype or default_compute_dtype()
     try:
         layers, max_length = facts.shape(source)
@@ -127,9 +134,9 @@ def fetch_model(spec: ModelSpec) -> None:
     Raises:
         ValueError: it can't be had.
     """
-    from kvbench.runners import catalog, load
+    from kvbench.runners import load
 
-    load.prepare(catalog.resolve(spec.name, spec.revision))
+    load.prepare(_source(spec))
 
 
 def open_model(spec: ModelSpec, compute_dtype: ComputeDtype, device: str) -> LoadedModel:
@@ -138,10 +145,9 @@ def open_model(spec: ModelSpec, compute_dtype: ComputeDtype, device: str) -> Loa
     Raises:
         ValueError: it can't be.
     """
-    from kvbench.runners import catalog
     from kvbench.runners.transformers import TransformersModel
 
-    return TransformersModel.load(catalog.resolve(spec.name, spec.revision), compute_dtype, device)
+    return TransformersModel.load(_source(spec), compute_dtype, device)
 
 
 def make_task(spec: Any, data: Path | None) -> Task:

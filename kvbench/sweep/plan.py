@@ -68,6 +68,7 @@ class Cell:
                 "name": self.model.name,
                 "revision": self.model.revision,
                 "compute_dtype": self.model.compute_dtype,
+                **({"trust_remote_code": True} if self.spec.trust_remote_code else {}),
             },
             "scheme": {**self.scheme.identity(), "destroyed": self.canary},
             "task": {**self.task.identity(), **(asdict(self.place) if self.place else {})},

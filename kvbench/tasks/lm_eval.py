@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache, lru_cache, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
@@ -40,7 +41,7 @@ class LmEval(Options):
 
     num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction: as lm-eval takes them; a chat's few-shot
     examples are turns of it unless `fewshot_as_multiturn` is false. metadata: for tasks that make their own documents,
-    such as `max_seq_lengths` for RULER. data: the mirror's folder, for this task alone.
+    such as `max_seq_lengths` for RULER, whose tokenizer is the model's. data: the mirror's folder, for this task alone.
     """
 
     task: str
@@ -128,7 +129,7 @@ class LmEval(Options):
         if self.apply_chat_template and not getattr(runner.tokenizer, "chat_template", None):
             raise ValueError(no_template(runner.info.name))
         identity = json.dumps(self.identity(), sort_keys=True)
-        with _quiet(), _seeded(), _compiled_once():
+        with _quiet(), _seeded(), _compiled_once(), _loaded_tokenizer(runner.tokenizer):
             loaded, encoded = _load(self.model_dump_json(), identity, runner.tokenizer)
             model = RunnerLM(runner, context.progress, context.seed, encoded)
             for task in loaded["tasks"].values():
@@ -302,6 +303,21 @@ class _Leaf:
                 raise ValueError(f"{file}{line}: {self.name} cannot read this row: {what}") from cause
 
 
+@contextlib.contextmanager
+def _loaded_tokenizer(tokenizer: Any) -> Iterator[None]:
+    """RULER measures its documents with this tokenizer: by a name it would load another, and run code beside that."""
+    from lm_eval.tasks.ruler import common_utils
+
+    before = common_utils.AutoTokenizer
+    common_utils.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
+    common_utils.get_tokenizer.cache_clear()  # it keeps them by their names
+    try:
+        yield
+    finally:
+        common_utils.AutoTokenizer = before
+        common_utils.get_tokenizer.cache_clear()
+
+
 @lru_cache(maxsize=8)
 def _load(options: str, identity: str, tokenizer: Any) -> tuple[dict[str, Any], Encoded]:
     """What the cells of one model and task share: lm-eval's task objects, and the tokens of their texts.
@@ -324,7 +340,8 @@ def _load(options: str, identity: str, tokenizer: Any) -> tuple[dict[str, Any], 
         manager = TaskManager(
             include_path=folder,
             include_defaults=False,
-            metadata={"tokenizer": str(tokenizer.name_or_path), **task.metadata},
+            # a name, since RULER asks for one; `_loaded_tokenizer` is what it gets
+            metadata={**task.metadata, "tokenizer": str(getattr(tokenizer, "name_or_path", "")) or "the model's own"},
         )
         loaded: dict[str, Any] = manager.load([task.task])
     for leaf in loaded["tasks"].values():

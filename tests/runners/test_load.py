@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -93,3 +97,46 @@ def test_a_revision_is_of_the_content(folder):
     (moved / "config.json").write_text((moved / "config.json").read_text() + "\n")
 
     assert len({before, other_weight, facts.revision(catalog.resolve(str(moved)))}) == 3
+
+
+EVIL = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(folder, marker):
+    """The folder with a tokenizer that is Python code, which leaves a file where it ran."""
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text()) | {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": [None, "evil.Evil"]},
+    }
+    file.write_text(json.dumps(said))
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    return folder
+
+
+def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, monkeypatch):
+    """
+    One line that names the YAML's key, and nobody is asked; with that key it runs, and is part of the revision.
+    """
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody sits here to answer"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    with_code(folder, tmp_path / "ran")
+    source = catalog.resolve(str(folder))
+
+    with pytest.raises(ModelError, match=r"Python code of its own.*trust_remote_code: true"):
+        load.load(source, "float32")
+    assert not (tmp_path / "ran").exists()
+
+    trusted = replace(source, trusted=True)
+    _, tokenizer, info = load.load(trusted, "float32")
+    assert (tmp_path / "ran").exists()
+    assert type(tokenizer).__name__ == "Evil"
+    (folder / "evil.py").write_text("# other code")
+    assert facts.revision(trusted) != info.revision

@@ -300,3 +300,22 @@ def test_pydoc_cloze_needs_nothing(context):
     for words in passages:
         assert 60 <= len(words) <= 100
         assert words[-1] in {word.strip(".,;:()") for word in words[:-1]}
+
+
+def test_ruler_counts_with_the_loaded_tokenizer(tmp_path, context):
+    """
+    Whatever its name or the YAML's metadata say, no other tokenizer is loaded, and no code beside it runs.
+    """
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "code.Evil"]}, "model_type": "evil"}')
+    (evil / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "code.Evil"]}}')
+    (evil / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    runner = ToyRunner()
+    runner.tokenizer.name_or_path = str(evil)
+    metadata = {"max_seq_lengths": [512], "tokenizer": str(evil), "pretrained": str(evil)}
+
+    outcome = make_task({"task": "niah_single_1", "limit": 2, "metadata": metadata}).run(runner, context)
+
+    assert not (tmp_path / "ran").exists()
+    assert len(outcome.samples) == 2
