@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbench.cli.shared import AsList, ListFormat, print_list, print_rows
+from kvbench.cli.shared import AsList, ListFormat, print_list, print_rows, say
 
 ls = typer.Typer(
     name="ls", help="List dtypes, rotations, tasks or models.", no_args_is_help=True, rich_markup_mode=None
@@ -70,7 +70,5 @@ def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
         for row in rows
     ]
     print_rows(heads, shown, numeric=(3, 4, 5))
-    for row in rows:
-        if row["missing"]:
-            print(f"\n{row['name']}: {row['missing']}", end="")
-    print()
+    if missing := [f"{row['name']}: {row['missing']}" for row in rows if row["missing"]]:
+        say("", *missing)
