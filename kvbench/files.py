@@ -1,13 +1,23 @@
-"""Files and folders that a person names: whatever the name is, one kind of error."""
+"""Files and folders that a person names: one kind of error. Files of ours: whole or absent. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
+import shutil
 import stat
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MAX_PATH = 4096  # PATH_MAX: no longer name can be opened
+DRAFT = ".draft-"  # of names that are never read, and that the next writer sweeps away
+
+# a disk or a quota that is full, and a file larger than is allowed
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
@@ -61,3 +71,134 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
+
+
+# ---- files of ours
+
+
+class NotAFileError(ValueError):
+    """What is there is no file: reading a FIFO would wait for ever, and a device may have no end."""
+
+
+def check_file(path: Path, follow: bool = True) -> None:
+    """Raises NotAFileError for a FIFO, a device, a socket or a folder, and OSError where nothing is there.
+
+    follow: whether a symbolic link stands for what it points to; else it is refused.
+    """
+    mode = path.stat(follow_symlinks=follow).st_mode
+    kinds = {
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a symbolic link",
+    }
+    if not stat.S_ISREG(mode):
+        raise NotAFileError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'no file')}: expected a file")
+
+
+def read_json(path: Path, follow: bool = True) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError, ValueError: it is not there, no file, or no JSON that can be shown.
+    """
+    check_file(path, follow)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    # half a surrogate pair can be written as an escape, and could not be shown
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def draft_in(folder: Path) -> Path:
+    """A path in a folder for what is to be renamed into its place."""
+    return folder / f"{DRAFT}{uuid.uuid4().hex}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file with this text, on the disk when this returns: the old one or the new one, never a part of it.
+
+    A symbolic link there is replaced, and what it points to is left alone.
+    """
+    draft = draft_in(path.parent)
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def flush(path: Path) -> None:
+    """Writes a file or a folder's entries through to the disk, so that a power cut keeps the order of renames."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether a folder is there, and no symbolic link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def discard(path: Path) -> None:
+    """Removes a file, a folder with all in it, or a symbolic link without what it points to."""
+    if is_real_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Renames what is in the way to `.broken-1-NAME`, for whoever wants to look."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f".broken-{number}-{path.name}")):
+        number += 1
+    path.rename(aside)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Sole right to what the lock file stands for, while the block runs; a process that ends gives it back.
+
+    Anything else in the lock file's place, such as a symbolic link, is set aside.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+    """
+    import fcntl
+
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        set_aside(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def fault_of(error: BaseException) -> str:
+    """What the machine lacks where an error, or one that it came from, says so: a full disk, a limit; else empty."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        if isinstance(one, OSError) and one.errno in FULL:
+            return f"{one.strerror or os.strerror(one.errno)}{f': {one.filename}' if one.filename else ''}"
+        for code in FULL:
+            # libraries written in Rust pass on the number in words
+            if f"(os error {code})" in str(one):
+                return os.strerror(code)
+        one = one.__cause__ or one.__context__
+    return ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench import measured
+from kvbench.files import write_text
 from kvbench.report import compare, comparison_text
 from kvbench.report.cost import cost_table
 from kvbench.report.labels import group_of, notes_of, planned_task, task_labels, title_of, warnings_of
@@ -333,7 +334,7 @@ class Report:
         paths = []
         for name, text in (("report.md", self.markdown()), ("report.csv", self.csv()), ("report.json", self.json())):
             path = self.folder / name
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
             paths.append(path)
         return paths
 

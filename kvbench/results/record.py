@@ -7,12 +7,20 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.results.metrics import Metric, upgrade
+from kvbench.results.shapes import CellIdentity, Environment, KernelIdentity, KernelRow, MetricOfBefore, Model, read_as
+
+# of a kernel's row: the first is not shown without the others
+SHOWN_TOGETHER = (
+    ("us", "us_p10", "us_p90", "gbps", "share_of_copy"),
+    ("speedup", "best_16bit_us"),
+    ("same_dtype_speedup", "same_dtype_us"),
+)
 
 VERSION = 2  # of record.json; raised when a reader of the old one would misread the new one, or refuse it
 
@@ -96,17 +104,67 @@ class Record:
         """The record that `to_json` wrote, here or in version 1.
 
         Raises:
-            ValueError, KeyError, TypeError: this is no record, or one of another version.
+            ValueError: this is no record, or one of another version, or it does not prove its name.
         """
-        if row["version"] not in (1, VERSION):
-            raise ValueError(f"version {row['version']} of the record, this kvbench reads versions 1 and {VERSION}")
-        if row["status"] not in ("done", "failed"):
-            raise ValueError(f"status {row['status']!r}")
+        if not isinstance(row, dict):
+            raise ValueError("it is no mapping")
+        version, metrics = row.get("version"), row.get("metrics")
+        if version not in (1, VERSION):
+            raise ValueError(f"version {version!r} of the record, this kvbench reads versions 1 and {VERSION}")
+        if version == 1:
+            metrics = upgrade(read_as(list[MetricOfBefore], metrics, "metrics"))
+        record: Record = read_as(cls, {**row, "metrics": metrics, "version": VERSION})
         metrics = tuple(
-            Metric(**{**m, "value": float(m["value"]), "stderr": None if m["stderr"] is None else float(m["stderr"])})
-            for m in (upgrade(row["metrics"]) if row["version"] == 1 else row["metrics"])
+            replace(one, value=float(one.value), stderr=None if one.stderr is None else float(one.stderr))
+            for one in record.metrics
         )
-        return cls(**{**row, "metrics": metrics, "version": VERSION})
+        record = replace(record, metrics=metrics)
+        record.prove()
+        return record
+
+    def prove(self) -> None:
+        """Raises ValueError where the name is not that of the identity, or what tables show is not the identity's."""
+        read_as(Model, self.model, "model")
+        read_as(Environment, self.environment, "environment")
+        read_as(KernelIdentity if self.kernel else CellIdentity, self.identity, "identity")
+        proven = name_of("", self.identity)
+        if not self.cell.endswith(proven):
+            raise ValueError(f"its name should end in {proven}: that is the hash of its identity")
+        said, meant = (self._kernel_claims if self.kernel else self._claims)()
+        for name, value in meant.items():
+            if said[name] != value:
+                raise ValueError(f"{name} {said[name]!r} where its identity has {value!r}")
+
+    def _claims(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the record says, and what the identity does, of the same things."""
+        identity, model = self.identity, self.model["name"].rsplit("/", 1)[-1]
+        destroyed, again = bool(identity["scheme"].get("destroyed")), bool(identity.get("again"))
+        said = {
+            **{f"model {name}": self.model.get(name) for name in ("name", "revision", "compute_dtype")},
+            **{name: getattr(self, name) for name in ("dtype", "rotation", "limit", "scoring")},
+            # the task's own name stands in the cell's alone
+            "cell": self.cell,
+        }
+        meant = {
+            **{f"model {name}": identity["model"].get(name) for name in ("name", "revision", "compute_dtype")},
+            "dtype": "canary" if destroyed else "again" if again else identity["scheme"]["dtype"],
+            "rotation": identity["scheme"]["rotation"],
+            "limit": identity["limit"],
+            "scoring": identity["scoring"],
+            "cell": name_of(f"{model}-{self.dtype}-{self.rotation}-{self.task}", identity),
+        }
+        return said, meant
+
+    def _kernel_claims(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        row = read_as(KernelRow, self.facts, "facts")
+        for first, *others in SHOWN_TOGETHER:
+            absent = [name for name in others if row.get(first) is not None and row.get(name) is None]
+            if absent:
+                raise ValueError(f"facts.{absent[0]} is missing, which belongs to {first}")
+        kernel, scheme = self.identity["kernel"], self.identity["scheme"]
+        said = {name: row[name] for name in (*kernel, *scheme)}
+        said |= {"task": self.task, "dtype": self.dtype, "rotation": self.rotation}
+        return said, {"task": kernel_task(kernel), **kernel, **scheme}
 
 
 def kernel_task(row: Mapping[str, Any]) -> str:
@@ -116,11 +174,16 @@ def kernel_task(row: Mapping[str, Any]) -> str:
 
 def name_of(slug: str, identity: Mapping[str, Any]) -> str:
     """A readable slug, then a hash of the identity's canonical JSON."""
-    canonical = json.dumps(plain_json(identity), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    digest = checksum(identity)[:10]
     # short enough for a file name everywhere
     readable = re.sub(r"[^a-z0-9._+]+", "-", slug.lower()).strip("-.")[:120]
     return f"{readable}-{digest}"
+
+
+def checksum(value: Any) -> str:
+    """The SHA-256 of a value's canonical JSON."""
+    canonical = json.dumps(plain_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def plain_json(value: Any) -> Any:

@@ -6,27 +6,43 @@ A run folder holds one folder a cell, written whole or not at all, and the basel
       run.json                          the sweep that was asked for, and its cells
       cells/<slug>-<hash>/record.json   the cell's numbers, or its error
       cells/<slug>-<hash>/samples.parquet
-      baseline/<slug>-<hash>.safetensors
+      baseline/<slug>-<hash>.safetensors, and its checksum in .sha256
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.results.record import Record, describe, name_of, plain_json, scalar
+from kvbench.files import (
+    DRAFT,
+    check_file,
+    discard,
+    draft_in,
+    flush,
+    is_real_folder,
+    locked,
+    read_json,
+    read_text,
+    set_aside,
+    write_text,
+)
+from kvbench.results.record import Record, checksum, describe, name_of, plain_json, scalar
+from kvbench.results.shapes import Run, Sums, read_as
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Tensors = dict[str, Any]  # of torch tensors
+
+logger = logging.getLogger(__name__)
 
 
 class NotARunError(ValueError):
@@ -45,7 +61,7 @@ class Store:
     """The results of one sweep in one folder.
 
     Every file is written beside its place and renamed into it, so a process killed at any moment leaves whole cells and
-    drafts; a draft is never read, and the next writer sweeps it away.
+    drafts; a draft is never read, and the next writer sweeps it away. Symbolic links inside are not followed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,11 +71,15 @@ class Store:
 
     @property
     def foreign(self) -> str:
-        """Why this is no place for a run: it is a file, or a folder with other things alone; else empty."""
-        if self.folder.exists() and not self.folder.is_dir():
-            return "is a file"
+        """Why this is no place for a run; empty where it is one, or may become one."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            return "is a file" if self.folder.exists() else "is a symbolic link to nothing"
         own = {"cells", "run.json", ".lock"}
         names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        for path in (self.cells, self.baselines):
+            if os.path.lexists(path) and not is_real_folder(path):
+                what = "a symbolic link" if path.is_symlink() else "no folder"
+                return f"has {what} for its {path.name}/, and would write elsewhere: move that away"
         return "holds other files and no run" if names and not names & own else ""
 
     # ---- reading
@@ -68,27 +88,51 @@ class Store:
         """All that can be read; a broken record costs one line in `problems` and nothing else."""
         records: dict[str, Record] = {}
         problems: list[str] = []
-        for path in sorted(self.cells.iterdir()) if self.cells.is_dir() else []:
+        for path in sorted(self.cells.iterdir()) if is_real_folder(self.cells) else []:
             if path.name.startswith(".") or not path.is_dir():
                 continue
             try:
                 records[path.name] = self.read(path.name)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 problems.append(f"{path}: not a whole record ({describe(error)}); the cell counts as not done")
+        if self.cells.is_symlink():
+            problems.append(f"{self.cells}: a symbolic link, which is not followed")
+        try:
+            self._read_run()
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            problems.append(f"{self.folder / 'run.json'}: not read ({describe(error)})")
         return Contents(records, problems)
 
     def read(self, cell: str) -> Record:
         """The record of one cell.
 
         Raises:
-            OSError, ValueError, KeyError, TypeError: it is not there, or not whole.
+            OSError, ValueError: it is not there, not whole, or changed since it was written.
         """
-        record = Record.from_json(json.loads((self.cells / cell / "record.json").read_text(encoding="utf-8")))
+        folder = self.cells / cell
+        if folder.is_symlink():
+            raise ValueError("it is a symbolic link, which is not followed")
+        row = read_json(folder / "record.json", follow=False)
+        sums = row.pop("sha256", None) if isinstance(row, dict) else None
+        if sums is not None and checksum(row) != read_as(Sums, sums, "sha256")["record"]:
+            raise ValueError("record.json was changed after it was written: its checksum is another")
+        if sums is None and isinstance(row, dict) and row.get("version") != 1:
+            raise ValueError("record.json has no checksum")
+        record = Record.from_json(row)
         if record.cell != cell:
             raise ValueError(f"it is the record of {record.cell}")
-        samples = self.cells / cell / "samples.parquet"
-        if record.status == "done" and not (samples.is_file() and whole_parquet(samples)):
-            raise ValueError("samples.parquet is missing or cut short")
+        if record.status == "done":
+            samples = folder / "samples.parquet"
+            try:
+                check_file(samples, follow=False)
+            except FileNotFoundError:
+                raise ValueError("samples.parquet is missing") from None
+            if not whole_parquet(samples):
+                raise ValueError("samples.parquet is cut short")
+            if sums is not None and file_checksum(samples) != sums.get("samples"):
+                raise ValueError("samples.parquet was changed after it was written: its checksum is another")
         return record
 
     def done(self) -> set[str]:
@@ -102,58 +146,65 @@ class Store:
         return pd.read_parquet(self.cells / cell / "samples.parquet")
 
     def run(self) -> dict[str, Any]:
-        """What `write_run` wrote; empty where it is missing or broken."""
+        """What `write_run` wrote; empty where it is missing or broken, which `load` says."""
         try:
-            row = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            return self._read_run()
         except (OSError, ValueError):
             return {}
-        return row if isinstance(row, dict) else {}
+
+    def _read_run(self) -> dict[str, Any]:
+        row: dict[str, Any] = read_as(Run, read_json(self.folder / "run.json", follow=False))
+        return row
 
     # ---- writing
 
     def save(self, record: Record, samples: list[dict[str, Any]]) -> None:
         """Put a cell in its place, in place of an earlier record of it."""
+        row, sums = record.to_json(), {}
+        Record.from_json(row)  # what could not be read again is not written
         draft = self._draft(self.cells)
-        draft.mkdir(parents=True)
-        if record.status == "done":
-            write_samples(draft / "samples.parquet", samples)
-        write_text(draft / "record.json", json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n")
-        flush(draft)
-        place = self.cells / record.cell
-        if place.exists():
-            self._make_room(place)
-        draft.rename(place)
+        try:
+            draft.mkdir()
+            if record.status == "done":
+                write_samples(draft / "samples.parquet", samples)
+                sums["samples"] = file_checksum(draft / "samples.parquet")
+            row["sha256"] = {**sums, "record": checksum(row)}
+            write_text(draft / "record.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
+            flush(draft)
+            place = self.cells / record.cell
+            if os.path.lexists(place):
+                self._make_room(place)
+            draft.rename(place)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                discard(draft)
+            raise
         flush(self.cells)
 
     def _make_room(self, place: Path) -> None:
         """Moves an earlier record aside; a broken one is kept for whoever wants to look."""
         try:
             self.read(place.name)
-        except (OSError, ValueError, KeyError, TypeError):
-            number = 1
-            while (aside := self.cells / f".broken-{number}-{place.name}").exists():
-                number += 1
-            place.rename(aside)
+        except (OSError, ValueError):
+            set_aside(place)
         else:
             aside = self._draft(self.cells)
             place.rename(aside)
-            shutil.rmtree(aside)
+            discard(aside)
 
     def write_run(self, row: dict[str, Any]) -> None:
         """Keep what was asked for, for the report."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self._draft(self.folder)
-        write_text(draft, json.dumps(plain_json(row), indent=1, allow_nan=False) + "\n")
-        draft.rename(self.folder / "run.json")
+        write_text(self.folder / "run.json", json.dumps(plain_json(row), indent=1, allow_nan=False) + "\n")
 
     def remove(self, cells: Sequence[str] | None = None) -> None:
         """Forget these cells, or all results of this run folder; nothing else in it, and the baseline's tensors too."""
         folders = [self.cells] if cells is None else [self.cells / cell for cell in cells]
         for folder in (*folders, self.baselines):
-            if folder.is_dir():
+            if os.path.lexists(folder):
                 aside = self._draft(self.folder)
                 folder.rename(aside)
-                shutil.rmtree(aside)
+                discard(aside)
         for name in ("run.json", "report.md", "report.csv", "report.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -164,45 +215,71 @@ class Store:
         Raises:
             BlockingIOError: another process writes here.
         """
-        import fcntl
-
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for folder in (self.folder, self.cells, self.baselines):
-                for draft in folder.glob(".draft-*"):
-                    if draft.is_dir():
-                        shutil.rmtree(draft)
-                    else:
-                        draft.unlink()
+        with locked(self.folder / ".lock", wait=False):
+            for folder in filter(is_real_folder, (self.folder, self.cells, self.baselines)):
+                for draft in folder.glob(f"{DRAFT}*"):
+                    discard(draft)
             yield
 
     def _draft(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f".draft-{uuid.uuid4().hex}"
+        return draft_in(folder)
 
     # ---- tensors that cells share
 
     def baseline(self, identity: Mapping[str, Any], slug: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The tensors kept under `identity`, computed and kept where they are missing or broken."""
-        import fcntl
-
+        """The tensors kept under `identity`, computed and kept where they are missing, or (with a line) damaged."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
         self.baselines.mkdir(parents=True, exist_ok=True)
         place = self.baselines / f"{name_of(slug, identity)}.safetensors"
         # of several processes one computes and the others wait; what a killed one held is free
-        with place.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError, SafetensorError):
-                return load_file(place)
+        with locked(place.with_suffix(".lock"), wait=True):
+            try:
+                return read_tensors(place)
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, SafetensorError) as error:
+                logger.warning("%s: damaged (%s); computed again", place, describe(error))
             tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
             draft = self._draft(self.baselines)
-            save_file(tensors, draft)
-            flush(draft)
-            draft.rename(place)
+            try:
+                save_file(tensors, draft)
+                flush(draft)
+                for path in filter(os.path.lexists, (place, sum_of(place))):
+                    discard(path)
+                write_text(sum_of(place), file_checksum(draft))
+                draft.rename(place)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    discard(draft)
+                raise
         return tensors
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file whose checksum stands beside it.
+
+    Raises:
+        OSError, ValueError, SafetensorError: they are not there, or not as they were written.
+    """
+    from safetensors.torch import load_file
+
+    check_file(path, follow=False)
+    try:
+        known = read_text(sum_of(path))
+    except FileNotFoundError:
+        raise ValueError("it has no checksum") from None
+    if known != file_checksum(path):
+        raise ValueError("its checksum is another")
+    return load_file(path)
+
+
+def sum_of(path: Path) -> Path:
+    """Where the checksum of a baseline's tensors is kept."""
+    return path.with_suffix(".sha256")
 
 
 def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
@@ -239,18 +316,7 @@ def whole_parquet(path: Path) -> bool:
         return file.read() == b"PAR1"
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file with this text, on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """Writes a file or a folder's entries through to the disk, so that a power cut keeps the order of renames."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

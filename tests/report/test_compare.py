@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -16,7 +15,7 @@ from kvbench.report.flips import NotComparableError, flips
 from kvbench.report.gate import check
 from kvbench.report.table import rows_csv
 from kvbench.report.verdicts import COLUMNS
-from kvbench.results import Metric, NotARunError, Record, Store
+from kvbench.results import Metric, NotARunError, Record, Store, name_of
 
 N = 400
 BASE = np.arange(N) % 10 < 7  # 70 % right
@@ -37,15 +36,20 @@ def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None,
     identity = {
         "version": 1,
         "model": {"name": "toy", "revision": "r1", "compute_dtype": "float32"},
-        "scheme": {"dtype": "fp16" if dtype in ("canary", "again") else dtype, "rotation": rotation},
+        "scheme": {
+            "dtype": "fp16" if dtype in ("canary", "again") else dtype,
+            "rotation": rotation,
+            "destroyed": dtype == "canary",
+        },
         "task": {"task": task, "limit": None, "num_fewshot": 0},
         "scoring": "fused",
         "seed": 0,
         "limit": None,
+        **({"again": True} if dtype == "again" else {}),
     }
     for name, value in changes.pop("identity", {}).items():
         identity[name] = {**identity[name], **value} if isinstance(value, dict) else value
-    metrics = [Metric("acc", float(answers.mean()), 0.02, n, "", True, "share")]
+    metrics = [Metric("acc", changes.get("value", float(answers.mean())), 0.02, n, "", True, "share")]
     columns = {"acc": answers}
     if texts is not None:
         metrics.append(Metric("perplexity", math.exp(np.mean(texts)), 0.1, n, "ppl", False, "log"))
@@ -53,17 +57,17 @@ def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None,
     samples = [
         {
             "task": task,
-            "doc_id": i,
+            "doc_id": int(i),
             "doc_hash": changes.get("documents", {}).get(i, f"d{i}"),
             "prompt_hash": changes.get("prompts", {}).get(i, f"p{i}"),
             "filter": "none",
             "resps": [f"answer {int(answers[i])}"],
             **{name: float(column[i]) for name, column in columns.items()},
         }
-        for i in range(n)
+        for i in changes.get("order", range(n))
     ]
     record = Record(
-        cell=f"{dtype}-{rotation}-{task}",
+        cell=name_of(f"toy-{dtype}-{rotation}-{task}", identity),
         status="done",
         identity=identity,
         model=identity["model"],
@@ -78,6 +82,12 @@ def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None,
         environment=changes.get("environment", {"cpu": "Toy CPU", "versions": {"torch": "2.11"}}),
     )
     Store(folder).save(record, samples)
+
+
+def cell(folder, dtype, task="qa"):
+    """The folder of a cell."""
+    (path,) = (folder / "cells").glob(f"toy-{dtype}-none-{task}-*")
+    return path
 
 
 @pytest.fixture
@@ -258,11 +268,7 @@ def test_samples_that_do_not_give_the_number_are_refused(folder):
     """
     A metric whose value is not the mean of its samples is not compared.
     """
-    save(folder, "int4", changed(1))
-    path = folder / "cells/int4-none-qa/record.json"
-    row = json.loads(path.read_text())
-    row["metrics"][0]["value"] = 0.9
-    path.write_text(json.dumps(row))
+    save(folder, "int4", changed(1), value=0.9)
 
     assert verdict(folder).verdict == "INVALID"
     assert "the samples' mean is not the metric's value" in verdict(folder).reason
@@ -274,8 +280,7 @@ def test_order_is_no_matter(folder):
     """
     save(folder, "int4", changed(40))
     before = verdict(folder)
-    path = folder / "cells/int4-none-qa/samples.parquet"
-    Store(folder).samples("int4-none-qa").sample(frac=1, random_state=0).to_parquet(path)
+    save(folder, "int4", changed(40), order=np.random.default_rng(0).permutation(N))
 
     assert verdict(folder) == before
 
@@ -306,7 +311,7 @@ def test_the_noise_floor_stands_beside(folder):
     assert verdict(folder).p_holm == alone
     [line] = noise_floor(found)
     assert line.endswith(", toy: qa acc 3 of 400 flipped")
-    Store(folder).remove(["again-none-qa"])
+    Store(folder).remove([cell(folder, "again").name])
     Store(folder).write_run({"baseline": {"dtype": "fp16", "rotation": "none"}, "config": {"again": False}})
     assert any("turned off" in line for line in summary(read(folder), compare(read(folder))))
 
@@ -493,10 +498,8 @@ def test_a_number_without_its_samples_fails(folder, tmp_path):
     """
     save(folder, "int4")
     copy = tmp_path / "copy"
-    save(copy, "int4")
-    path = copy / "cells/int4-none-qa/record.json"
+    save(copy, "int4", value=0.73)
     save(copy, "fp16")
-    path.write_text(path.read_text().replace('"value": 0.7', '"value": 0.73'))
 
     (line,) = check(read(copy), read(folder)).failed
 
@@ -512,7 +515,7 @@ def test_flips_are_listed_with_both_answers(folder):
     """
     save(folder, "int4", changed(2, 1))
 
-    found = flips(folder / "cells/int4-none-qa")
+    found = flips(cell(folder, "int4"))
 
     assert found.title == "toy · qa · int4 · none against fp16 · none: acc 3 of 400"
     assert [(row.doc_id, row.before, row.after, row.baseline_answer, row.answer) for row in found.rows] == [
@@ -527,11 +530,11 @@ def test_the_baseline_itself_has_no_flips(folder):
     It is said that this is the baseline, and which cell to pass instead.
     """
     with pytest.raises(NotComparableError, match=r"is the baseline itself.*: the sweep has no other finished cell"):
-        flips(folder / "cells/fp16-none-qa")
+        flips(cell(folder, "fp16"))
     save(folder, "again")
     save(folder, "int4")
-    with pytest.raises(NotComparableError, match=r"is the baseline itself.*: pass a cell .* such as int4-none-qa$"):
-        flips(folder / "cells/fp16-none-qa")
+    with pytest.raises(NotComparableError, match=r"is the baseline itself.*: pass a cell .* such as toy-int4-none-qa-"):
+        flips(cell(folder, "fp16"))
 
 
 def test_flips_of_other_documents_are_refused(folder):
@@ -541,9 +544,9 @@ def test_flips_of_other_documents_are_refused(folder):
     save(folder, "int4", documents={3: "altered"})
 
     with pytest.raises(NotComparableError, match="first doc_id 3"):
-        flips(folder / "cells/int4-none-qa")
+        flips(cell(folder, "int4"))
     save(folder, "int8", task="other")
     with pytest.raises(NotComparableError, match="no baseline cell"):
-        flips(folder / "cells/int8-none-other")
+        flips(cell(folder, "int8", "other"))
     with pytest.raises(FileNotFoundError, match="is no cell"):
         flips(folder)

@@ -1,0 +1,227 @@
+"""Plain JSON read as the types that fields have: a wrong type is one line that names the place. Imports no torch."""
+
+# without `annotations` of __future__, under which a TypedDict does not know its optional keys
+import types
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+NON_FINITE = ("inf", "-inf", "nan")  # what JSON has instead of these numbers
+
+
+def read_as(hint: Any, value: Any, where: str = "") -> Any:
+    """`value` as a type: a dataclass or a TypedDict from a mapping, a tuple from a list, a number from `inf` or `nan`.
+
+    A whole number stays one where a number is asked for. A TypedDict may have more keys; a dataclass may not.
+
+    Raises:
+        ValueError: it is something else; `where` names the place.
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if kind in (Union, types.UnionType):
+        if value is None and types.NoneType in inner:
+            return None
+        (hint,) = (one for one in inner if one is not types.NoneType)
+        return read_as(hint, value, where)
+    if kind is Literal:
+        if value in inner and isinstance(value, str):
+            return value
+        raise _wrong(where, " or ".join(map(repr, inner)), value)
+    if kind in (list, tuple):
+        if not isinstance(value, list):
+            raise _wrong(where, "a list", value)
+        types_of = [inner[0]] * len(value) if kind is list or inner[1:] == (...,) else list(inner)
+        if len(types_of) != len(value):
+            raise _wrong(where, f"a list of {len(types_of)}", value)
+        items = [read_as(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(types_of, value, strict=True))]
+        return items if kind is list else tuple(items)
+    if kind is dict or is_typeddict(hint) or is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _wrong(where, WORDS[dict], value)
+        prefix = f"{where}." if where else ""
+        if kind is dict:
+            return {key: read_as(inner[1], item, f"{prefix}{key}") for key, item in value.items()}
+        return _read_keys(hint, value, prefix)
+    if hint is float and (value in NON_FINITE or (isinstance(value, (int, float)) and not isinstance(value, bool))):
+        return value if isinstance(value, (int, float)) else float(value)
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise _wrong(where, WORDS[hint], value)
+
+
+def _read_keys(hint: Any, value: dict[str, Any], prefix: str) -> Any:
+    hints, required = _keys_of(hint)
+    for key in value:
+        if key not in hints and is_dataclass(hint):
+            raise ValueError(f"{prefix}{key}: there is no such field")
+    for key in hints:
+        if key in required and key not in value:
+            raise ValueError(f"{prefix}{key} is missing")
+    read = {key: read_as(hints[key], item, f"{prefix}{key}") if key in hints else item for key, item in value.items()}
+    return read if is_typeddict(hint) else hint(**read)
+
+
+@cache
+def _keys_of(hint: Any) -> tuple[dict[str, Any], set[str]]:
+    """The types of a dataclass's or a TypedDict's keys, and those that must be there."""
+    if is_dataclass(hint):
+        required = {f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING}
+    else:
+        required = set(hint.__required_keys__)
+    return get_type_hints(hint), required
+
+
+def _wrong(where: str, expected: str, value: Any) -> ValueError:
+    shown = repr(value)
+    place = f"{where}: " if where else ""
+    return ValueError(f"{place}expected {expected}, not {shown if len(shown) <= 40 else shown[:37] + '...'}")
+
+
+# ---- what stands in a record and in run.json, as far as it is read
+
+
+class MetricOfBefore(TypedDict):
+    """A metric of a record of version 1."""
+
+    name: str
+    value: float
+    stderr: float | None
+    n: int
+    unit: str
+    higher_is_better: bool | None
+
+
+class Sums(TypedDict):
+    """Checksums of a cell's files, of record.json without them."""
+
+    record: str
+    samples: NotRequired[str]
+
+
+class Scheme(TypedDict):
+    """A dtype and a rotation, by their names; of keys and values where these differ."""
+
+    dtype: str
+    rotation: str
+
+
+class Model(TypedDict):
+    """A model as it was measured."""
+
+    name: str
+    revision: NotRequired[str | None]
+    compute_dtype: NotRequired[str | None]
+    layers: NotRequired[list[tuple[int, int]] | None]
+
+
+class Gpu(TypedDict):
+    """A graphics processor."""
+
+    name: str
+
+
+class Git(TypedDict):
+    """The checkout that kvbench ran from."""
+
+    revision: NotRequired[str | None]
+    dirty: NotRequired[bool | None]
+
+
+class Environment(TypedDict):
+    """What a cell ran on and with."""
+
+    kvbench: NotRequired[str | None]
+    git: NotRequired[Git | None]
+    source_sha256: NotRequired[str | None]
+    device: NotRequired[str | None]
+    cpu: NotRequired[str | None]
+    cores: NotRequired[int | None]
+    gpus: NotRequired[list[Gpu] | None]
+    versions: NotRequired[dict[str, str | None] | None]
+
+
+class Kernel(TypedDict):
+    """What was timed of a kernel."""
+
+    op: str
+    batch: int
+    context: int | None
+    prefix: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+
+
+class KernelRow(Kernel):
+    """A row of `kvbench kernel`."""
+
+    dtype: str
+    rotation: str
+    read_bytes: int
+    us: float | None
+    us_p10: NotRequired[float | None]
+    us_p90: NotRequired[float | None]
+    gbps: NotRequired[float | None]
+    share_of_copy: NotRequired[float | None]
+    speedup: float | None
+    best_16bit_us: NotRequired[float | None]
+    best_16bit_peer: NotRequired[str | None]
+    same_dtype_us: NotRequired[float | None]
+    same_dtype_peer: NotRequired[str | None]
+    same_dtype_speedup: NotRequired[float | None]
+    rel_error: float
+    gate: str
+
+
+class CellIdentity(TypedDict):
+    """All that decides the numbers of a sweep's cell, as far as a report reads it."""
+
+    model: Model
+    scheme: Scheme
+    task: dict[str, Any]
+    scoring: str
+    seed: int
+    limit: int | None
+    again: NotRequired[bool]
+
+
+class KernelIdentity(TypedDict):
+    """All that decides the time of a kernel."""
+
+    kernel: Kernel
+    scheme: Scheme
+    device: str | None
+
+
+class Verdict(TypedDict):
+    """What a destroyed cache showed of a task."""
+
+    model: str
+    task: str
+    limit: int | None
+    verdict: Literal["wrecked", "unmoved", "undecided"]
+    why: str
+
+
+class Config(TypedDict):
+    """The YAML of a sweep, as far as a report reads it."""
+
+    margin: NotRequired[str | None]
+    canary: NotRequired[bool]
+    again: NotRequired[bool]
+
+
+class Run(TypedDict):
+    """What run.json says."""
+
+    sweep: NotRequired[str]
+    note: NotRequired[str | None]
+    baseline: NotRequired[Scheme | None]
+    schemes: NotRequired[list[Scheme]]
+    cells: NotRequired[list[str]]
+    canary: NotRequired[list[Verdict] | None]
+    config: NotRequired[Config]
