@@ -37,7 +37,12 @@ class Calibration:
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ValueError(f"calibration: tokens is a whole number from 1 on, not {tokens!r}")
         made = cls(None if text is None else Path(text).expanduser(), tokens)
-        made.read()
+        if len(made.read()) < tokens:
+            name = made.path.name if made.path else "the text that ships with kvbench"
+            raise ValueError(
+                f"calibration: {name} has {len(made.read())} characters, too few for {tokens} tokens: "
+                f"give a longer text or fewer tokens"
+            )
         return made
 
     def read(self) -> str:

@@ -102,9 +102,11 @@ class Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The next mapping, if its keys are text."""
+        """The next mapping, if its keys are text; a whole number, such as a layer's, is read as its digits."""
         node = super().compose_mapping_node(anchor)
         for key, _ in node.value:
+            if key.tag == f"{KIND}int":
+                key.tag = f"{KIND}str"
             if key.tag not in (f"{KIND}str", f"{KIND}merge"):
                 raise refused("a key is text: put it in quotes", key.start_mark)
         return node

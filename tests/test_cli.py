@@ -599,7 +599,7 @@ def test_kernels_alone_are_no_scores(kvbench, toy, tmp_path):
     assert "is of a kernel, which reads no documents" in one_error(kvbench("show", cell), 5)
 
 
-@pytest.mark.parametrize("what", ["dtypes", "rotations", "models", "tasks"])
+@pytest.mark.parametrize("what", ["dtypes", "rotations", "schemes", "models", "tasks"])
 def test_lists_are_tables_and_json(kvbench, what):
     """
     Every list can be read by a person and by a program.

@@ -34,7 +34,7 @@ def test_the_quickstart_needs_nothing_from_outside():
     It runs on the embedded model and built-in texts, over six dtypes at least and both rotations of int4 and int2.
     """
     sweep = load_sweep(CONFIGS / "quickstart.yaml")
-    schemes = {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()}
+    schemes = {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.all_schemes()}
 
     assert all(not task.missing() for task in sweep.make_tasks())
     assert len({dtype for dtype, _ in schemes}) >= 6
@@ -50,4 +50,4 @@ def test_the_qwen_table_has_every_dtype_with_and_without_its_rotation():
 
     wanted = {(name, dtype.default_rotation) for name, dtype in all_dtypes().items() if name not in ("auto", "bf16")}
     wanted |= {(name, "none") for name, _ in wanted}
-    assert {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()} == wanted
+    assert {(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.all_schemes()} == wanted

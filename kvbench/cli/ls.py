@@ -7,7 +7,7 @@ import typer
 from kvbench.cli.shared import AsList, ListFormat, print_list, print_rows, say
 
 ls = typer.Typer(
-    name="ls", help="List dtypes, rotations, tasks or models.", no_args_is_help=True, rich_markup_mode=None
+    name="ls", help="List dtypes, rotations, schemes, tasks or models.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -31,10 +31,41 @@ def ls_dtypes(as_format: AsList = ListFormat.TABLE) -> None:
 
 @ls.command("rotations")
 def ls_rotations(as_format: AsList = ListFormat.TABLE) -> None:
-    """Rotations."""
-    from kvbench.transforms import all_rotations
+    """What prepares rows: rotations, and what learns from a text. `center+hadamard` is one after the other."""
+    from kvbench.transforms import all_transforms
 
-    print_list([{"name": one.name, "source": one.source} for one in all_rotations().values()], as_format)
+    rows = [
+        {
+            "name": one.name,
+            "for": "keys" if one.keys_only else "keys and values",
+            "learns": "yes" if one.learns else "no",
+            "kernels": "yes" if one.lower(128) else "no",
+            "source": one.source,
+        }
+        for one in all_transforms().values()
+    ]
+    print_list(rows, as_format)
+
+
+@ls.command("schemes")
+def ls_schemes(as_format: AsList = ListFormat.TABLE) -> None:
+    """Schemes by name, with their true bits a value of 8192 tokens at head_dim 128."""
+    import torch
+
+    from kvbench.presets import all_presets
+    from kvbench.schemes import Scheme
+
+    schemes = [(preset, Scheme.parse(preset.name)) for preset in all_presets().values()]
+    rows = [
+        {
+            "name": preset.name,
+            "bits_per_value": scheme.nbytes([(1, 128)], 8192, torch.bfloat16) / 8192 / 32,
+            **scheme.columns(),
+            "source": preset.source,
+        }
+        for preset, scheme in schemes
+    ]
+    print_list(sorted(rows, key=lambda row: -row["bits_per_value"]), as_format)
 
 
 @ls.command("tasks")

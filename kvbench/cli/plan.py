@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from kvbench.cli.shared import (
     BAD_INPUT,
@@ -33,6 +35,12 @@ def plan(
     settings: Set = None,
     limit: Limit = None,
     output: Output = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", metavar="N", min=1, help="State the memory of a sequence of N tokens.  [default: the longest]"
+        ),
+    ] = None,
     as_format: AsList = ListFormat.TABLE,
 ) -> None:
     """Show what a sweep would run.
@@ -46,7 +54,7 @@ def plan(
 
         print(json.dumps(plan_rows(planned), indent=1))
     else:
-        print_plan(planned)
+        print_plan(planned, context)
 
 
 def chosen(
@@ -82,11 +90,11 @@ def prepared(config: Path, options: Options) -> Planned:
         fail(error, BAD_INPUT)
 
 
-def print_plan(planned: Planned) -> None:
+def print_plan(planned: Planned, context: int | None = None) -> None:
     """The plan's tables, and what they add up to."""
     from kvbench.sweep.command import plan_summary, plan_tables
 
-    for title, headers, rows in plan_tables(planned):
+    for title, headers, rows in plan_tables(planned, context):
         say(title)
         print_rows(headers, rows, numeric=(2, 3, 4))
         print()

@@ -229,7 +229,7 @@ def _header(sweep: Sweep, cells: int, before: Sequence[str], environment: dict[s
 def _write_run(planned: Planned, judgements: list[dict[str, Any]]) -> None:
     sweep = planned.sweep
     baseline = sweep.baseline_scheme
-    schemes = {scheme.label: scheme for scheme in [baseline, *sweep.schemes()]}
+    schemes = {scheme.label: scheme for scheme in [baseline, *sweep.all_schemes()]}
     planned.store.write_run(
         {
             "sweep": sweep.name,
@@ -305,28 +305,32 @@ def plan_lacks(planned: Planned) -> list[str]:
     )
 
 
-def plan_tables(planned: Planned) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A table a model: title, headers and rows; a row a scheme, a column a task with the state of its cell."""
+def plan_tables(planned: Planned, context: int | None = None) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table a model: title, headers and rows; a row a scheme, a column a task with the state of its cell.
+
+    context: tokens of the sequence whose bytes are stated; the model's longest where it is None.
+    """
     rows = plan_rows(planned)
     tables = []
     for model in dict.fromkeys(cell.model for cell in planned.cells):
         of_model = [row for row in rows if (row["model"], row["compute_dtype"]) == (model.name, model.compute_dtype)]
         tasks = list(dict.fromkeys(row["task"] for row in of_model))
-        bits = "bits/value" if model.layers else "bits/value\nat D=128"
-        headers = ["dtype", "rotation", bits, "KV KiB/\ntoken", f"KV MiB at\n{model.max_length or '?'} tokens", *tasks]
+        first_cells = {(cell.dtype, cell.rotation): cell for cell in planned.cells if cell.model == model}
+        length = context or model.max_length
+        windowed = any(cell.scheme.window for cell in first_cells.values())
+        at = f" at\n{length} tokens" if windowed and length else "" if model.layers else "\nat D=128"
+        sizes_at = f"KV MiB at\n{length or '?'} tokens"
+        headers = ["dtype", "rotation", f"bits/value{at}", "KV KiB/\ntoken", sizes_at, *tasks]
         table = []
         for dtype, rotation in dict.fromkeys((row["dtype"], row["rotation"]) for row in of_model):
             of_scheme = [row for row in of_model if (row["dtype"], row["rotation"]) == (dtype, rotation)]
-            first, status = of_scheme[0], {row["task"]: row["status"] for row in of_scheme}
-            size = first["kv_bytes_per_token"]
-            sizes = (
-                [f"{size / 1024:.1f}", f"{size * model.max_length / 2**20:.1f}"]
-                if size and model.max_length
-                else ["-"] * 2
-            )
-            table.append(
-                [dtype, rotation, f"{first['bits_per_value']:.2f}", *sizes, *(status.get(task, "-") for task in tasks)]
-            )
+            cell, status = first_cells[dtype, rotation], {row["task"]: row["status"] for row in of_scheme}
+            size, sizes = cell.kv_bytes_per_token, ["-"] * 2
+            if size and length and model.layers:
+                whole = cell.scheme.nbytes(model.layers, length, cell.compute_dtype)
+                sizes = [f"{size / 1024:.1f}", f"{whole / 2**20:.1f}"]
+            bits = cell.bits_at(length) if length else cell.bits_per_value
+            table.append([dtype, rotation, f"{bits:.2f}", *sizes, *(status.get(task, "-") for task in tasks)])
         tables.append((_model_line(model), headers, table))
     return tables
 

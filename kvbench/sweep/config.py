@@ -9,49 +9,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from kvbench.calibration import Calibration
 from kvbench.files import is_folder, named_path
 from kvbench.messages import shown, wrong
 from kvbench.registry import find_name
 from kvbench.schemes import Scheme, split_pair
 from kvbench.stats import parse_margin
-from kvbench.sweep.parts import REAL, ComputeDtype, Parts
+from kvbench.sweep.parts import REAL, Parts
+from kvbench.sweep.spec import ComputeDtype, ModelSpec, Strict
 from kvbench.tasks import OURS, OptionError
-from kvbench.tasks.base import Count, Line, Task
-from kvbench.transforms import all_rotations
+from kvbench.tasks.base import Count, Task
+from kvbench.transforms import all_transforms
 from kvbench.yaml_text import ConfigError, Document, Loc, apply_setting, read_document, read_file
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
 Attention = Literal["auto", "reference", "triton"]
-MINIMUM = "a sweep has at least name, model, dtypes and tasks"
+MINIMUM = "a sweep has at least name, model, dtypes (or schemes) and tasks"
 # torch takes seeds below 2^64; the A/A cell's is the next one, and each answer that is drawn counts on from there
 MAX_SEED = 2**63 - 1
 
 
 # ---- the shape of the YAML
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelSpec(_Strict):
-    """A model by name, folder, hub id or GGUF file.
-
-    trust_remote_code: Python code that comes with it may run; it decides the numbers too, and the report names it.
-    """
-
-    name: Line
-    revision: Line | None = None
-    trust_remote_code: bool = False
-    compute_dtype: ComputeDtype | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
 
 def _pair(value: Any) -> Any:
@@ -70,18 +51,34 @@ def _dtype(value: Any) -> Any:
 
 
 def _rotation(value: Any) -> Any:
-    for name in split_pair(_pair(value)):
-        find_name(name, [*all_rotations(), "default"], "rotation")
-    if "default" in split_pair(value) and value != "default":
+    if value == "default":
+        return value
+    names = [name for side in split_pair(value) for name in ([side] if isinstance(side, str) else side)]
+    if "default" in names:
         raise ValueError("'default' stands alone: it is each dtype's own rotation")
+    for name in names:
+        for one in name.split("+"):
+            find_name(one, [*all_transforms(), "default"], "rotation")
+    Scheme.parse("auto", value)
+    return value
+
+
+def _scheme(value: Any) -> Any:
+    Scheme.of(value)
+    return value
+
+
+def _calibration(value: Any) -> Any:
+    Calibration.of(value)
     return value
 
 
 DtypePair = Annotated[Any, BeforeValidator(_dtype)]
 RotationPair = Annotated[Any, BeforeValidator(_rotation)]
+SchemeSpec = Annotated[Any, BeforeValidator(_scheme)]
 
 
-class DtypeSpec(_Strict):
+class DtypeSpec(Strict):
     """A dtype (or one for keys and one for values), and the rotations to run it with where they are not the sweep's."""
 
     dtype: DtypePair
@@ -121,9 +118,11 @@ def _path(value: str) -> str:
     return value
 
 
-class Sweep(_Strict):
-    """What `kvbench sweep` runs: every model × dtype × rotation × task.
+class Sweep(Strict):
+    """What `kvbench sweep` runs: every model × dtype × rotation × task, and every model × scheme × task.
 
+    schemes: presets by name, names such as "int4+w64s4", or mappings with a window, layers and a calibration.
+    calibration: the text that schemes learn from which name none of their own.
     compute_dtype: None takes float32 on a CPU and the model's own dtype on a GPU.
     limit: the first documents of every task alone; a quick look, marked as such in every table.
     apply_chat_template, fewshot_as_multiturn, system_instruction: of every task of lm-eval that does not say it itself.
@@ -137,8 +136,10 @@ class Sweep(_Strict):
     note: str = ""
     model: ModelSpec | None = None
     models: Annotated[list[ModelSpec], Field(min_length=1)] | None = None
-    dtypes: Annotated[list[DtypeSpec], Field(min_length=1)]
-    rotations: Annotated[list[RotationPair], Field(min_length=1)] = ["default"]
+    dtypes: Annotated[list[DtypeSpec], Field(min_length=1)] | None = None
+    rotations: Annotated[list[RotationPair], Field(default=["default"], min_length=1)]
+    schemes: Annotated[list[SchemeSpec], Field(min_length=1)] | None = None
+    calibration: Annotated[Any, BeforeValidator(_calibration)] = None
     tasks: Annotated[list[TaskSpec], Field(min_length=1)]
     baseline: DtypePair = "fp16"
     canary: bool = True
@@ -161,6 +162,12 @@ class Sweep(_Strict):
             raise ValueError("give either 'model' or 'models'")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> Self:
+        if self.dtypes is None and self.schemes is None:
+            raise ValueError("give 'dtypes', 'schemes' or both: one at least")
+        return self
+
     @property
     def all_models(self) -> list[ModelSpec]:
         """The models, each with the sweep's compute dtype where it names none of its own."""
@@ -175,13 +182,20 @@ class Sweep(_Strict):
         """What the others are compared with, never rotated unless its dtype is by default."""
         return Scheme.parse(self.baseline)
 
-    def schemes(self) -> list[Scheme]:
-        """Every dtype × rotation, in the order written, each once."""
+    def all_schemes(self) -> list[Scheme]:
+        """Every dtype × rotation, then the schemes, in the order written, each once."""
         found: dict[str, Scheme] = {}
-        for spec in self.dtypes:
+        calibration = None if self.calibration is None else Calibration.of(self.calibration)
+
+        def add(scheme: Scheme, own: bool) -> None:
+            scheme = scheme if own or calibration is None else scheme.calibrated(calibration)
+            found.setdefault(scheme.label, scheme)
+
+        for spec in self.dtypes or ():
             for rotation in spec.rotations or self.rotations:
-                scheme = Scheme.parse(spec.dtype, None if rotation == "default" else rotation)
-                found.setdefault(scheme.label, scheme)
+                add(Scheme.parse(spec.dtype, None if rotation == "default" else rotation), own=False)
+        for named in self.schemes or ():
+            add(Scheme.of(named), own=isinstance(named, Mapping) and "calibration" in named)
         return list(found.values())
 
     def data_folder(self) -> Path | None:

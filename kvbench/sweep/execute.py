@@ -28,10 +28,10 @@ from kvbench.runners.base import (
 from kvbench.schemes import Scheme
 from kvbench.sweep.again import Around, Shuffled
 from kvbench.sweep.canary import Judgement, judge_all
-from kvbench.sweep.config import ModelSpec
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.progress import Watcher
+from kvbench.sweep.spec import ModelSpec
 from kvbench.tasks.base import RunContext
 
 LEARNING_VERSION = 1  # raised when the same text comes to teach something else

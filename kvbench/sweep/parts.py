@@ -6,18 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvbench.results import Tensors
 from kvbench.runners.base import ModelInfo, Runner
 from kvbench.schemes import Scheme
+from kvbench.sweep.spec import ComputeDtype, ModelSpec
 from kvbench.tasks.base import Task
 
 if TYPE_CHECKING:
     from kvbench.runners.catalog import ModelSource
-    from kvbench.sweep.config import ModelSpec
-
-ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from kvbench.results import name_of
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
-from kvbench.sweep.config import ModelSpec, Sweep
+from kvbench.sweep.config import Sweep
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
+from kvbench.sweep.spec import ModelSpec
 from kvbench.tasks.base import Task, beyond, no_template
 from kvbench.yaml_text import ConfigError
 
@@ -32,13 +33,18 @@ class Place:
     page_size: int
 
 
+# the baseline is what the others are compared with; the canary's cache is destroyed; repeat is the baseline once more,
+# in other batches and with the next seed, or where it is timed just as it was
+Role = Literal["cell", "baseline", "canary", "repeat"]
+
+BITS_AT = 8192  # tokens of the sequence whose bits a value are stated, where they depend on that
+
+
 @dataclass(frozen=True)
 class Cell:
     """One number-giving unit: a model under a scheme, measured by a task.
 
-    baseline: its scheme is what the others are compared with. canary: its cache is destroyed. again: the baseline once
-    more, in other batches and with the next seed, or where it is timed just as it was.
-    limit: documents that `--limit` leaves of every task. place: of a timed task, else None.
+    role: what it is for. limit: documents that `--limit` leaves of every task. place: of a timed task, else None.
     """
 
     spec: ModelSpec
@@ -48,10 +54,23 @@ class Cell:
     scoring: str
     seed: int
     limit: int | None = None
-    baseline: bool = False
-    canary: bool = False
-    again: bool = False
+    role: Role = "cell"
     place: Place | None = None
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is what the others are compared with."""
+        return self.role == "baseline"
+
+    @property
+    def canary(self) -> bool:
+        """Whether its cache is destroyed."""
+        return self.role == "canary"
+
+    @property
+    def again(self) -> bool:
+        """Whether it is the baseline once more."""
+        return self.role == "repeat"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -95,7 +114,7 @@ class Cell:
     @property
     def judged(self) -> bool:
         """Whether it says, with others of its model, that quantization is in effect."""
-        return self.baseline or self.canary
+        return self.role in ("baseline", "canary")
 
     @property
     def dtype(self) -> str:
@@ -115,7 +134,7 @@ class Cell:
     @property
     def resolved(self) -> Scheme:
         """Its scheme with `auto` replaced by the compute dtype."""
-        return self.scheme.resolve(getattr(torch, self.model.compute_dtype))
+        return self.scheme.resolve(self.compute_dtype)
 
     @cached_property
     def kv_bytes_per_token(self) -> int | None:
@@ -126,10 +145,23 @@ class Cell:
 
     @property
     def bits_per_value(self) -> float | None:
-        """True bits a value over all layers; at head_dim 128 where the model's shape is unknown."""
-        if self.model.layers is None or self.kv_bytes_per_token is None:
-            return self.resolved.bits_per_value(128)
-        return 8 * self.kv_bytes_per_token / sum(2 * heads * head_dim for heads, head_dim in self.model.layers)
+        """True bits a value over all layers; at head_dim 128 where the model's shape is unknown.
+
+        With a window, those of a sequence of BITS_AT tokens, or as long as the model takes.
+        """
+        return self.bits_at(min(BITS_AT, self.model.max_length or BITS_AT))
+
+    def bits_at(self, tokens: int) -> float:
+        """True bits a value of a sequence of so many tokens."""
+        layers = self.model.layers or ((1, 128),)
+        values = tokens * sum(2 * heads * head_dim for heads, head_dim in layers)
+        return 8 * self.scheme.nbytes(layers, tokens, self.compute_dtype) / values
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        dtype: torch.dtype = getattr(torch, self.model.compute_dtype)
+        return dtype
 
 
 def plan(
@@ -150,17 +182,17 @@ def plan(
     place = Place(device(), sweep.attention, sweep.page_size) if any(task.timed for task in tasks) else None
     for spec in sweep.all_models:
         facts = parts.find_model(spec)
-        schemes = [(baseline, (True, False, False))]
+        schemes: list[tuple[Scheme, Role]] = [(baseline, "baseline")]
         if sweep.canary:
-            schemes.append((baseline, (False, True, False)))
+            schemes.append((baseline, "canary"))
         if sweep.again:
-            schemes.append((baseline, (False, False, True)))
-        schemes += [(scheme, (False, False, False)) for scheme in sweep.schemes()]
-        for scheme, controls in schemes:
+            schemes.append((baseline, "repeat"))
+        schemes += [(scheme, "cell") for scheme in sweep.all_schemes()]
+        for scheme, role in schemes:
             check_scheme(facts, scheme)
             for task in tasks:
                 own = place if task.timed else None
-                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, *controls, place=own)
+                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, role, own)
                 cells.setdefault(cell.name, cell)
     return [cell for name, cell in cells.items() if name not in done]
 
@@ -177,7 +209,7 @@ def check_scheme(model: ModelFacts, scheme: Scheme) -> None:
 
 # ---- --only and --skip
 
-FILTER_KEYS = ("model", "dtype", "rotation", "task")
+FILTER_KEYS = ("model", "dtype", "rotation", "scheme", "task")
 
 
 @dataclass(frozen=True)
@@ -197,12 +229,17 @@ class Filter:
         key, equals, pattern = text.partition("=")
         if not equals or key not in FILTER_KEYS or not pattern:
             raise ConfigError(f"{flag} {text}: expected KEY=PATTERN with KEY one of {', '.join(FILTER_KEYS)}")
+        if key == "scheme":
+            try:
+                return cls(key, Scheme.of(pattern).label)
+            except ValueError as error:
+                raise ConfigError(f"{flag} {text}: {error}") from None
         if key in ("dtype", "rotation") and pattern not in ("canary", "again") and not re.search(r"[*?\[]", pattern):
             try:
                 scheme = Scheme.parse(pattern) if key == "dtype" else Scheme.parse("auto", pattern)
             except ValueError as error:
                 raise ConfigError(f"{flag} {text}: {error}") from None
-            pattern = scheme.dtype_name if key == "dtype" else scheme.rotation_name
+            pattern = scheme.columns()[key]
         return cls(key, pattern)
 
     def matches(self, cell: Cell) -> bool:
@@ -214,7 +251,13 @@ class Filter:
 
 def part(cell: Cell, key: str) -> str:
     """What a cell is called under one of FILTER_KEYS."""
-    return {"model": cell.model.name, "dtype": cell.dtype, "rotation": cell.rotation, "task": cell.task.name}[key]
+    return {
+        "model": cell.model.name,
+        "dtype": cell.dtype,
+        "rotation": cell.rotation,
+        "scheme": f"{cell.dtype} · {cell.rotation}",
+        "task": cell.task.name,
+    }[key]
 
 
 def choose(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Cell]:

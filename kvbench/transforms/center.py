@@ -74,6 +74,6 @@ class Center(CenterConstant):
         return float((sums / counts[:, None, None]).square().mean())
 
 
-_SOURCE = "softmax's invariance to a shift; the aging of a constant mean is measured in docs/method.md"
+_SOURCE = "softmax does not see what is added to the scores of all keys alike"
 center = Center("center", source=_SOURCE)
 center_constant = CenterConstant("center_constant", source=_SOURCE)

@@ -23,7 +23,7 @@ NINES = "9" * 5000
 # a line below GOOD's four, the column where it is wrong, and what is said of it
 LINES = [
     ("? [a]\n: 1", 3, "a key is text"),
-    ("1: x", 1, "a key is text"),
+    ("1.5: x", 1, "a key is text"),
     ("note: 2020-13-45", 7, "is a date to YAML"),
     ("note: 2020-12-01", 7, "is a date to YAML"),
     ("seed: !!int abc", 7, "'abc' is not a whole number"),

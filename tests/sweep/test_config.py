@@ -7,6 +7,7 @@ import textwrap
 import pytest
 
 from kvbench.sweep.config import load_sweep, parse_sweep
+from kvbench.sweep.plan import plan
 from kvbench.yaml_text import ConfigError
 
 GOOD = """\
@@ -38,7 +39,7 @@ def refused(parse):
 
 
 def schemes(sweep):
-    return [(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.schemes()]
+    return [(scheme.dtype_name, scheme.rotation_name) for scheme in sweep.all_schemes()]
 
 
 def test_short_names_and_pairs(parse):
@@ -161,7 +162,6 @@ def with_line(line):
         (
             GOOD.replace("dtypes", "dtyps"),
             """\
-            bad.yaml:1:1: missing key 'dtypes'
             bad.yaml:3:1: unknown key 'dtyps': did you mean dtypes?
                 3 | dtyps: [fp16, int4]
                   | ^^^^^
@@ -247,9 +247,9 @@ def with_line(line):
                   |        ^
             """,
         ),
-        ("", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes and tasks"),
-        ("# nothing\n", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes and tasks"),
-        ("- a\n", "bad.yaml:1:1: expected a mapping: a sweep has at least name, model, dtypes and tasks"),
+        ("", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes (or schemes) and tasks"),
+        ("# nothing\n", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes (or schemes) and tasks"),
+        ("- a\n", "bad.yaml:1:1: expected a mapping: a sweep has at least name, model, dtypes (or schemes) and tasks"),
         ("a: &a [*a]\n", None),
         ("\x00", None),
     ],
@@ -315,3 +315,79 @@ def test_a_missing_file_names_the_nearest(tmp_path, toy):
         load_sweep(tmp_path, parts=toy.PARTS)
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_sweep(tmp_path / "binary.yaml", parts=toy.PARTS)
+
+
+SCHEMES = """\
+name: toys
+model: toy
+schemes:
+  - int4_centered_window
+  - int8+w64s4
+  - {dtype: int4, layers: {0: int8, "-1": {key: fp16}}, window: {sinks: 2}}
+  - {scheme: int4_centered, calibration: {tokens: 100}}
+tasks: [toy_a]
+"""
+
+
+def test_schemes_stand_beside_dtypes_and_rotations(parse):
+    """
+    A preset, a name and a mapping each are a scheme; dtypes × rotations come before them, and may be left out.
+    """
+    sides = "center+randomized_hadamard:randomized_hadamard"
+    expected = [
+        ("int4_per_token_head+w64s4", sides),
+        ("int8_per_token_head+w64s4", "none"),
+        ("int4_per_token_head+s2+l0=int8_per_token_head+l-1=fp16:-", "randomized_hadamard"),
+        ("int4_per_token_head+c100", sides),
+    ]
+
+    assert schemes(parse(SCHEMES)) == expected
+    assert schemes(parse(SCHEMES + "dtypes: [int2]\n")) == [("int2_per_token_head", "hadamard"), *expected]
+
+
+def test_a_calibration_is_for_all_that_name_none(parse):
+    """
+    The sweep's tokens are those of every scheme that learns but for one with its own; the rest learns nothing.
+    """
+    names = [name for name, _ in schemes(parse(SCHEMES + "calibration: {tokens: 200}\n"))]
+
+    assert names[0].endswith("+c200")
+    assert names[3].endswith("+c100")
+    assert names[1] == "int8_per_token_head+w64s4"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dtypes: [int4]\nrotations: [turn]", "unknown rotation 'turn'"),
+        ("dtypes: [int4]\nrotations: [center]", "'center' on values can't be undone"),
+        ("schemes: [int4_centred]", "unknown dtype 'int4_centred'"),
+        ("schemes: [int4+w63]", "'+w63' of a scheme's name is no window, such as +w64s4 (w in steps of 64)"),
+        ("schemes: [{dtype: int4, windows: 3}]", "unknown key 'windows' of a scheme: one of dtype, key, value"),
+        ("schemes: [{dtype: int4, window: {recent: -1}}]", "window: recent is a whole number from 0 on, not -1"),
+        ("schemes: [{dtype: int4, window: {sinks: 0}}]", "leave nothing in 16 bits: leave it out"),
+        ("schemes: [{dtype: int4, layers: {first: int8}}]", "layers: 'first' is no layer's number"),
+        ("schemes: [{dtype: int4, layers: {0: int9}}]", "unknown dtype 'int9'"),
+        ("dtypes: [int4]\ncalibration: {text: no.txt}", "calibration: text no.txt cannot be read: No such file"),
+        ("dtypes: [int4]\ncalibration: {tokens: 10000000}", "too few for 10000000 tokens"),
+        ("seed: 1", "give 'dtypes', 'schemes' or both: one at least"),
+    ],
+)
+def test_a_wrong_scheme_is_refused(refused, line, expected):
+    """
+    One line says what is wrong and what was expected.
+    """
+    message = refused(f"name: toys\nmodel: toy\ntasks: [toy_a]\n{line}\n")
+
+    assert expected in message
+    assert message.startswith("bad.yaml:")
+
+
+def test_layers_and_windows_that_a_model_has_not_are_refused_by_the_plan(parse, toy):
+    """
+    The toy's layers go from 0 to 2 and its positions are known.
+    """
+    text = 'name: toys\nmodel: toy\ntasks: [toy_a]\nschemes: [{dtype: int4, layers: {"-4": int8}}]\n'
+
+    with pytest.raises(ConfigError, match="model toy: layers: there is no layer -4: the model's go from 0 to 2"):
+        plan(parse(text), parts=toy.PARTS)

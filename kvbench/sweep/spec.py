@@ -1,0 +1,34 @@
+"""How the YAML of a sweep names a model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from kvbench.tasks.base import Line
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    """A part of the YAML: no unknown key, no value of another kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSpec(Strict):
+    """A model by name, folder, hub id or GGUF file.
+
+    trust_remote_code: Python code that comes with it may run; it decides the numbers too, and the report names it.
+    """
+
+    name: Line
+    revision: Line | None = None
+    trust_remote_code: bool = False
+    compute_dtype: ComputeDtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

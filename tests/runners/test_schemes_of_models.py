@@ -1,0 +1,248 @@
+"""Whole schemes under tiny models: centred keys, windows and layers of their own, learned from a text."""
+
+import pytest
+import torch
+import transformers
+
+from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
+from kvbench.runners.learned import digest, unpack
+from kvbench.runners.transformers import TransformersModel
+from kvbench.schemes import Scheme
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "factor": 8.0,
+    "original_max_position_embeddings": 512,
+}
+# biased keys, a softcap, sink logits, two rotary embeddings, half a head turned, frequencies that the length changes
+CONFIGS = {
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, sliding_window=90, query_pre_attn_scalar=16),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **COMMON, sliding_window=70, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, sliding_window=90, query_pre_attn_scalar=16),
+    "phi": lambda: transformers.PhiConfig(**COMMON),
+    "phi3-longrope": lambda: transformers.Phi3Config(
+        **COMMON, rope_parameters=LONGROPE, original_max_position_embeddings=512
+    ),
+}
+CALIBRATION = {"tokens": 900}
+CENTRED = {"key": "center+hadamard", "value": "hadamard"}
+SPECS = {
+    "window": {"dtype": "int4", "rotation": CENTRED, "window": {"sinks": 4, "recent": 1}, "calibration": CALIBRATION},
+    "sinks": {"dtype": "int2", "window": {"sinks": 2}},
+    "near": {"dtype": "int2", "rotation": CENTRED, "window": {"recent": 0}, "calibration": CALIBRATION},
+    "layers": {"dtype": "int4", "layers": {0: "int8", "-1": {"key": "fp16"}}},
+}
+
+
+class Letters:
+    """A token a letter."""
+
+    eos_token_id = 0
+
+    def encode(self, text, **_):
+        return [1 + ord(letter) % 96 for letter in text]
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return " ".join(map(str, tokens))
+
+
+def tiny(name, dtype=None):
+    """A random model whose tokens depend on their context; key biases, where it has them, outweigh all else."""
+    torch.manual_seed(0)
+    # torch multiplies experts in no more than 32 bits
+    dtype = dtype or (torch.float32 if name == "gpt_oss" else torch.float64)
+    config = CONFIGS[name]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if "sinks" in parameter_name:
+            torch.nn.init.normal_(parameter)
+        elif "k_proj.bias" in parameter_name:
+            torch.nn.init.normal_(parameter, std=20)
+        elif parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.12)
+    info = ModelInfo(name, "random", str(dtype).removeprefix("torch."), ((2, 16),) * 3, 512)
+    return TransformersModel(model, Letters(), info)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return tiny("qwen2")
+
+
+def tokens(count, seed):
+    return tuple(torch.randint(1, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def requests():
+    """A long prefix that three share and leave within a page of 64, one alone, one shorter than any window."""
+    prefix = tokens(150, 1)
+    found = [ScoreRequest(prefix + tokens(count, count), tokens(5, 50 + count)) for count in (1, 20, 90)]
+    return [*found, ScoreRequest(tokens(200, 9), tokens(9, 10)), ScoreRequest((3,), (4,))]
+
+
+def assert_same(scores, others, atol):
+    for a, b in zip(scores, others, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("center", ["center", "center_constant"])
+def test_centring_an_exact_cache_changes_nothing(name, center):
+    """
+    q·k is what it was, through softcaps, sink logits, two rotary embeddings and partial ones.
+    """
+    loaded = tiny(name)
+    spec = {"dtype": "auto", "rotation": {"key": f"{center}+hadamard", "value": "none"}, "calibration": CALIBRATION}
+
+    centred = loaded.runner(Scheme.of(spec), page_size=16).score(requests())
+
+    # what is learned is float32; so is all of gpt_oss, whose routing is far from smooth
+    exact = loaded.runner(Scheme.parse("auto"), page_size=16).score(requests())
+    assert_same(centred, exact, 1e-3 if name == "gpt_oss" else 1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mean_by_page_is_learned_where_the_rotary_embedding_is_known(name):
+    """
+    The biased model has one mean a page of 64 positions up to its longest; one whose frequencies change has one in all.
+    """
+    loaded = tiny(name)
+    scheme = Scheme.of({"dtype": "int4", "rotation": "center:none", "calibration": CALIBRATION})
+
+    shapes = {len(tensor) for tensor in loaded.learn(scheme).values()}
+
+    if name == "phi3-longrope":
+        assert shapes == {1}
+    if name == "qwen2":
+        assert shapes == {512 // 64}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_pass_is_replay(qwen, spec):
+    """
+    Scoring in one pass = feeding token by token through the cache, in float64.
+    """
+    scheme = Scheme.of(SPECS[spec])
+    fused, replay = (qwen.runner(scheme, page_size=16, scoring=s).score(requests()) for s in ("fused", "replay"))
+
+    assert_same(fused, replay, 1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_batches_pages_and_passes_change_nothing(qwen, monkeypatch, spec):
+    """
+    Requests together, sharing prefixes, = each alone = another page size = passes of 70 tokens.
+    """
+    scheme = Scheme.of(SPECS[spec])
+    together = qwen.runner(scheme, page_size=16).score(requests())
+
+    assert_same([qwen.runner(scheme, page_size=16).score([one])[0] for one in requests()], together, 1e-6)
+    assert_same(qwen.runner(scheme, page_size=64).score(requests()), together, 1e-6)
+    cut = qwen.runner(scheme, page_size=16)
+    monkeypatch.setattr(cut, "limits", type(cut.limits)(tokens=70, sequences=2, logits=2**16, memory=0.0))
+    assert_same(cut.score(requests()), together, 1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_answers_made_together_are_those_made_alone(qwen, spec):
+    """
+    Sequences that come and go in one batch give the tokens of each alone.
+    """
+    scheme = Scheme.of(SPECS[spec])
+    asked = [GenerateRequest(r.context, 9) for r in requests()]
+    runner = qwen.runner(scheme, page_size=16)
+
+    assert runner.generate(asked) == [qwen.runner(scheme, page_size=16).generate([one])[0] for one in asked]
+
+
+def test_a_window_reads_nearly_exactly_what_centring_alone_does_not(qwen):
+    """
+    Two bits with a window over the whole sequence are the 16-bit cache; without, they are not.
+    """
+    request = [ScoreRequest(tokens(100, 3), tokens(20, 4))]
+    exact = qwen.runner(Scheme.parse("auto")).score(request)[0].logprobs
+
+    def off(window):
+        spec = {"dtype": "int2", "rotation": CENTRED, "calibration": CALIBRATION, **window}
+        return float((qwen.runner(Scheme.of(spec)).score(request)[0].logprobs - exact).abs().max())
+
+    assert off({"window": {"recent": 2}}) < 0.02  # float16's rounding, through three layers
+    assert off({}) > 0.1
+
+
+def test_what_was_learned_is_kept_and_read_back(qwen):
+    """
+    A runner given what was learned is the runner that learned it; the same text teaches the same bytes.
+    """
+    scheme = Scheme.of(SPECS["window"])
+    learned = qwen.learn(scheme)
+    fresh, given = qwen.runner(scheme).score(requests()), qwen.runner(scheme, learned=learned).score(requests())
+
+    assert_same(given, fresh, 0)
+    assert digest(learned) == digest(qwen.learn(scheme))
+    assert [len(sides[0]) for sides in unpack(learned, scheme, 3)] == [2, 2, 2]
+
+
+def test_a_text_that_is_too_short_is_refused(qwen, tmp_path):
+    """
+    The message has both numbers, and what to do.
+    """
+    text = tmp_path / "short.txt"
+    text.write_text("a" * 100)
+    scheme = Scheme.of({**SPECS["window"], "calibration": {"text": str(text), "tokens": 100}})
+    text.write_text("a" * 60)
+    scheme = type(scheme)(scheme.key, scheme.value, calibration=type(scheme.calibration)(text, 101))
+
+    with pytest.raises(
+        ValueError, match=r"short\.txt has 100 tokens, expected 101: give a longer text or `tokens: 100`"
+    ):
+        qwen.learn(scheme)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"dtype": "int4", "layers": {3: "int8"}},
+            "there is no layer 3: the model's go from 0 to 2, or from -1 back to -3",
+        ),
+        (
+            {"dtype": "int4", "window": {"recent": 8}},
+            "at least 513 tokens in 16 bits are more than the model's 512 positions",
+        ),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused(qwen, spec, message):
+    """
+    A layer that is not there, and a window longer than the model's positions.
+    """
+    with pytest.raises(ValueError, match=message):
+        qwen.runner(Scheme.of(spec))
+
+
+def test_the_kernels_refuse_what_they_cannot_compute(qwen):
+    """
+    With `attention: triton` one line says why; `auto` takes the reference.
+    """
+    with pytest.raises(ValueError, match="attention: triton can't serve this cell"):
+        tiny("qwen2", torch.float16).runner(Scheme.of({"dtype": "int4", "window": {"sinks": 1}}), attention="triton")
+    assert qwen.runner(Scheme.of(SPECS["window"])).attention == "reference"
