@@ -7,18 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench_kernels.center import Center, center_scores, keep_center_scores, two_parts
+from kvbench_kernels.exact import TYPES, Exact, attend_exact, exact_bounds
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge_kernel
+from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, together
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning
 from kvbench_kernels.unpack import (
     E4M3,
     FLOAT,
+    HALVES_BASES,
     SYMMETRIC4,
     UNSIGNED,
     channels,
     exp2,
-    halves_base,
     log2,
     masked,
     masked_unit,
@@ -28,73 +31,77 @@ from kvbench_kernels.unpack import (
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEADS = 16  # query heads a program
+EXACT_TOKENS = 256  # of a split, at least, where there are more
+CENTERS = tl.constexpr(16)  # pages whose part of the scores is computed at once
 
 
 @triton.jit
-def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr):
-    """The scale of one stream unit and the zero-point in streams, both [N] float32, of the rows' stored scales."""
-    if KIND == UNSIGNED:
-        bits = stored.to(tl.int32, bitcast=True)
-        low: tl.constexpr = (1 << BITS) - 1
-        return (bits & ~low).to(tl.float32, bitcast=True), ((bits & low) - (1 << (BITS - 1))).to(tl.float32)
-    return stored * UNIT, stored
+def _prefetch_tile(
+    k_ptr,
+    k_scale_ptr,
+    v_ptr,
+    v_scale_ptr,
+    base,
+    K_WORDS: tl.constexpr,
+    V_WORDS: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Asks for BLOCK_N rows from the cache's row `base` on."""
+    prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
+    prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
+    if K_SCALES:
+        prefetch(k_scale_ptr, base, BLOCK_N)
+    if V_SCALES:
+        prefetch(v_scale_ptr, base, BLOCK_N)
 
 
 @triton.jit
-def _prefetch(ptr, first, COUNT: tl.constexpr):
-    """Asks for COUNT elements from `first` on, into the L2 cache."""
-    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(COUNT, LINE))
-    line = tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
-        "=r,l",
-        [ptr + (first + line)],
-        tl.int32,
-        False,
-        1,
-    )
-
-
-@triton.jit
-def _together(tiles):
-    """A tuple of 2^m tiles [W, G] as [W, G, 2^m]."""
-    W: tl.constexpr = tiles[0].shape[0]
-    G: tl.constexpr = tiles[0].shape[1]
-    COUNT: tl.constexpr = len(tiles)
-    if COUNT == 1:
-        return tl.reshape(tiles[0], [W, G, 1])
-    else:
-        return tl.reshape(tl.join(_together(tiles[0::2]), _together(tiles[1::2])), [W, G, COUNT])
-
-
-@triton.jit
-def _slices(x, N: tl.constexpr):
-    """[M, G] as a tuple of tiles [N, G]: N rows each, in their order."""
-    M: tl.constexpr = x.shape[0]
-    G: tl.constexpr = x.shape[1]
-    if M == N:
-        return (x,)
-    else:
-        first, second = tl.split(tl.permute(tl.reshape(x, [2, M // 2, G]), (1, 2, 0)))
-        return _slices(first, N) + _slices(second, N)
-
-
-@triton.jit
-def _every_eighth(x):
-    """[N, G] to [8, G]: sums of every eighth row, which are one lane's where x comes from a product."""
-    return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), axis=0)
-
-
-@triton.jit
-def _by_column(x, ABREAST: tl.constexpr, BLOCK_G: tl.constexpr):
-    """What belongs to tokens, [N], where scores lie: [N, 1], or [N / ABREAST, ABREAST * BLOCK_G]."""
-    if ABREAST == 1:
-        return x[:, None]
-    else:
-        ROWS: tl.constexpr = x.shape[0] // ABREAST
-        x = tl.broadcast_to(tl.reshape(x, [ROWS, ABREAST, 1]), [ROWS, ABREAST, BLOCK_G])
-        return tl.reshape(x, [ROWS, ABREAST * BLOCK_G])
+def _store_part(
+    part_o_ptr,
+    part_m_ptr,
+    part_l_ptr,
+    part,
+    is_head,
+    own,
+    m,
+    l,
+    shift,
+    streams,
+    V_BITS: tl.constexpr,
+    D: tl.constexpr,
+    ABREAST: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_VW: tl.constexpr,
+):
+    """The split's maxima, sums of weights and sums of values, less the zero-points' share of them."""
+    V_WORDS: tl.constexpr = D * V_BITS // 16
+    V_STREAMS: tl.constexpr = 16 // V_BITS
+    COLUMNS: tl.constexpr = BLOCK_G * ABREAST
+    vw = tl.arange(0, BLOCK_VW)
+    l_sum = tl.sum(l, axis=0)
+    shift_sum = tl.sum(shift, axis=0)
+    top = m
+    if ABREAST > 1:
+        # both tokens of a row relative to one maximum, to which a column that saw no token does not count
+        m = tl.where(l_sum == 0.0, float("-inf"), m)
+        top = tl.max(tl.reshape(m, [ABREAST, BLOCK_G]), axis=0)
+        share = tl.reshape(m, [ABREAST, BLOCK_G]) - tl.where(top == float("-inf"), 0.0, top)[None, :]
+        share = tl.exp2(tl.reshape(share, [COLUMNS]))
+        l_sum = tl.sum(tl.reshape(l_sum * share, [ABREAST, BLOCK_G]), axis=0)
+    tl.store(part_m_ptr + part, top, mask=is_head)
+    tl.store(part_l_ptr + part, l_sum, mask=is_head)
+    o = together(streams) - shift_sum[None, :, None]
+    if ABREAST > 1:
+        vw = tl.arange(0, V_WORDS)
+        own_row = tl.arange(0, BLOCK_VW)[:, None] // V_WORDS == own[None, :]
+        o = tl.where(own_row[:, :, None], o * share[None, :, None], 0.0)
+        o = tl.sum(tl.reshape(o, [ABREAST, V_WORDS, COLUMNS, V_STREAMS]), axis=0)
+        o = tl.sum(tl.reshape(o, [V_WORDS, ABREAST, BLOCK_G, V_STREAMS]), axis=1)
+    channel = channels(vw[:, None, None], tl.arange(0, V_STREAMS)[None, None, :], V_BITS, V_WORDS)
+    o_at = part_o_ptr + part[None, :, None] * D + channel  # [BLOCK_VW, BLOCK_G, V_STREAMS]
+    tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
 
 
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS"])
@@ -121,6 +128,12 @@ def _decode_kernel(
     stride_qd,
     stride_table,
     SPLITS,
+    k_exact_ptr,  # [P, HKV, S, D] fp16 or bf16 (where codes have 8 bits: int32 words of two channels), or None
+    v_exact_ptr,
+    turned_ptr,  # [N, HKV, D] float32: the keys' centres, turned; or None
+    center_ptr,  # [pairs, stride_center, COLUMNS] float32: room for their part of the scores; or None
+    center_last,  # N - 1
+    stride_center,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -148,6 +161,15 @@ def _decode_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    EXACT: tl.constexpr = 0,  # splits, the first ones, of tokens in 16 bits; 0: there are no such tokens
+    SINKS: tl.constexpr = 0,
+    RECENT: tl.constexpr = 0,
+    WINDOW_PAGE: tl.constexpr = 64,
+    K_EXACT_TYPE: tl.constexpr = None,
+    V_EXACT_TYPE: tl.constexpr = None,
+    BLOCK_X: tl.constexpr = 16,
+    CENTER: tl.constexpr = 0,  # 1: one centre for all positions; 2: one a page of CENTER_PAGE
+    CENTER_PAGE: tl.constexpr = 64,
 ):
     """One program: one sequence, one KV head with HEADS of its query heads, one split of the context.
 
@@ -240,11 +262,25 @@ def _decode_kernel(
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
-    first_tile = first // BLOCK_N
-    tiles = tl.cdiv(length, BLOCK_N) - first_tile
-    tiles_each = tl.cdiv(tiles, SPLITS)
-    start = (first_tile + split * tiles_each) * BLOCK_N
-    end = tl.minimum(start + tiles_each * BLOCK_N, length)
+    if EXACT == 0:
+        first_tile = first // BLOCK_N
+        tiles = tl.cdiv(length, BLOCK_N) - first_tile
+        tiles_each = tl.cdiv(tiles, SPLITS)
+        start = (first_tile + split * tiles_each) * BLOCK_N
+        end = tl.minimum(start + tiles_each * BLOCK_N, length)
+    else:
+        first_exact = first
+        first, newest = exact_bounds(length, first_exact, SINKS, RECENT, WINDOW_PAGE)
+        first_tile = first // BLOCK_N
+        tiles = tl.where(first < newest, tl.cdiv(newest, BLOCK_N) - first_tile, 0)
+        tiles_each = tl.cdiv(tiles, SPLITS - EXACT)
+        start = (first_tile + (split - EXACT) * tiles_each) * BLOCK_N
+        end = tl.minimum(start + tiles_each * BLOCK_N, newest)
+        if split < EXACT:
+            # counted in exact tokens
+            exact_each = tl.cdiv(tl.cdiv(first - first_exact + length - newest, BLOCK_X), EXACT) * BLOCK_X
+            start = split * exact_each
+            end = tl.minimum(start + exact_each, first - first_exact + length - newest)
     part = (pair * SPLITS + split) * HEADS + g
     if start >= end or not has_query:
         tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
@@ -258,12 +294,14 @@ def _decode_kernel(
     if ASSEMBLY and S % BLOCK_N == 0:
         # the first tile is on its way before the loop asks for it
         base = (page.to(tl.int64) * HKV + kv_head) * S + (start + at) % S
-        _prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
-        _prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
-        if K_SCALE == 1:
-            _prefetch(k_scale_ptr, base, BLOCK_N)
-        if V_SCALE == 1:
-            _prefetch(v_scale_ptr, base, BLOCK_N)
+        if EXACT == 0:  # noqa: SIM114 - the other condition is no constant
+            _prefetch_tile(
+                k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, base, K_WORDS, V_WORDS, K_SCALE == 1, V_SCALE == 1, BLOCK_N
+            )
+        elif split >= EXACT:
+            _prefetch_tile(
+                k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, base, K_WORDS, V_WORDS, K_SCALE == 1, V_SCALE == 1, BLOCK_N
+            )
 
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
     if TURN_QUERIES:
@@ -280,7 +318,7 @@ def _decode_kernel(
         if ABREAST > 1:
             hadamard = tl.where((kw // K_WORDS)[:, None] == (kw // K_WORDS)[None, :], hadamard, 0.0)
         # rows are streams and heads: what a lane gets is what the next product asks of it
-        turned = butterfly_across(_slices(tl.dot(q_all, hadamard), COLUMNS))
+        turned = butterfly_across(slices(tl.dot(q_all, hadamard), COLUMNS))
     else:
         turned = ()
         # a column's words are those of its own token
@@ -294,6 +332,78 @@ def _decode_kernel(
     exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
     q_inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + head, mask=has_head, other=0.0) * _LOG2E
+    else:
+        slope = None
+    # of products with 16-bit rows
+    exact_scale = scale * q_unit
+    if TURN_QUERIES:
+        exact_scale *= k_factor
+    if not HAS_SOFTCAP:
+        exact_scale *= _LOG2E
+    center = None
+    center_at = None
+    if CENTER > 0:
+        q_upper = ()
+        q_lower = ()
+        for stream in tl.static_range(K_STREAMS):
+            parts = two_parts(turned[stream] * q_inverse)
+            q_upper = q_upper + (parts[0],)
+            q_lower = q_lower + (parts[1],)
+    if CENTER == 1:
+        all_alike = tl.zeros([CENTERS, 1], tl.int32)
+        center = center_scores(turned_ptr, all_alike, kv_head, kw, q_upper, q_lower, HKV, D, K_BITS)
+        center = tl.max(center, axis=0) * exact_scale  # [COLUMNS]
+    if CENTER == 2:
+        # of the split's pages, before its loop, which finds each one beside the page
+        center_at = center_ptr + pair * stride_center * COLUMNS + column
+        page_first = start // CENTER_PAGE
+        page_count = tl.cdiv(end, CENTER_PAGE) - page_first
+        page_jump = 0
+        page_next = page_first
+        if EXACT > 0:  # noqa: SIM102 - a constant, and one that is none
+            if split < EXACT:
+                # pages of the first tokens, then those of the newest
+                page_first = first_exact // CENTER_PAGE
+                page_jump = tl.where(first > first_exact, tl.cdiv(first, CENTER_PAGE) - page_first, 0)
+                page_next = newest // CENTER_PAGE
+                page_count = page_jump + tl.cdiv(length, CENTER_PAGE) - page_next
+        for page_0 in tl.range(0, page_count, CENTERS):
+            i = page_0 + tl.arange(0, CENTERS)[:, None]
+            own_page = tl.where(i < page_jump, page_first + i, page_next + i - page_jump)
+            keep_center_scores(
+                center_at, turned_ptr, own_page, i < page_count, center_last, exact_scale, kv_head, kw,
+                q_upper, q_lower, HKV, D, K_BITS,
+            )  # fmt: skip
+        tl.debug_barrier()
+    if EXACT > 0:  # noqa: SIM102
+        if split < EXACT:
+            exact_queries = ()
+            for stream in tl.static_range(K_STREAMS):
+                exact_queries = exact_queries + (tl.trans((turned[stream] * q_inverse).to(K_EXACT_TYPE)),)
+            m, l, streams = attend_exact(
+                exact_queries, k_exact_ptr, v_exact_ptr, table, kv_head, start, end, first_exact, first, newest, length,
+                exact_scale, softcap, slope, center, center_at,
+                HKV, D, S, K_BITS, V_BITS, K_EXACT_TYPE, V_EXACT_TYPE, HAS_SOFTCAP, CENTER_PAGE, ABREAST, BLOCK_G,
+                BLOCK_X, BLOCK_KW, BLOCK_VW, STAGES, ASSEMBLY,
+            )  # fmt: skip
+            if V_SCALE == 0:
+                # the merge multiplies all splits by the one scale
+                v_all = tl.load(v_scale_ptr)
+                unscaled_streams = ()
+                for stream in tl.static_range(V_STREAMS):
+                    unscaled_streams = unscaled_streams + (streams[stream] / v_all,)
+                streams = unscaled_streams
+            _store_part(
+                part_o_ptr, part_m_ptr, part_l_ptr, part, is_head, own, m, l, tl.zeros([8, COLUMNS], tl.float32),
+                streams, V_BITS, D, ABREAST, BLOCK_G, BLOCK_VW,
+            )  # fmt: skip
+            return
+    if CENTER == 2:
+        next_center = tl.load(center_at + start // CENTER_PAGE * COLUMNS)
+
     q_sum = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     queries = ()
@@ -307,7 +417,7 @@ def _decode_kernel(
         q_sum += q.to(tl.float32) * (masked_unit(K_BITS, stream) if K_MASKED else 1.0)
         queries = queries + (tl.trans(q),)
         if K_KIND == SYMMETRIC4:
-            q_offset += q.to(tl.float32) * -halves_base(stream)
+            q_offset += q.to(tl.float32) * -HALVES_BASES[stream]
             q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
             upper_queries = upper_queries + (tl.trans(q),)
     if K_MASKED or K_KIND == SYMMETRIC4:
@@ -324,8 +434,6 @@ def _decode_kernel(
         score_scale *= _LOG2E
     if K_SCALE == 0:
         score_scale *= tl.load(k_scale_ptr)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head, mask=has_head, other=0.0) * _LOG2E
     v_step = tl.full([1, 1], V_STEP, tl.float16)
 
     m = tl.full([COLUMNS], float("-inf"), tl.float32)
@@ -340,8 +448,13 @@ def _decode_kernel(
     for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         token = tile + n
         visible = token < end
-        if HAS_WINDOW:
+        if HAS_WINDOW or EXACT > 0:
             visible = visible & (token >= first)
+        if CENTER == 2:
+            tile_center = next_center
+            next_center = tl.load(center_at + tl.minimum(tile + BLOCK_N, last) // CENTER_PAGE * COLUMNS)
+        if CENTER == 1:
+            tile_center = center
         # the next page is asked for one tile ahead
         base = (page.to(tl.int64) * HKV + kv_head) * S + (tile + at) % S
         page = tl.load(table + tl.minimum(tile + BLOCK_N + at, last) // S)
@@ -377,43 +490,52 @@ def _decode_kernel(
             v_stored = tl.load(v_scale_ptr + row, mask=visible, other=1.0)
             v_scale, v_zero = row_scale(v_stored, V_KIND, V_BITS, V_UNIT)
             v_log = log2(v_scale, ASSEMBLY)
-            bias = _by_column(tl.where(visible, v_log, float("-inf")), ABREAST, BLOCK_G)
+            bias = by_column(tl.where(visible, v_log, float("-inf")), ABREAST, BLOCK_G)
         else:
-            bias = _by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
+            bias = by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
         if K_SCALE == 1:
             k_stored = tl.load(k_scale_ptr + row, mask=visible, other=0.0)
             k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-            k_scale = _by_column(k_scale * score_scale, ABREAST, BLOCK_G)
+            k_scale = by_column(k_scale * score_scale, ABREAST, BLOCK_G)
         else:
             k_scale = score_scale
         if HAS_SOFTCAP or slopes_ptr is not None:
             if K_KIND == UNSIGNED:
-                score -= _by_column(k_zero, ABREAST, BLOCK_G) * q_sum[None, :]
+                score -= by_column(k_zero, ABREAST, BLOCK_G) * q_sum[None, :]
             score *= k_scale
             if HAS_SOFTCAP:
+                if CENTER > 0:
+                    score += tile_center[None, :]
                 score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
             if slopes_ptr is not None:
-                score += slope[None, :] * _by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G)
+                score += slope[None, :] * by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G)
             score += bias
         elif K_KIND == UNSIGNED:
-            score = score * k_scale + (bias - (k_scale * _by_column(k_zero, ABREAST, BLOCK_G)) * q_sum[None, :])
+            score = score * k_scale + (bias - (k_scale * by_column(k_zero, ABREAST, BLOCK_G)) * q_sum[None, :])
         else:
             score = score * k_scale + bias
         if K_NAN:
-            score = tl.where(_by_column(visible, ABREAST, BLOCK_G), score, float("-inf"))
+            score = tl.where(by_column(visible, ABREAST, BLOCK_G), score, float("-inf"))
 
         # weights
-        new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]
+        if CENTER > 0 and not HAS_SOFTCAP:
+            # the same for all tokens of a tile: a part of the maximum instead of every score
+            new_m = tl.maximum(m, tl.max(score, axis=0) + tile_center)
+        else:
+            new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]
         new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
         decay = exp2(m - new_m, ASSEMBLY)[None, :]
         m = new_m
-        weight = exp2(score - m[None, :], ASSEMBLY)
+        if CENTER > 0 and not HAS_SOFTCAP:
+            weight = exp2(score - (m - tile_center)[None, :], ASSEMBLY)
+        else:
+            weight = exp2(score - m[None, :], ASSEMBLY)
         unscaled = weight
         if V_SCALE == 1:
-            unscaled *= _by_column(exp2(-v_log, ASSEMBLY), ABREAST, BLOCK_G)
-        l = l * decay + _every_eighth(unscaled)
+            unscaled *= by_column(exp2(-v_log, ASSEMBLY), ABREAST, BLOCK_G)
+        l = l * decay + every_eighth(unscaled)
         if V_KIND == UNSIGNED:
-            shift = shift * decay + _every_eighth(weight * _by_column(v_zero, ABREAST, BLOCK_G))
+            shift = shift * decay + every_eighth(weight * by_column(v_zero, ABREAST, BLOCK_G))
 
         # outputs
         new_acc = ()
@@ -422,9 +544,9 @@ def _decode_kernel(
         acc = new_acc
         if V_MASKED:
             w_sum = tl.zeros([BLOCK_VW, COLUMNS], tl.float32)  # of the tile's weights in 16 bits, in every row
-        weights = _slices(weight.to(v_type), SLICE)
+        weights = slices(weight.to(v_type), SLICE)
         if S % BLOCK_N != 0:
-            rows = _slices(row_0[:, None], SLICE)
+            rows = slices(row_0[:, None], SLICE)
         for i in tl.static_range(ROWS // SLICE):
             if S % BLOCK_N == 0:
                 of_slice = (i * SLICE + tl.arange(0, SLICE)) * (ABREAST * V_WORDS)
@@ -462,34 +584,16 @@ def _decode_kernel(
                 new_acc = new_acc + (acc[stream] + w_sum * (V_OFFSET * masked_unit(V_BITS, stream)),)
             acc = new_acc
 
-    l_sum = tl.sum(l, axis=0)
-    shift_sum = tl.sum(shift, axis=0)
-    top = m
-    if ABREAST > 1:
-        # both tokens of a row relative to one maximum, to which a column that saw no token does not count
-        m = tl.where(l_sum == 0.0, float("-inf"), m)
-        top = tl.max(tl.reshape(m, [ABREAST, BLOCK_G]), axis=0)
-        share = tl.reshape(m, [ABREAST, BLOCK_G]) - tl.where(top == float("-inf"), 0.0, top)[None, :]
-        share = tl.exp2(tl.reshape(share, [COLUMNS]))
-        l_sum = tl.sum(tl.reshape(l_sum * share, [ABREAST, BLOCK_G]), axis=0)
-    tl.store(part_m_ptr + part, top, mask=is_head)
-    tl.store(part_l_ptr + part, l_sum, mask=is_head)
     streams = ()
     for stream in tl.static_range(V_STREAMS):
         o = acc[stream]
         if V_MASKED:
             o *= 1 / masked_unit(V_BITS, stream)
         streams = streams + (o,)
-    o = _together(streams) - shift_sum[None, :, None]
-    if ABREAST > 1:
-        vw = tl.arange(0, V_WORDS)
-        own_row = tl.arange(0, BLOCK_VW)[:, None] // V_WORDS == own[None, :]
-        o = tl.where(own_row[:, :, None], o * share[None, :, None], 0.0)
-        o = tl.sum(tl.reshape(o, [ABREAST, V_WORDS, COLUMNS, V_STREAMS]), axis=0)
-        o = tl.sum(tl.reshape(o, [V_WORDS, ABREAST, BLOCK_G, V_STREAMS]), axis=1)
-    channel = channels(vw[:, None, None], tl.arange(0, V_STREAMS)[None, None, :], V_BITS, V_WORDS)
-    o_at = part_o_ptr + part[None, :, None] * D + channel  # [BLOCK_VW, BLOCK_G, V_STREAMS]
-    tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
+    _store_part(
+        part_o_ptr, part_m_ptr, part_l_ptr, part, is_head, own, m, l, shift, streams,
+        V_BITS, D, ABREAST, BLOCK_G, BLOCK_VW,
+    )  # fmt: skip
 
 
 def decode(
@@ -509,6 +613,8 @@ def decode(
     v_turn: Turn | None = None,
     query_starts: Tensor | None = None,
     out: Tensor | None = None,
+    exact: Exact | None = None,
+    center: Center | None = None,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Attention outputs [T, HQ, D] of one query a sequence, each at its sequence's last position.
@@ -522,6 +628,9 @@ def decode(
     softcap: scores become softcap * tanh(score / softcap); 0 for none.
     alibi_slopes, sinks: [HQ] float32.
     k_turn, v_turn: how keys and values were turned; queries are turned alike, outputs back.
+    exact: the tokens that the query reads in 16 bits instead.
+    center: what was subtracted from keys. All scores lack as much where it is the same for all positions, which shows
+        with a softcap or sinks alone.
 
     A scale that is NaN makes the outputs of the heads that read it NaN.
     """
@@ -535,6 +644,15 @@ def decode(
     tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
     tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
     splits = tuning.splits(pairs, tokens)
+    exact_splits = 0
+    if exact is not None:
+        exact.check(k, head_dim)
+        exact_splits = max(1, exact.most_tokens // EXACT_TOKENS)
+        splits += exact_splits
+    if center is not None:
+        center.check(k, head_dim, tuning.block_n)
+        if center.last == 0 and not softcap and sinks is None:
+            center = None
     part_o = torch.empty(pairs, splits, heads, head_dim, dtype=torch.float32, device=q.device)
     part_m, part_l = torch.empty(2, pairs, splits, heads, dtype=torch.float32, device=q.device)
     if out is None:
@@ -542,13 +660,16 @@ def decode(
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
     words = k.layout.words(head_dim)
     # where a token's words are half a product's, and its heads no more than half of those that a program can take
-    packed = max(k.layout.bits, v.layout.bits) <= 4
-    abreast = 2 if packed and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
+    packed_bits = max(k.layout.bits, v.layout.bits)
+    abreast = 2 if packed_bits <= 4 and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
     # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words
     turn_here = k_turn.block == head_dim and q.element_size() == 2 and words * abreast in (16, 32, 64)
     if k_turn.block > 1 and not turn_here:
         q = rotate(q, k_turn, dtype=torch.float32)
     assembly = q.is_cuda and not INTERPRETED
+    block_g = max(8 // abreast, triton.next_power_of_2(heads))
+    center_pages = 0 if center is None or center.last == 0 else -(-max_seq_len // center.page)
+    center_room = torch.empty(pairs, center_pages, block_g * abreast, dtype=torch.float32, device=q.device)
     _decode_kernel[(pairs, splits)](
         q,
         k.words,
@@ -570,6 +691,12 @@ def decode(
         *q.stride(),
         page_table.stride(0),
         splits,
+        None if exact is None else exact.k.view(torch.int32) if k.layout.bits == 8 else exact.k,
+        None if exact is None else exact.v.view(torch.int32) if v.layout.bits == 8 else exact.v,
+        None if center is None else center.turned,
+        center_room if center_pages else None,
+        None if center is None else center.last,
+        center_pages or None,
         kv_heads,
         group,
         heads,
@@ -581,12 +708,20 @@ def decode(
         HAS_WINDOW=window != 0,
         TURN_QUERIES=turn_here,
         ABREAST=abreast,
-        BLOCK_G=max(8 // abreast, triton.next_power_of_2(heads)),
+        BLOCK_G=block_g,
         BLOCK_N=tuning.block_n,
         BLOCK_KW=max(16, triton.next_power_of_2(words)),
         BLOCK_VW=max(16, triton.next_power_of_2(v.layout.words(head_dim))),
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
+        EXACT=exact_splits,
+        **({} if exact is None else exact.constants),
+        K_EXACT_TYPE=None if exact is None else TYPES[exact.k.dtype],
+        V_EXACT_TYPE=None if exact is None else TYPES[exact.v.dtype],
+        # a tile of about the bytes of a packed one
+        BLOCK_X=max(16 * abreast, tuning.block_n // {16: 1, 8: 2, 4: 2}.get(packed_bits, 4)),
+        CENTER=0 if center is None else 1 if center.last == 0 else 2,
+        CENTER_PAGE=64 if center is None else center.page,
         num_warps=1,
         maxnreg=tuning.registers,
         launch_pdl=assembly,

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kvbench_kernels.decode import row_scale
+from kvbench_kernels.center import Center, row_center_scores, upper_and_lower
+from kvbench_kernels.exact import TYPES, Exact, attend_exact_rows, exact_start
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side, check
+from kvbench_kernels.tiles import row_scale
 from kvbench_kernels.tuning import INTERPRETED, PrefillTuning, choose_prefill_tuning
 from kvbench_kernels.unpack import E4M3, FLOAT, UNSIGNED, channels, exp2, unpack
 
@@ -86,6 +88,9 @@ def _spread_side(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    offset_ptr=None,
+    offset_last=0,
+    OFFSET_PAGE: tl.constexpr = 64,
 ):
     WORDS: tl.constexpr = D * BITS // 16
     BLOCK_C: tl.constexpr = BLOCK_W * (16 // BITS)
@@ -133,7 +138,11 @@ def _spread_side(
         is_channel = d < D
     else:
         values = codes.to(tl.float32)
-    values = tl.where(inside[:, None] & is_channel[None, :], values * scale[:, None], 0.0)
+    values *= scale[:, None]
+    if offset_ptr is not None:
+        of_row = (tl.minimum(token // OFFSET_PAGE, offset_last) * HKV + head) * D
+        values += tl.load(offset_ptr + of_row[:, None] + channel[None, :], mask=is_channel[None, :], other=0.0)
+    values = tl.where(inside[:, None] & is_channel[None, :], values, 0.0)
     # the largest value becomes just less than 2^15: fp16 keeps 11 bits of all down to 2^-29 times that
     magnitude = tl.abs(values)
     largest = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0))
@@ -163,6 +172,9 @@ def _spread_kernel(
     k_factor,
     v_factor,
     stride_table,
+    offset_ptr,  # [N, HKV, D] float32: added back to keys, or None
+    offset_last,  # N - 1
+    query_starts_ptr,  # [B + 1] int32 where rows are exact ones, of which not all are asked for; or None
     HKV: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -185,6 +197,10 @@ def _spread_kernel(
     BLOCK_VW: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    OFFSET_PAGE: tl.constexpr = 64,
+    SINKS: tl.constexpr = 0,
+    RECENT: tl.constexpr = 0,
+    WINDOW_PAGE: tl.constexpr = 64,
 ):
     """One program: BLOCK_N tokens of one sequence and KV head, the keys or the values (the grid's third axis).
 
@@ -197,11 +213,18 @@ def _spread_kernel(
     seq_len = tl.load(seq_lens_ptr + b)
     if block * BLOCK_N >= seq_len:
         return
+    if query_starts_ptr is not None:
+        queries = tl.load(query_starts_ptr + b + 1) - tl.load(query_starts_ptr + b)
+        newest = exact_start(seq_len - queries, RECENT, WINDOW_PAGE)  # of the first query
+        if RECENT < 0:
+            newest = seq_len
+        if block * BLOCK_N >= SINKS and (block + 1) * BLOCK_N <= newest:
+            return
     if tl.program_id(2) == 0:
         _spread_side(
             k_ptr, k_scale_ptr, k_signs_ptr, page_table_ptr, k_values_ptr, k_unit_ptr, b, head, block, length, seq_len,
             k_factor, stride_table, HKV, D, S, K_KIND, K_BITS, K_CODEBOOK, K_UNIT, K_STEP, K_SCALE, K_TURN,
-            BLOCK_N, BLOCK_KW, BLOCK_D, ASSEMBLY,
+            BLOCK_N, BLOCK_KW, BLOCK_D, ASSEMBLY, offset_ptr, offset_last, OFFSET_PAGE,
         )  # fmt: skip
     else:
         _spread_side(
@@ -235,6 +258,12 @@ def _prefill_kernel(
     stride_table,
     stride_bias,
     length_all,
+    k_exact_ptr,  # [P, HKV, S, D] 16 bits; LINEAR: a descriptor, as k_ptr; or None
+    k_exact_unit_ptr,  # LINEAR: [B, HKV, length_all / BLOCK_N] float32
+    v_exact_ptr,
+    v_exact_unit_ptr,
+    turned_ptr,  # [N, HKV, D] float32: the keys' centres, turned; or None
+    center_last,  # N - 1
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -262,6 +291,13 @@ def _prefill_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    EXACT: tl.constexpr = False,
+    SINKS: tl.constexpr = 0,
+    RECENT: tl.constexpr = 0,
+    WINDOW_PAGE: tl.constexpr = 64,
+    K_EXACT_TYPE: tl.constexpr = None,
+    CENTER: tl.constexpr = 0,  # 1: one centre for all positions; 2: one a page of CENTER_PAGE
+    CENTER_PAGE: tl.constexpr = 64,
 ):
     """One program: BLOCK_M / BLOCK_G query tokens of one sequence with all query heads of one KV head.
 
@@ -320,13 +356,27 @@ def _prefill_kernel(
     q_at = q_ptr + ((query_start + query).to(tl.int64) * stride_qt + head * stride_qh)[:, None]
     q = tl.load(q_at + (k_channel * stride_qd)[None, :], mask=q_mask, other=0.0).to(tl.float32)
     exponent = tl.minimum(tl.maximum((tl.max(tl.abs(q)).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
-    q = (q * ((254 - exponent) << 23).to(tl.float32, bitcast=True)).to(k_type)  # [BLOCK_M, BLOCK_KD]
+    q *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    q_upper = None
+    q_lower = None
+    if CENTER > 0:
+        q_upper, q_lower = upper_and_lower(q)
+    if EXACT:
+        q_exact = q.to(K_EXACT_TYPE)
+    q = q.to(k_type)  # [BLOCK_M, BLOCK_KD]
 
     score_scale = scale * (exponent << 23).to(tl.float32, bitcast=True)
     if not HAS_SOFTCAP:
         score_scale *= _LOG2E
+    exact_scale = score_scale  # of products with 16-bit rows
+    center = None
+    is_k_channel = kd % BLOCK_KW < K_WORDS
+    if CENTER == 1:
+        center = row_center_scores(turned_ptr, 0, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D)
+        center *= exact_scale
     if K_SCALE == 0:
         score_scale *= tl.load(k_scale_ptr)
+    slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head, mask=is_row, other=0.0) * _LOG2E
     k_step = tl.full([1, 1], K_STEP, tl.float16)
@@ -348,17 +398,32 @@ def _prefill_kernel(
     inner = start
     if not HAS_WINDOW:
         inner = (first_position + 1) // BLOCK_N * BLOCK_N
+    if EXACT:
+        # packed tokens lie between the first ones and what each row sees in 16 bits
+        end_exact = end
+        starts = exact_start(position, RECENT, WINDOW_PAGE)  # [BLOCK_M]
+        newest = exact_start(first_position, RECENT, WINDOW_PAGE)
+        end = exact_start(end - 1, RECENT, WINDOW_PAGE)
+        if not HAS_WINDOW:
+            inner = newest // BLOCK_N * BLOCK_N
     # bias is on scores among new tokens alone
     if bias_ptr is not None:
         inner = tl.minimum(inner, (length - queries) // BLOCK_N * BLOCK_N)
+    after_sinks = start
+    if EXACT and SINKS > 0 and not HAS_WINDOW:
+        after_sinks = (SINKS + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        inner = tl.maximum(inner, after_sinks)
     linear = (b * HKV + kv_head) * length_all  # the pair's first row
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(3 if EXACT and SINKS > 0 and not HAS_WINDOW else 2):
         if MASKED == 0:
-            tile_start = start
+            tile_start = after_sinks
             tile_end = inner
-        else:
+        elif MASKED == 1:
             tile_start = inner
             tile_end = end
+        else:
+            tile_start = start
+            tile_end = tl.minimum(after_sinks, end)
         page = 0
         if LINEAR:
             unit_at = linear // BLOCK_N + tl.minimum(tile_start, end - 1) // BLOCK_N
@@ -400,7 +465,7 @@ def _prefill_kernel(
                     k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
                 k_zero = 0.0
                 if K_SCALE == 1:
-                    if MASKED == 1:
+                    if MASKED > 0:
                         k_stored = tl.load(k_scale_ptr + base + line, mask=inside, other=1.0)
                     else:
                         k_stored = tl.load(k_scale_ptr + base + line)
@@ -413,14 +478,22 @@ def _prefill_kernel(
                 score *= k_scale[None, :]
             if LINEAR:
                 factor *= k_unit
-            if HAS_SOFTCAP or slopes_ptr is not None or bias_ptr is not None:
+            if HAS_SOFTCAP or slopes_ptr is not None or bias_ptr is not None or CENTER > 0:
                 score *= factor
                 factor = 1.0
+                if CENTER == 1:
+                    score += center[:, None]
+                if CENTER == 2:
+                    center_page = tl.minimum(tile // CENTER_PAGE, center_last)
+                    of_rows = row_center_scores(
+                        turned_ptr, center_page, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D
+                    )
+                    score += (of_rows * exact_scale)[:, None]
                 if HAS_SOFTCAP:
                     score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
                 if slopes_ptr is not None:
                     score += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
-            if MASKED == 1:
+            if MASKED > 0:
                 if bias_ptr is not None:
                     new = token - (length - queries)
                     bias_at = bias_ptr + query[:, None] * stride_bias + new[None, :]
@@ -429,6 +502,8 @@ def _prefill_kernel(
                 visible = inside[None, :] & (token[None, :] <= position[:, None])
                 if HAS_WINDOW:
                     visible = visible & (token[None, :] > position[:, None] - window)
+                if EXACT:
+                    visible = visible & (token >= SINKS)[None, :] & (token[None, :] < starts[:, None])
                 score = tl.where(visible, score, float("-inf"))
 
             # weights
@@ -448,7 +523,7 @@ def _prefill_kernel(
                 l = l * decay + tl.sum(weight, axis=1)
             v_zero = 0.0
             if V_SCALE == 1 and not LINEAR:
-                if MASKED == 1:
+                if MASKED > 0:
                     v_stored = tl.load(v_scale_ptr + base + line, mask=inside, other=0.0)
                 else:
                     v_stored = tl.load(v_scale_ptr + base + line)
@@ -463,7 +538,7 @@ def _prefill_kernel(
                 v = v_ptr.load([line, 0])
             else:
                 v_at = v_ptr + base * V_WORDS + (line[:, None] * V_WORDS + vw[None, :])
-                if V_NAN and MASKED == 1:
+                if V_NAN and MASKED > 0:
                     v_words = tl.load(v_at, mask=inside[:, None] & (vw < V_WORDS)[None, :], other=0.0)
                 elif BLOCK_VW == V_WORDS:
                     v_words = tl.load(v_at)  # [BLOCK_N, BLOCK_VW]
@@ -472,29 +547,56 @@ def _prefill_kernel(
                 v = _whole_rows(v_words, v_zero, v_step, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
             acc = tl.dot(weight.to(v_type), v, acc * decay[:, None])
 
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head, mask=is_row, other=float("-inf")) * _LOG2E
-        l += exp2(sink - tl.where(m == float("-inf"), 0.0, m), ASSEMBLY)
-    if V_SCALE == 1:
-        acc *= v_top
-    if V_SCALE == 0:
-        acc *= tl.load(v_scale_ptr)
-    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     vd = tl.arange(0, BLOCK_VD)
     if V_KIND == FLOAT:
         v_channel = vd
     else:
         v_channel = channels(vd % BLOCK_VW, vd // BLOCK_VW, V_BITS, V_WORDS)
+    is_v_channel = vd % BLOCK_VW < V_WORDS
+    if EXACT:
+        if V_SCALE == 1:
+            acc *= v_top
+            v_top = 1.0
+        if V_SCALE == 0:
+            acc *= tl.load(v_scale_ptr)
+        m, l, acc = attend_exact_rows(
+            m, l, acc, q_exact, q_upper, q_lower, k_exact_ptr, k_exact_unit_ptr, v_exact_ptr, v_exact_unit_ptr, table,
+            slope, bias_ptr, turned_ptr, center, center_last, kv_head, linear, start, end_exact,
+            end_exact if RECENT < 0 else newest, starts,
+            position, query, is_row, length, queries, k_channel, is_k_channel, v_channel, is_v_channel, exact_scale,
+            softcap, window, stride_bias, HKV, D, S, SINKS, HAS_SOFTCAP, HAS_WINDOW, CENTER, CENTER_PAGE, LINEAR,
+            BLOCK_N, STAGES, ASSEMBLY,
+        )  # fmt: skip
+
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=is_row, other=float("-inf")) * _LOG2E
+        l += exp2(sink - tl.where(m == float("-inf"), 0.0, m), ASSEMBLY)
+    if V_SCALE == 1:
+        acc *= v_top
+    if V_SCALE == 0 and not EXACT:
+        acc *= tl.load(v_scale_ptr)
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     out_at = out_ptr + (((query_start + query).to(tl.int64) * HQ + head) * D)[:, None] + v_channel[None, :]
-    o_mask = is_row[:, None] & (vd % BLOCK_VW < V_WORDS)[None, :]
+    o_mask = is_row[:, None] & is_v_channel[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=o_mask)
 
 
 def _spread(
-    k: Side, v: Side, page_table: Tensor, seq_lens: Tensor, k_turn: Turn, v_turn: Turn, head_dim: int, block_n: int
+    k: Side,
+    v: Side,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    k_turn: Turn,
+    v_turn: Turn,
+    head_dim: int,
+    block_n: int,
+    center: Center | None,
+    exact: Exact | None = None,
+    query_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A batch's keys and values in fp16, turned back, in the order of their tokens: values, units, values, units.
 
+    center: is added back to the keys.  exact: k and v are its rows, and those are left out that no query reads.
     values: [B, HKV, length, D] fp16.  units: [B, HKV, length / block_n] float32.
     """
     kv_heads, page_size = k.codes.shape[1:3]
@@ -519,6 +621,9 @@ def _spread(
         k_turn.read_factor,
         v_turn.read_factor,
         page_table.stride(0),
+        None if center is None else center.offset,
+        None if center is None else center.last,
+        query_starts,
         kv_heads,
         head_dim,
         page_size,
@@ -531,6 +636,8 @@ def _spread(
         BLOCK_VW=max(v.layout.bits, triton.next_power_of_2(v.layout.words(head_dim))),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         ASSEMBLY=values.is_cuda and not INTERPRETED,
+        OFFSET_PAGE=64 if center is None else center.page,
+        **({} if exact is None else exact.constants),
         num_warps=4,
     )
     return values[0], units[0], values[1], units[1]
@@ -553,6 +660,8 @@ def prefill(
     qq_bias: Tensor | None = None,
     k_turn: Turn | None = None,
     v_turn: Turn | None = None,
+    exact: Exact | None = None,
+    center: Center | None = None,
     tuning: PrefillTuning | None = None,
 ) -> None:
     """Causal attention outputs of every sequence's queries, its last tokens, into out [T, HQ, D].
@@ -577,12 +686,20 @@ def prefill(
         and (head_dim <= 256 or k_turn.block == v_turn.block == 1)
     )
     tuning = tuning or choose_prefill_tuning(head_dim)
+    if center is not None:
+        center.check(k, head_dim, 1 if spread else tuning.block_n)
+        if center.last == 0 and not softcap and sinks is None:
+            center = None
+    exact_args: tuple[object, ...] = (None, None, None, None)
+    if exact is not None:
+        exact.check(k, head_dim)
+        exact_args = (exact.k, None, exact.v, None)
     block_g = triton.next_power_of_2(group)
     block_m = max(block_g, tuning.block_m)
     block_t = block_m // block_g
     if spread:
         k_values, k_scale, v_values, v_scale = _spread(
-            k, v, page_table, seq_lens, k_turn, v_turn, head_dim, tuning.block_n
+            k, v, page_table, seq_lens, k_turn, v_turn, head_dim, tuning.block_n, center
         )
         length = k_values.shape[2]
         float_constants = (FLOAT.value, 16, (), 1.0, 0.0, -1)
@@ -591,6 +708,14 @@ def prefill(
         bits = (16, 16)
         block = [tuning.block_n, max(16, triton.next_power_of_2(head_dim))]
         k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in (k_values, v_values))
+        if exact is not None:
+            sizes = (head_dim, tuning.block_n)
+            k_values, k_unit, v_values, v_unit = _spread(
+                *exact.sides, page_table, seq_lens, k_turn, v_turn, *sizes, center, exact, query_starts
+            )
+            tensors = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in (k_values, v_values))
+            exact_args = (next(tensors), k_unit, next(tensors), v_unit)
+        center = None  # keys have it again
         target = out
     else:
         length = 0
@@ -622,6 +747,9 @@ def prefill(
         page_table.stride(0),
         0 if qq_bias is None else qq_bias.stride(0),
         length,
+        *exact_args,
+        None if center is None else center.turned,
+        None if center is None else center.last,
         kv_heads,
         group,
         head_dim,
@@ -638,6 +766,11 @@ def prefill(
         BLOCK_VW=max(bits[1], triton.next_power_of_2(v_words)),
         STAGES=tuning.stages,
         ASSEMBLY=q.is_cuda and not INTERPRETED,
+        EXACT=exact is not None,
+        **({} if exact is None else exact.constants),
+        K_EXACT_TYPE=None if exact is None else tl.float16 if spread else TYPES[exact.k.dtype],
+        CENTER=0 if center is None else 1 if center.last == 0 else 2,
+        CENTER_PAGE=64 if center is None else center.page,
         num_warps=tuning.warps,
     )
     if target is not out:

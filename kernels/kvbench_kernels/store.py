@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench_kernels.center import Center
+from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn, butterfly, span
 from kvbench_kernels.layout import Side
 from kvbench_kernels.tuning import INTERPRETED
@@ -62,6 +64,9 @@ def _store_side(
     signs_ptr,
     codes_ptr,
     scale_ptr,
+    offset_ptr,
+    page,
+    exact_ptr,
     row,
     to,
     stride_t,
@@ -86,6 +91,8 @@ def _store_side(
     x = ()
     for i in tl.static_range(COUNT):
         tile = tl.load(at + (i * SPAN + d) * stride_d, mask=inside[:, None], other=0.0).to(tl.float32)
+        if offset_ptr is not None:
+            tile -= tl.load(offset_ptr + ((page * HKV + row % HKV) * D)[:, None] + i * SPAN + d)
         if signs_ptr is not None:
             tile *= tl.load(signs_ptr + i * SPAN + d)
         x = x + (tile,)  # [BLOCK_R, SPAN]
@@ -95,6 +102,10 @@ def _store_side(
         for i in tl.static_range(COUNT):
             turned = turned + (x[i] * factor,)
         x = turned
+    if exact_ptr is not None:
+        for i in tl.static_range(COUNT):
+            exact_at = exact_ptr + (to * D)[:, None] + i * SPAN + d
+            tl.store(exact_at, x[i].to(exact_ptr.dtype.element_ty), mask=inside[:, None])
 
     # the scale
     if ROUND == ROUND_E4M3_ROW or ROUND == ROUND_INT8_ROW or ROUND == ROUND_UNSIGNED_ROW:
@@ -226,6 +237,11 @@ def _store_kernel(
     k_scale_ptr,  # [P, HKV, S] float32, one float32, or None
     v_scale_ptr,
     slots_ptr,  # [T] int64: page * S + offset, or -1
+    offset_ptr,  # [N, HKV, D] float32: subtracted from keys; or None
+    positions_ptr,  # [T] int64, which offset is meant; or None: the first
+    k_exact_ptr,  # [P, HKV, S, D]: the rows in 16 bits too, or None
+    v_exact_ptr,
+    offset_last,  # N - 1
     rows,  # T * HKV
     k_factor,
     v_factor,
@@ -252,20 +268,27 @@ def _store_kernel(
     V_THRESHOLD: tl.constexpr,
     V_HAS_SCALE: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OFFSET_PAGE: tl.constexpr = 64,
 ):
     """One program: BLOCK_R rows (token, head); the grid's second axis is keys, values."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     slot = tl.load(slots_ptr + row // HKV, mask=row < rows, other=-1)
     to = tl.where(slot >= 0, (slot // S * HKV + row % HKV) * S + slot % S, -1)
     if tl.program_id(1) == 0:
+        page = row * 0
+        if positions_ptr is not None:
+            page = tl.load(positions_ptr + row // HKV, mask=row < rows, other=0) // OFFSET_PAGE
+            page = tl.minimum(page, offset_last)
         _store_side(
-            k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, row, to, stride_kt, stride_kh, stride_kd, k_factor,
-            HKV, D, K_BLOCK, K_SPAN, K_ROUND, K_BITS, K_THRESHOLD, ROOT, K_HAS_SCALE,
+            k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, offset_ptr, page, k_exact_ptr, row, to,
+            stride_kt, stride_kh, stride_kd, k_factor, HKV, D,
+            K_BLOCK, K_SPAN, K_ROUND, K_BITS, K_THRESHOLD, ROOT, K_HAS_SCALE,
         )  # fmt: skip
     else:
         _store_side(
-            v_ptr, v_signs_ptr, v_codes_ptr, v_scale_ptr, row, to, stride_vt, stride_vh, stride_vd, v_factor,
-            HKV, D, V_BLOCK, V_SPAN, V_ROUND, V_BITS, V_THRESHOLD, ROOT, V_HAS_SCALE,
+            v_ptr, v_signs_ptr, v_codes_ptr, v_scale_ptr, None, 0, v_exact_ptr, row, to,
+            stride_vt, stride_vh, stride_vd, v_factor, HKV, D,
+            V_BLOCK, V_SPAN, V_ROUND, V_BITS, V_THRESHOLD, ROOT, V_HAS_SCALE,
         )  # fmt: skip
 
 
@@ -280,10 +303,15 @@ def store(
     *,
     k_turn: Turn | None = None,
     v_turn: Turn | None = None,
+    center: Center | None = None,
+    positions: Tensor | None = None,
+    exact: Exact | None = None,
 ) -> None:
     """Turn, quantize and write new tokens.
 
     k, v: [T, HKV, D], any strides.  slot_mapping: [T] int64, page * S + offset; -1 skips the token.
+    center: is subtracted from keys before they are turned.  positions: [T] int64, where its offsets differ by page.
+    exact: gets the same rows, turned, in 16 bits.
 
     A row with NaN or ±inf gets codes 0 and the scale NaN, where rows have scales.
     """
@@ -291,6 +319,13 @@ def store(
     if tokens == 0:
         return
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
+    by_page = center is not None and center.last > 0
+    if by_page and positions is None:
+        raise ValueError("offsets by page of positions need the positions of the new tokens")
+    if center is not None:
+        center.check(k_side, head_dim)
+    if exact is not None:
+        exact.check(k_side, head_dim)
     # few rows: more programs, so that all multiprocessors take part
     block_r = 32 if INTERPRETED else 4 if tokens * kv_heads <= 1024 else 8
     _store_kernel[(triton.cdiv(tokens * kv_heads, block_r), 2)](
@@ -303,6 +338,11 @@ def store(
         k_side.scale,
         v_side.scale,
         slot_mapping,
+        None if center is None else center.offset,
+        positions if by_page else None,
+        None if exact is None else exact.k,
+        None if exact is None else exact.v,
+        center.last if center is not None and by_page else None,
         tokens * kv_heads,
         k_turn.write_factor,
         v_turn.write_factor,
@@ -315,6 +355,7 @@ def store(
         *_constants(k_side, k_rounding, k_turn, head_dim),
         *_constants(v_side, v_rounding, v_turn, head_dim),
         BLOCK_R=block_r,
+        OFFSET_PAGE=64 if center is None else center.page,
         num_warps=1,
         # a fused multiply-add would round a sum of squares once where the definition rounds twice
         enable_fp_fusion=False,

@@ -96,7 +96,8 @@ _UNSIGNED4 = tl.constexpr(tuple(_centred(4, stream, 8.0) for stream in range(4))
 _UNSIGNED2 = tl.constexpr(tuple(_centred(2, stream, 2.0) for stream in range(8)))
 _SYMMETRIC4 = tl.constexpr(tuple(map(_symmetric, range(8))))
 _HALVES = tl.constexpr(tuple(map(_halves, range(8))))
-_BASES = tl.constexpr(tuple(_place(2, stream)[2] for stream in range(8)))
+# the 2^n around the codes of each 2-bit stream
+HALVES_BASES = tl.constexpr(tuple(_place(2, stream)[2] for stream in range(8)))
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def masked(words, STREAM: tl.constexpr, BITS: tl.constexpr, UPPER: tl.constexpr,
 
 @triton.jit
 def unpack_halves(words, STREAM: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """SYMMETRIC4 in two instructions for two values: `halves_base(STREAM) + code`, and 1 where code >= 2, else 0.
+    """SYMMETRIC4 in two instructions for two values: `HALVES_BASES[STREAM] + code`, and 1 where code >= 2, else 0.
 
     What `unpack` gives is `first - base - 1.5 + step - 2 step * second`: keys leave that sum to the matrix product.
     """
@@ -214,13 +215,7 @@ def unpack_halves(words, STREAM: tl.constexpr, ASSEMBLY: tl.constexpr):
         return tl.inline_asm_elementwise(_HALVES[STREAM], "=&r,=&r,r", [words], (tl.float16, tl.float16), True, 2)
     else:
         code = (words.to(tl.int32) >> (STREAM * 2)) & 3
-        return (code.to(tl.float32) + _BASES[STREAM]).to(tl.float16), (code >> 1).to(tl.float16)
-
-
-@triton.jit
-def halves_base(STREAM: tl.constexpr):
-    """The 2^n around the codes of a stream."""
-    return _BASES[STREAM]
+        return (code.to(tl.float32) + HALVES_BASES[STREAM]).to(tl.float16), (code >> 1).to(tl.float16)
 
 
 @triton.jit

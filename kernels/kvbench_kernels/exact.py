@@ -1,0 +1,329 @@
+"""Tokens in 16 bits beside a packed history: the first ones and the newest, further splits of the same merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvbench_kernels.center import row_center_scores
+from kvbench_kernels.layout import Layout, Side
+from kvbench_kernels.tiles import by_column, every_eighth
+from kvbench_kernels.unpack import FLOAT, exp2
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The second, exact copy of the tokens that a query reads in 16 bits, in the slots of the packed ones.
+
+    A query at position i reads key j here if j < sinks or j >= max(0, (i // page - recent) * page), and packed if not;
+    with recent None only if j < sinks.
+    k, v: [P, HKV, S, D] fp16 or bf16, contiguous; turned, and keys centred, like the packed rows.
+    """
+
+    k: Tensor
+    v: Tensor
+    sinks: int
+    recent: int | None
+    page: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.sinks, self.recent or 0) < 0 or self.page < 1:
+            raise ValueError(f"no window of {self.sinks} first tokens and {self.recent} pages of {self.page}")
+        for name, x in (("k", self.k), ("v", self.v)):
+            if x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous():
+                raise ValueError(f"exact {name} are contiguous float16 or bfloat16, not {x.dtype}")
+
+    def check(self, k: Side, head_dim: int) -> None:
+        """Raises ValueError where this copy does not lie beside the packed keys."""
+        want = [*k.codes.shape[:3], head_dim]
+        for name, x in (("k", self.k), ("v", self.v)):
+            if list(x.shape) != want:
+                raise ValueError(f"exact {name} are {list(x.shape)}, not {want}: the packed cache's slots")
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Keys and values as a cache of 16-bit rows."""
+        layout = Layout(FLOAT.value, 16)
+        return Side(self.k, None, layout, self.k.dtype), Side(self.v, None, layout, self.v.dtype)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one query, at most."""
+        return self.sinks + (0 if self.recent is None else (self.recent + 1) * self.page)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' constants SINKS, RECENT (-1: none, not even the query's own page) and WINDOW_PAGE."""
+        return {
+            "SINKS": self.sinks,
+            "RECENT": -1 if self.recent is None else self.recent,
+            "WINDOW_PAGE": self.page,
+        }
+
+
+@triton.jit
+def exact_start(position, RECENT: tl.constexpr, PAGE: tl.constexpr):
+    """From which token on queries at these positions read in 16 bits, the first tokens aside."""
+    if RECENT < 0:
+        return position + 1
+    else:
+        return tl.maximum((position // PAGE - RECENT) * PAGE, 0)
+
+
+@triton.jit
+def exact_bounds(length, first, SINKS: tl.constexpr, RECENT: tl.constexpr, PAGE: tl.constexpr):
+    """(end of the exact first tokens, begin of the exact newest ones), between which the packed ones lie.
+
+    For the query at the end of `length` tokens, which sees those from `first` on.
+    """
+    newest = tl.maximum(exact_start(tl.maximum(length - 1, 0), RECENT, PAGE), first)
+    if RECENT < 0:
+        newest = length
+    return tl.maximum(tl.minimum(newest, SINKS), first), newest
+
+
+@triton.jit
+def _pick(even, odd, own, ABREAST: tl.constexpr):
+    """What belongs to tokens, by row and word: of a row's two tokens the one that the word is of."""
+    if ABREAST == 1:
+        return even
+    else:
+        return tl.where(own == 0, even, odd)
+
+
+@triton.jit
+def attend_exact(
+    queries,  # a tuple of tiles [BLOCK_KW, COLUMNS] as the streams of a packed key have them, 16 bits
+    k_ptr,  # [P, HKV, S, D] 16 bits; where packed codes have 8 bits, int32 words of two channels
+    v_ptr,
+    table,  # pointer to the sequence's pages
+    kv_head,
+    start,  # of the split, counted in exact tokens
+    end,
+    first,
+    sinks_end,
+    newest,
+    length,
+    score_scale,
+    softcap,
+    slope,  # [COLUMNS], or None
+    center,  # [COLUMNS]: a part of every score, or None
+    center_at,  # pointers [COLUMNS] to a part of the scores by page of positions, pages COLUMNS apart; or None
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    K_TYPE: tl.constexpr,
+    V_TYPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    CENTER_PAGE: tl.constexpr,
+    ABREAST: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_KW: tl.constexpr,
+    BLOCK_VW: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """(running maximum, sums of weights, streams of outputs) of exact tokens, laid out like those of packed ones.
+
+    Every stream of a packed row is a slice of an exact one, or at 8 bits every other channel.
+    """
+    K_WORDS: tl.constexpr = D * K_BITS // 16
+    V_WORDS: tl.constexpr = D * V_BITS // 16
+    ROWS: tl.constexpr = BLOCK_X // ABREAST
+    COLUMNS: tl.constexpr = BLOCK_G * ABREAST
+    x = tl.arange(0, BLOCK_X)
+    kw = tl.arange(0, BLOCK_KW)
+    vw = tl.arange(0, BLOCK_VW)
+    k_own = (kw // K_WORDS)[None, :]
+    v_own = (vw // V_WORDS)[:, None]
+    sinks = sinks_end - first
+    last = end - 1
+
+    m = tl.full([COLUMNS], float("-inf"), tl.float32)
+    l = tl.zeros([8, COLUMNS], tl.float32)
+    acc = ()
+    for _ in tl.static_range(16 // V_BITS):
+        acc = acc + (tl.zeros([BLOCK_VW, COLUMNS], tl.float32),)
+
+    # what a tile has beyond the last token repeats it, so that nothing unwritten is read
+    at = tl.minimum(start + x, last)
+    next_token = tl.where(at < sinks, first + at, newest - sinks + at)
+    page = tl.load(table + next_token // S)
+    for tile in tl.range(start, end, BLOCK_X, num_stages=STAGES):
+        visible = tile + x < end
+        token = next_token
+        row = (page.to(tl.int64) * HKV + kv_head) * S + token % S
+        # the next pages are asked for one tile ahead
+        at = tl.minimum(tile + BLOCK_X + x, last)
+        next_token = tl.where(at < sinks, first + at, newest - sinks + at)
+        page = tl.load(table + next_token // S)
+        if ABREAST > 1:
+            even, odd = tl.split(tl.reshape(row, [ROWS, ABREAST]))
+        else:
+            even, odd = row, row
+
+        # scores
+        k_row = _pick(even[:, None], odd[:, None], k_own, ABREAST)
+        score = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if K_BITS == 8:
+            k_words = tl.load(k_ptr + k_row * (D // 2) + (kw % K_WORDS)[None, :])
+            for stream in tl.static_range(2):
+                k = (k_words >> (16 * stream)).to(tl.int16).to(K_TYPE, bitcast=True)
+                score = tl.dot(k, queries[stream], score)
+        else:
+            for stream in tl.static_range(16 // K_BITS):
+                k = tl.load(k_ptr + k_row * D + (kw % K_WORDS + stream * K_WORDS)[None, :])
+                score = tl.dot(k, queries[stream], score)
+        score *= score_scale
+        if center_at is not None:
+            score += tl.load(center_at[None, :] + by_column(token // CENTER_PAGE, ABREAST, BLOCK_G) * COLUMNS)
+        if center is not None:
+            score += center[None, :]
+        if HAS_SOFTCAP:
+            score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
+        if slope is not None:
+            score += slope[None, :] * by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G)
+        score += by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
+
+        # weights
+        new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]
+        new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        decay = exp2(m - new_m, ASSEMBLY)[None, :]
+        m = new_m
+        weight = exp2(score - m[None, :], ASSEMBLY)
+        l = l * decay + every_eighth(weight)
+        weights = weight.to(V_TYPE)
+
+        # outputs
+        v_row = _pick(tl.trans(even[:, None]), tl.trans(odd[:, None]), v_own, ABREAST)
+        new_acc = ()
+        if V_BITS == 8:
+            v_words = tl.load(v_ptr + v_row * (D // 2) + (vw % V_WORDS)[:, None])
+            for stream in tl.static_range(2):
+                v = (v_words >> (16 * stream)).to(tl.int16).to(V_TYPE, bitcast=True)
+                new_acc = new_acc + (tl.dot(v, weights, acc[stream] * decay),)
+        else:
+            for stream in tl.static_range(16 // V_BITS):
+                v = tl.load(v_ptr + v_row * D + (vw % V_WORDS + stream * V_WORDS)[:, None])
+                new_acc = new_acc + (tl.dot(v, weights, acc[stream] * decay),)
+        acc = new_acc
+    return m, l, acc
+
+
+@triton.jit
+def attend_exact_rows(
+    m,  # [BLOCK_M]: the rows' running maxima, sums of weights and of values so far
+    l,
+    acc,
+    q,  # [BLOCK_M, BLOCK_KD] of the exact rows' type
+    q_upper,
+    q_lower,
+    k_ptr,  # [P, HKV, S, D] 16 bits; LINEAR: a descriptor of fp16 [rows, D]
+    k_unit_ptr,  # LINEAR: [B, HKV, length_all / BLOCK_N] float32
+    v_ptr,
+    v_unit_ptr,
+    table,
+    slope,
+    bias_ptr,
+    turned_ptr,
+    center,  # [BLOCK_M], or None
+    center_last,
+    kv_head,
+    linear,  # the pair's first row
+    start,  # tokens that some row sees: from here on
+    end,
+    newest,  # from which on some row sees all in 16 bits
+    starts,  # [BLOCK_M]: from which on each row does
+    position,  # [BLOCK_M]
+    query,
+    is_row,
+    length,
+    queries,
+    k_channel,
+    is_k_channel,
+    v_channel,
+    is_v_channel,
+    scale,
+    softcap,
+    window,
+    stride_bias,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    CENTER: tl.constexpr,
+    CENTER_PAGE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """(m, l, acc) after the tokens that rows see in 16 bits: tiles of first tokens, then those of the newest ones."""
+    n = tl.arange(0, BLOCK_N)
+    newest = tl.maximum(newest // BLOCK_N * BLOCK_N, start)
+    sink_tiles = tl.cdiv(tl.maximum(tl.minimum(SINKS, newest) - start, 0), BLOCK_N)
+    tiles = sink_tiles + tl.cdiv(end - newest, BLOCK_N)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        tile = tl.where(i < sink_tiles, start + i * BLOCK_N, newest + (i - sink_tiles) * BLOCK_N)
+        token = tile + n
+        inside = token < end
+        factor = scale
+        v_log = 0.0
+        if LINEAR:
+            factor *= tl.load(k_unit_ptr + linear // BLOCK_N + tile // BLOCK_N)
+            v_exponent = tl.load(v_unit_ptr + linear // BLOCK_N + tile // BLOCK_N).to(tl.int32, bitcast=True)
+            v_log = ((v_exponent >> 23) - 127).to(tl.float32)
+            k = k_ptr.load([linear + tile, 0])
+        else:
+            # what lies beyond the last token repeats it, so that nothing unwritten is read
+            read = tl.minimum(token, end - 1)
+            row = (tl.load(table + read // S).to(tl.int64) * HKV + kv_head) * S + read % S
+            k = tl.load(k_ptr + row[:, None] * D + k_channel[None, :], mask=is_k_channel[None, :], other=0.0)
+        score = tl.dot(q, tl.trans(k)) * factor
+        if CENTER == 2:
+            page = tl.minimum(tile // CENTER_PAGE, center_last)
+            of_rows = row_center_scores(turned_ptr, page, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D)
+            score += (of_rows * scale)[:, None]
+        if center is not None:
+            score += center[:, None]
+        if HAS_SOFTCAP:
+            score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
+        if slope is not None:
+            score += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
+        if bias_ptr is not None:
+            new = token - (length - queries)
+            bias_at = bias_ptr + query[:, None] * stride_bias + new[None, :]
+            is_new = (is_row & (query < queries))[:, None] & (inside & (new >= 0))[None, :]
+            score += tl.load(bias_at, mask=is_new, other=0.0) * _LOG2E
+        visible = inside[None, :] & (token[None, :] <= position[:, None])
+        visible = visible & ((token < SINKS)[None, :] | (token[None, :] >= starts[:, None]))
+        if HAS_WINDOW:
+            visible = visible & (token[None, :] > position[:, None] - window)
+        score = tl.where(visible, score, float("-inf"))
+
+        new_m = tl.maximum(m, tl.max(score, axis=1) + v_log)
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        decay = exp2(m - safe_m, ASSEMBLY)
+        m = new_m
+        weight = exp2(score - (safe_m - v_log)[:, None], ASSEMBLY)
+        if LINEAR:
+            # the unit of a tile's values is in its weights, and in their maximum
+            l = l * decay + tl.sum(weight, axis=1) * ((254 << 23) - v_exponent).to(tl.float32, bitcast=True)
+            v = v_ptr.load([linear + tile, 0])
+        else:
+            l = l * decay + tl.sum(weight, axis=1)
+            v = tl.load(v_ptr + row[:, None] * D + v_channel[None, :], mask=is_v_channel[None, :], other=0.0)
+        acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None])
+    return m, l, acc
