@@ -14,7 +14,8 @@ from kvbench.calibration import Calibration
 from kvbench.results import Tensors
 from kvbench.runners.base import begins_with
 from kvbench.runners.learned import pack
-from kvbench.runners.transformers import STATEFUL_ROPE, TransformersModel, observed
+from kvbench.runners.rope import MOVING
+from kvbench.runners.transformers import TransformersModel, observed
 from kvbench.schemes import Scheme, Side
 from kvbench.transforms import Params, Rope, Sample
 
@@ -111,7 +112,7 @@ def _ropes(model: Any) -> Iterator[dict[int, Rope]]:
                     found[module.layer_idx] = rope
 
     hooks = []
-    if rope_type not in STATEFUL_ROPE:
+    if rope_type not in MOVING:
         for module in model.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):
                 hooks.append(module.register_forward_hook(computed, with_kwargs=True))

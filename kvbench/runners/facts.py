@@ -11,7 +11,15 @@ from typing import Any
 
 from kvbench.runners.catalog import EMBEDDED, ModelSource, hub_models, resolve, weights_size
 from kvbench.runners.gguf import CONVERTER, read_gguf
-from kvbench.runners.model_files import Layers, ModelError, file_sha256, read_json, transformers_config
+from kvbench.runners.model_files import (
+    Layers,
+    ModelError,
+    RefusedError,
+    file_sha256,
+    one_error,
+    read_json,
+    transformers_config,
+)
 from kvbench.runners.settings import PROCESSED, REFUSED
 
 # what a model's numbers depend on, in a folder
@@ -20,6 +28,10 @@ MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges
 KV_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 STATE_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"}
 # model types whose config.json can be read as it is; a missing head_dim is hidden_size / heads, as in their classes
+NO_INTERFACE = (
+    "models of type '{}' compute attention without transformers' attention interface, where this runner stands: their "
+    "cache would never be read"
+)
 PLAIN_TYPES = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
 
 
@@ -33,25 +45,65 @@ def cache_layers(config: Any) -> Layers:
         ModelError: a cache that is no plain list of keys and values, or an unknown kind of layer.
     """
     text = text_config(config)
+    name = value_of(text, "model_type")
+    indices = cache_layer_indices(text)
     # multi-head latent attention; and layers that differ in head_dim
     if any(value_of(text, key) for key in ("kv_lora_rank", "global_head_dim")):
-        raise ModelError(
-            f"models of type '{value_of(text, 'model_type')}' keep no keys and values of one shape per layer"
-        )
+        raise RefusedError(f"models of type '{name}' keep no keys and values of one shape per layer")
     heads = value_of(text, "num_attention_heads")
-    head_dim = value_of(text, "head_dim") or value_of(text, "hidden_size") // heads
-    return ((int(value_of(text, "num_key_value_heads") or heads), int(head_dim)),) * len(cache_layer_indices(text))
+    if not indices or not isinstance(heads, int):
+        raise RefusedError(f"models of type '{name}' have no layer that keeps keys and values")
+    head_dim = int(value_of(text, "head_dim") or value_of(text, "hidden_size") // heads)
+    if (value_dim := value_of(text, "v_head_dim") or head_dim) != head_dim:
+        raise RefusedError(
+            f"models of type '{name}' have values of {value_dim} beside keys of {head_dim}: a page keeps one size"
+        )
+    return ((int(value_of(text, "num_key_value_heads") or heads), head_dim),) * len(indices)
 
 
 def cache_layer_indices(config: Any) -> tuple[int, ...]:
     """The decoder layers that have a KV cache, in order: all, but for a hybrid only those with attention."""
     text = text_config(config)
-    types: Sequence[str] = value_of(text, "layer_types") or ["attention"] * int(value_of(text, "num_hidden_layers"))
+    name, layers = value_of(text, "model_type"), value_of(text, "num_hidden_layers")
+    types: Sequence[str] = value_of(text, "layer_types") or ["attention"] * (layers if isinstance(layers, int) else 0)
     if unknown := sorted(set(types) - KV_LAYER_TYPES - STATE_LAYER_TYPES):
-        raise ModelError(f"unknown layer type '{unknown[0]}' in a model of type '{value_of(text, 'model_type')}'")
+        raise RefusedError(f"unknown layer type '{unknown[0]}' in a model of type '{name}'")
     # the last layers of some models read the cache of an earlier one
     own = len(types) - int(value_of(text, "num_kv_shared_layers") or 0)
     return tuple(index for index, kind in enumerate(types[:own]) if kind in KV_LAYER_TYPES)
+
+
+def refuse(config: Any, *, known: bool = True) -> None:
+    """Raises RefusedError for a model that this runner can't be right about, as far as its configuration says.
+
+    config: the whole model's, a config.json as a dict, or a transformers configuration. known: its class is one of
+    transformers' own.
+    """
+    name = value_of(config, "model_type")
+    if value_of(config, "is_encoder_decoder"):
+        raise RefusedError(f"models of type '{name}' are encoders with a decoder: use a decoder alone")
+    parts = [config, value_of(config, "text_config") or {}]
+    if any(value_of(part, "is_causal") is False or value_of(part, "use_bidirectional_attention") for part in parts):
+        raise RefusedError(f"this model of type '{name}' reads tokens that follow: it is no decoder")
+    if isinstance(config, Mapping):
+        if _is_plain(config):
+            return
+        config = transformers_config(config)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = text_config(config)
+    if value_of(text, "num_kv_shared_layers") or "chunked_attention" in (value_of(text, "layer_types") or ()):
+        raise RefusedError(
+            f"models of type '{name}' have layers that share a cache or attend in chunks: this runner has neither; "
+            f"use a model of full, sliding or linear attention"
+        )
+    if not known:
+        return
+    # a configuration's class that has no such model raises KeyError; one whose code lacks a package, ImportError
+    with one_error(f"transformers has no causal language model of type '{name}' here"):
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not all(one._can_set_attn_implementation() for one in (kind if isinstance(kind, tuple) else (kind,))):
+        raise RefusedError(NO_INTERFACE.format(name))
 
 
 def shape(source: ModelSource) -> tuple[Layers, int]:
@@ -65,27 +117,34 @@ def shape(source: ModelSource) -> tuple[Layers, int]:
     if source.path is None:
         raise ModelError(f"model '{source.name}': {source.missing}")
     config: Any
-    if source.kind == "gguf":
-        config = read_gguf(source.path).config
-        if not config:
-            config = transformers_config(source.path.parent, gguf_file=source.path.name)
-    elif source.trusted and source.kind in ("folder", "hub"):
-        config = text_config(transformers_config(source.path, trust_remote_code=True))
-    else:
-        config = text_config(read_json(source.path if source.kind == "shape" else source.path / "config.json"))
-    return cache_layers(config), max_length(config)
+    with one_error(f"model '{source.name}': its configuration cannot be read"):
+        if source.kind == "gguf":
+            config = read_gguf(source.path).config
+            if not config:
+                config = transformers_config(source.path.parent, gguf_file=source.path.name)
+        elif source.trusted and source.kind in ("folder", "hub"):
+            config = transformers_config(source.path, trust_remote_code=True)
+        else:
+            config = read_json(source.path if source.kind == "shape" else source.path / "config.json")
+        refuse(config, known=not source.trusted)
+        text = text_config(config)
+        return cache_layers(text), max_length(text)
 
 
 def text_config(config: Any) -> Any:
     """The decoder's part, as a dict where config.json says all we read, else as a transformers configuration."""
     if not isinstance(config, Mapping):
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return config if _is_plain(config) else transformers_config(config).get_text_config(decoder=True)
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """A config.json that says all we read, of a type whose attention is known."""
     needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
     if config.get("model_type") in PLAIN_TYPES and all(config.get(key) for key in needed):
-        return config
-    if config.get("model_type") == "gemma3_text" and config.get("head_dim") and config.get("layer_types"):
-        return config
-    return transformers_config(config).get_text_config(decoder=True)
+        return True
+    gemma = config.get("model_type") == "gemma3_text"
+    return bool(gemma and config.get("head_dim") and config.get("layer_types"))
 
 
 def value_of(config: Any, key: str) -> Any:

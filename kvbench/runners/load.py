@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from kvbench.runners.gguf import convert
 from kvbench.runners.model_files import (
     ComputeDtype,
     ModelError,
+    RefusedError,
     one_error,
     read_json,
     transformers_config,
@@ -46,8 +47,13 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         source, folder, options = _prepare(source, dtype)
         options |= {"trust_remote_code": source.trusted, "local_files_only": True}
         with _quiet(), one_error(f"model '{source.name}' cannot be loaded"), _code_is_named():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            )
+            model, keys = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        _check_keys(source.name, keys)
+        _check_tokenizer(source.name, tokenizer, model)
     model = model.to(device).eval().requires_grad_(False)
     info = ModelInfo(
         name=source.name,
@@ -58,6 +64,30 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         extra={"model_type": model.config.model_type, "layer_indices": list(cache_layer_indices(model.config))},
     )
     return model, tokenizer, info
+
+
+def _check_keys(name: str, keys: Mapping[str, Any]) -> None:
+    """Raises RefusedError where the files' weights are not the architecture's: what is missing would be random."""
+    for kind, what in (("missing", "lack"), ("mismatched", "have in another shape"), ("unexpected", "have besides")):
+        if found := sorted(str(key) for key in keys.get(f"{kind}_keys") or ()):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise RefusedError(
+                f"model '{name}': its files {what} {found[0]}{more}: they are not of the architecture that config.json "
+                f"names, or not whole"
+            )
+
+
+def _check_tokenizer(name: str, tokenizer: Any, model: Any) -> None:
+    """Raises RefusedError for a tokenizer without an end, or whose ids the model has no embedding for."""
+    if tokenizer.eos_token_id is None:
+        raise RefusedError(f"model '{name}': its tokenizer has no end-of-text token (eos_token): name one in its files")
+    # tokens that were added, such as one for an image, may lie behind the embedding: texts have none of them
+    rows = model.get_input_embeddings().num_embeddings
+    size = max(tokenizer.vocab_size, tokenizer.eos_token_id + 1, (tokenizer.bos_token_id or 0) + 1)
+    if size > rows:
+        raise RefusedError(
+            f"model '{name}': its tokenizer has {size} tokens and its embedding {rows}: the two belong to other models"
+        )
 
 
 @dataclass(frozen=True)
@@ -163,14 +193,16 @@ def _code_is_named() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers' inside the block."""
+    """No progress bars and no warnings of transformers' inside the block: what matters of them is an error of ours."""
     import transformers
 
     logging: Any = transformers.utils.logging
-    before = logging.is_progress_bar_enabled()
+    before, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if before:
             logging.enable_progress_bar()

@@ -26,6 +26,10 @@ class ModelError(ValueError):
     """A model that can't be found, read or loaded; the message says what to do."""
 
 
+class RefusedError(ModelError):
+    """A model that would be measured wrongly."""
+
+
 @contextmanager
 def one_error(what: str) -> Iterator[None]:
     """What libraries raise for unusable models, as one line that begins with `what`."""
@@ -83,18 +87,22 @@ def draft_folder(parent: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file; numbers that JSON lacks as transformers writes them, {"__float__": "Infinity"}.
 
     Raises:
         ModelError: no such file, or no object in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_float_or_object)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"cannot read {path}: expected an object, got {type(content).__name__}")
     return content
+
+
+def _float_or_object(found: dict[str, Any]) -> Any:
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 Tokens = Sequence[int]
+MIN_SHARED = 8  # tokens of a prefix that is worth a segment of its own
 
 
 @dataclass(eq=False)
@@ -28,6 +29,16 @@ class Segment:
     def end(self) -> int:
         """The position after its last token."""
         return self.start + len(self.tokens)
+
+    @property
+    def path(self) -> list[Segment]:
+        """The segments of a sequence that ends with this one, in order."""
+        found: list[Segment] = []
+        segment: Segment | None = self
+        while segment is not None:
+            found.append(segment)
+            segment = segment.parent
+        return found[::-1]
 
 
 def segments(roots: Sequence[Segment]) -> Iterator[Segment]:
@@ -52,7 +63,7 @@ def depth(roots: Sequence[Segment]) -> int:
     return max(found.values())
 
 
-def build_tree(sequences: Sequence[Tokens], min_shared: int = 8) -> list[Segment]:
+def build_tree(sequences: Sequence[Tokens], min_shared: int = MIN_SHARED) -> list[Segment]:
     """Roots of the prefix tree of token sequences (none empty), in lexicographic order.
 
     min_shared: a prefix is split off where it saves at least this many tokens of each of its requests, for every

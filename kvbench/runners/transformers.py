@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Literal, Self, TypeVar
 
@@ -36,8 +37,10 @@ from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
 from kvbench.runners.learned import unpack
 from kvbench.runners.load import load as load_model
 from kvbench.runners.model_files import ComputeDtype
-from kvbench.runners.prefix import Segment, build_tree, segments
+from kvbench.runners.prefix import MIN_SHARED, Segment, build_tree, segments
+from kvbench.runners.probe import Windows, decoder_of, windows
 from kvbench.runners.processors import Processors, with_defaults
+from kvbench.runners.rope import Frequencies
 from kvbench.runners.schedule import Piece, Prefill, pages_for_one
 from kvbench.runners.settings import refusal
 from kvbench.runners.stopping import Stopping
@@ -47,7 +50,6 @@ Scoring = Literal["fused", "replay", "prefill_exact"]
 Attention = Literal["auto", "reference", "triton"]
 
 NAME = "kvbench"  # of our attention among transformers' implementations
-STATEFUL_ROPE = {"dynamic", "longrope"}
 SMALLEST_BATCH = 64  # tokens of a pass, below which a model that runs out of memory is given up
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class _Step:
 
     parts: tuple[_Part, ...]
     layer_index: dict[int, int]  # the model's layer number to the cache's
+    windows: Windows  # by the model's layer number
     impl: Implementation
 
 
@@ -116,7 +119,6 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
@@ -141,7 +143,7 @@ def _attention(
                 part.batch,
                 impl=step.impl,
                 scaling=q.shape[-1] ** -0.5 if scaling is None else scaling,
-                sliding_window=sliding_window,
+                sliding_window=step.windows[module.layer_idx],
                 softcap=softcap,
                 sinks=s_aux,
                 exact=part.exact,
@@ -155,7 +157,8 @@ def _attention(
 def paged_attention(model: Any) -> Iterator[None]:
     """`model` attends through the paged cache inside the block, and as before after it.
 
-    No mask is registered under our name, so transformers makes none: our attention knows the sequences' boundaries.
+    No mask is registered under our name, so transformers makes none: our attention knows the sequences' boundaries, and
+    the layers' windows from what its masks would hide (`probe`).
     """
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, _attention)
@@ -193,14 +196,26 @@ class TransformersModel:
     tokenizer: Any
     info: ModelInfo
 
+    @cached_property
+    def windows(self) -> Windows:
+        """How many of the last tokens each attention layer reads; None for all.
+
+        Raises:
+            RefusedError: the model's attention asks of a cache what ours doesn't do.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        return windows(self.model, self.info.layers, cache_layer_indices(config))
+
     @classmethod
     def load(cls, source: ModelSource, dtype: ComputeDtype = "float32", device: str = "cpu") -> Self:
         """The model of this source, computing in `dtype`.
 
         Raises:
-            ModelError: it is not here, or can't be loaded.
+            ModelError: it is not here, can't be loaded, or asks of a cache what ours doesn't do.
         """
-        return cls(*load_model(source, dtype, device))
+        loaded = cls(*load_model(source, dtype, device))
+        loaded.windows  # noqa: B018 - refuses here, not at the first cell
+        return loaded
 
     def runner(
         self,
@@ -271,17 +286,11 @@ class TransformersRunner:
         self.attention = choose(self.attention, self.scheme, self.model.dtype, self.device)
         self.limits = GPU_LIMITS if self.device.type == "cuda" else CPU_LIMITS
         config = self.model.config.get_text_config(decoder=True)
-        kinds: list[str] = getattr(config, "layer_types", None) or []
-        if getattr(config, "num_kv_shared_layers", 0) or "chunked_attention" in kinds:
-            raise ValueError(
-                f"{self.info.name} has layers that share a cache or attend in chunks: this runner has neither; "
-                f"use a model of full, sliding or linear attention"
-            )
         layers = cache_layer_indices(config)
         self._layer_index = {layer: i for i, layer in enumerate(layers)}
         self._has_state = len(layers) < config.num_hidden_layers
-        rope = getattr(config, "rope_parameters", None) or {}
-        self._alone = self._has_state or rope.get("rope_type") in STATEFUL_ROPE
+        self._frequencies = Frequencies(self.model)
+        self._alone = self._has_state or self._frequencies.moves
         self._stopping = Stopping(self.tokenizer, self.model.generation_config)
         self._processors = Processors(self.model)
         self._clock = _Clock(self.device)
@@ -292,9 +301,14 @@ class TransformersRunner:
         """One Score a request, in the order of the requests. Shared prefixes are computed once."""
         return self._halving(lambda: self._score(requests, progress))
 
-    def hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> list[Tensor]:
-        """For each document, the last hidden states [len(document), H], on the CPU, in the compute dtype."""
-        return self._halving(lambda: self._hidden_states(documents, progress))
+    def hidden_states(
+        self, documents: Sequence[Sequence[int]], progress: Progress | None = None, *, shared: bool = False
+    ) -> list[Tensor]:
+        """For each document, the last hidden states [len(document), H], on the CPU, in the compute dtype.
+
+        shared: what documents begin with alike is computed once, as `score` does, down to a single token.
+        """
+        return self._halving(lambda: self._hidden_states(documents, progress, shared))
 
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
         """One Generation a request, in the order of the requests.
@@ -323,6 +337,16 @@ class TransformersRunner:
         """
         sizes = {"kv_bytes_per_token": self._caches[0].bytes_per_token} if self._caches else {}
         return {**self._clock.totals(), **sizes, "pass_tokens": self.limits.tokens}
+
+    @property
+    def alone(self) -> bool:
+        """Whether sequences are computed one at a time."""
+        return self._alone
+
+    @property
+    def rope_moves(self) -> bool:
+        """Whether a longer sequence has other rotary frequencies: then steps are not what one pass is."""
+        return self._frequencies.moves
 
     @property
     def stored(self) -> PagedCache:
@@ -393,18 +417,25 @@ class TransformersRunner:
             values[target] = log_p[row, targets[target]]
             likeliest[target] = log_p.argmax(-1)[row] == targets[target]
 
-    def _hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None) -> list[Tensor]:
-        found: list[list[Tensor]] = [[] for _ in documents]
-        done = 0
+    def _hidden_states(
+        self, documents: Sequence[Sequence[int]], progress: Progress | None, shared: bool
+    ) -> list[Tensor]:
         # a document's tokens count as generated, so with "prefill_exact" too they read the cache
-        for pieces, hidden in self._prefill(_unshared(documents), documents):
+        roots = self._tree(documents, min_shared=1) if shared else _unshared(documents)
+        found: dict[Segment, list[Tensor]] = {segment: [] for segment in segments(roots)}
+        done = 0
+        for pieces, hidden in self._prefill(roots, documents):
             rows = hidden.cpu().split([len(piece.tokens) for piece in pieces])
             for piece, own in zip(pieces, rows, strict=True):
-                found[piece.segment.ending[0]].append(own)
-                done += piece.completes
+                found[piece.segment].append(own)
+                done += len(piece.segment.ending) if piece.completes else 0
             if progress is not None:
                 progress(done, len(documents))
-        return [torch.cat(own) for own in found]
+        states = [torch.empty(0)] * len(documents)
+        for leaf in found:
+            for i in leaf.ending:
+                states[i] = torch.cat([own for segment in leaf.path for own in found[segment]])
+        return states
 
     # ---- generation
 
@@ -549,8 +580,8 @@ class TransformersRunner:
 
     # ---- forward passes
 
-    def _tree(self, sequences: Sequence[Sequence[int]]) -> list[Segment]:
-        return _unshared(sequences) if self._alone else build_tree(sequences)
+    def _tree(self, sequences: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> list[Segment]:
+        return _unshared(sequences) if self._alone else build_tree(sequences, min_shared)
 
     def _split_tree(self, requests: Sequence[ScoreRequest]) -> list[Segment]:
         """Contexts are shared and exact; each continuation is a segment of its own that reads the cache."""
@@ -600,6 +631,7 @@ class TransformersRunner:
         pieces.sort(key=lambda piece: not piece.segment.exact)
         if pieces[0].start == 0:
             self._state = self._new_state()
+            self._frequencies.reset()
         tokens = to_device([token for piece in pieces for token in piece.tokens], torch.int64, self.device)
         parts = []
         for exact in (True, False):
@@ -616,9 +648,9 @@ class TransformersRunner:
 
     def _forward(self, tokens: Tensor, positions: Tensor, parts: Sequence[_Part]) -> Tensor:
         """Last hidden states [T, H]."""
-        token = _step.set(_Step(tuple(parts), self._layer_index, self.attention))  # type: ignore[arg-type]
+        token = _step.set(_Step(tuple(parts), self._layer_index, self.loaded.windows, self.attention))  # type: ignore[arg-type]
         try:
-            decoder = getattr(self.model, self.model.base_model_prefix)
+            decoder = decoder_of(self.model)
             out = decoder(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -814,11 +846,19 @@ class _Clock:
         return found
 
 
+class _DecoderOutput(MoeModelOutputWithPast):
+    """Hidden states alone; all else that a model's head may pass on is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _decoder_returns(model: Any, hidden: Tensor) -> Iterator[None]:
     """The decoder gives `hidden` [1, n, H] inside the block, so calling the model computes only its head."""
-    decoder = getattr(model, model.base_model_prefix)
-    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    decoder: Any = decoder_of(model)
+    decoder.forward = lambda *_, **__: _DecoderOutput(last_hidden_state=hidden)
     try:
         yield
     finally:

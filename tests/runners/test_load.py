@@ -43,8 +43,8 @@ def folder(tmp_path, cache):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL, vocab_size=300)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "folder")
-    tokenizer = Tokenizer(models.BPE(vocab={"h": 0, "e": 1, "he": 2}, merges=[("h", "e")]))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128)
+    tokenizer = Tokenizer(models.BPE(vocab={"h": 0, "e": 1, "he": 2, "</s>": 3}, merges=[("h", "e")]))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, eos_token="</s>")
     fast.save_pretrained(tmp_path / "folder")
     return tmp_path / "folder"
 
@@ -140,3 +140,19 @@ def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, monkeypatch
     assert type(tokenizer).__name__ == "Evil"
     (folder / "evil.py").write_text("# other code")
     assert facts.revision(trusted) != info.revision
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    """One without an end-of-text token, or with more tokens than the embedding has rows, is named in one line."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="no end-of-text token"):
+        load.load(catalog.resolve(str(folder)), "float32")
+
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=2)).save_pretrained(folder)
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="tokenizer has 4 tokens and its embedding 2"):
+        load.load(catalog.resolve(str(folder)), "float32")
