@@ -6,6 +6,7 @@
 #   make check                 format, lint, types, import contracts
 #   make test-gpu              the kernels' tests, compiled, with the python that has the GPU: GPU_PYTHON=...
 #   make fuzz                  damaged inputs by the thousand, minutes; ARGS="--seed 2" for others
+#   make architectures         every causal language model of transformers, tiny: right or refused; minutes
 #   make bench                 the benchmark scripts
 #   make docs                  what is generated in docs/
 #   make dist                  wheel and sdist in dist/
@@ -16,7 +17,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env quickstart model check test test-gpu fuzz bench docs dist wheel clean
+.PHONY: env quickstart model check test test-gpu architectures fuzz bench docs dist wheel clean
 
 # only what the environment itself holds is imported
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
@@ -74,6 +75,9 @@ test-gpu:
 
 fuzz: env
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+architectures: env
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/architectures/matrix.py results/architectures/cpu.json
 
 bench: env
 	@for script in benchmarks/*.py; do echo "== $$script"; TQDM_DISABLE=1 $(BIN)/python "$$script" $(ARGS); done

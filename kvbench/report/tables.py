@@ -263,6 +263,7 @@ class Report:
             lines.append(
                 "no verdicts: run.json is missing or broken, which names the baseline; a sweep writes it again"
             )
+        lines += list(self._agreement())
         lines += list(self._canary())
         if self._compared:
             cells, found = self._compared
@@ -272,6 +273,24 @@ class Report:
                 label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"
                 lines.append(f"failed: {label}: {record.error}: {self.folder / 'cells' / record.cell / 'record.json'}")
         return lines + self.problems
+
+    def _agreement(self) -> Iterator[str]:
+        """A line a model, of how its exact cache agrees with transformers; none where that was not asked yet."""
+        asked = (self.run.get("config") or {}).get("agreement")
+        if asked is False:
+            yield "agreement: turned off, so it was not tested that the exact cache is the model"
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for record in self.records:
+            if isinstance(kept := record.facts.get("agreement"), dict):
+                found[str(kept.get("key"))] = f"{record.model['name']}, {record.model.get('compute_dtype')}", kept
+        for model, kept in sorted(found.values(), key=lambda one: one[0]):
+            line = (
+                f"exact cache = model: {model}: max |Δ log p| {kept['largest']:.0e} nats over {kept['tokens']} "
+                f"positions (transformers against itself: {kept['noise']:.0e})"
+            )
+            if unreached := " and ".join(map(str, kept["unreached"])):
+                line += f"; no prompt was longer than the window of {unreached} tokens"
+            yield line
 
     def _canary(self) -> Iterator[str]:
         if all(record.kernel for record in self.records):

@@ -12,6 +12,7 @@ from typing import Any
 from kvbench.environment import describe, device_name
 from kvbench.measured import of_records, prompt_forms
 from kvbench.results import Contents, Record, Store
+from kvbench.runners.model_files import RefusedError
 from kvbench.stats import parse_margin
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
@@ -85,7 +86,7 @@ def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
     """Runs what is not done yet, and returns the exit code.
 
     Raises:
-        ConfigError: the file or a flag is wrong.
+        ConfigError: the file or a flag is wrong, or a model would be measured wrongly.
         UnusableError: a model or data is missing, or another sweep writes to the folder.
     """
     parts = parts or REAL
@@ -150,12 +151,17 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         return _conclude(planned, display)
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
-        setting = Setting(store, sweep.baseline_scheme, sweep.page_size, sweep.attention, "cpu", environment, parts)
-        if devices:
-            seats = zip(devices, display.lanes, strict=True)
-            execute_on([seat_for(one, setting, lane) for one, lane in seats], todo)
-        else:
-            execute(todo, setting, display.lanes[0])
+        place = sweep.page_size, sweep.attention, "cpu"
+        setting = Setting(store, sweep.baseline_scheme, *place, environment, parts, agreement=sweep.agreement)
+        try:
+            if devices:
+                seats = zip(devices, display.lanes, strict=True)
+                execute_on([seat_for(one, setting, lane) for one, lane in seats], todo)
+            else:
+                execute(todo, setting, display.lanes[0])
+        except RefusedError as error:
+            others = len({cell.model.name for cell in cells}) > 1
+            raise ConfigError(f"{error}{'; --skip model=NAME runs the rest' if others else ''}") from error
     return _conclude(planned, display)
 
 

@@ -126,8 +126,10 @@ class Sweep(Strict):
     compute_dtype: None takes float32 on a CPU and the model's own dtype on a GPU.
     limit: the first documents of every task alone; a quick look, marked as such in every table.
     apply_chat_template, fewshot_as_multiturn, system_instruction: of every task of lm-eval that does not say it itself.
-    canary: also run a destroyed cache, which must wreck the scores. again: also run the baseline once more, whose flips
-    are the noise floor. margin: the difference that does not matter, as `kvbench.stats.parse_margin` takes it.
+    agreement: compare the model under an exact cache with transformers before its first cell, and refuse it where they
+    differ. canary: also run a destroyed cache, which must wreck the scores. again: also run the baseline once more,
+    whose flips are the noise floor. margin: the difference that does not matter, as `kvbench.stats.parse_margin` takes
+    it.
     attention: what reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a
     GPU wherever they can serve; an explicit choice never falls back.
     """
@@ -142,6 +144,7 @@ class Sweep(Strict):
     calibration: Annotated[Any, BeforeValidator(_calibration)] = None
     tasks: Annotated[list[TaskSpec], Field(min_length=1)]
     baseline: DtypePair = "fp16"
+    agreement: bool = True
     canary: bool = True
     again: bool = True
     margin: Annotated[str, AfterValidator(_margin)] = "1pp"

@@ -25,8 +25,10 @@ from kvbench.runners.base import (
     Score,
     ScoreRequest,
 )
+from kvbench.runners.model_files import RefusedError
 from kvbench.schemes import Scheme
 from kvbench.sweep.again import Around, Shuffled
+from kvbench.sweep.agreement import key_of, known
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
 from kvbench.sweep.plan import Cell
@@ -35,6 +37,12 @@ from kvbench.sweep.spec import ModelSpec
 from kvbench.tasks.base import RunContext
 
 LEARNING_VERSION = 1  # raised when the same text comes to teach something else
+
+
+NOT_FINITE = (
+    "a log-likelihood is not finite: the model gives no probabilities under this scheme; its weights may be damaged, "
+    "or too large for its compute_dtype"
+)
 
 
 class NotInEffectError(RuntimeError):
@@ -61,7 +69,10 @@ class Timed(Around):
         """As the runner's."""
         self.prompt_tokens += sum(len(r.context) + len(r.continuation) for r in requests)
         with self._timed():
-            return self.runner.score(requests, progress)
+            scores = self.runner.score(requests, progress)
+        if not all(bool(score.logprobs.isfinite().all()) for score in scores):
+            raise ValueError(NOT_FINITE)
+        return scores
 
     def hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> list[Any]:
         """As the runner's."""
@@ -72,7 +83,10 @@ class Timed(Around):
     def log_probs(self, hidden: Any) -> Any:
         """As the runner's."""
         with self._timed():
-            return self.runner.log_probs(hidden)
+            log_p = self.runner.log_probs(hidden)
+        if bool(log_p.isnan().any()):
+            raise ValueError(NOT_FINITE)
+        return log_p
 
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
         """As the runner's."""
@@ -114,6 +128,7 @@ class Setting:
     device: str
     environment: dict[str, Any]
     parts: Parts = REAL
+    agreement: bool = True
 
 
 def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
@@ -124,6 +139,7 @@ def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
     Raises:
         NotInEffectError: a canary was not wrecked; the cells before it are kept.
         BrokenDeviceError: the GPU can't be used by this process any more; the cells so far are kept.
+        RefusedError: the model would be measured wrongly; nothing of it is kept.
         KeyboardInterrupt: it was stopped; finished cells are kept.
     """
     bench = Bench(setting, watcher)
@@ -152,6 +168,7 @@ class Bench:
 
         Raises:
             BrokenDeviceError: it is kept, but the next would fail for its fault.
+            RefusedError: its model would be measured wrongly; it is not kept.
         """
         if (cell.spec, cell.model) != self.model:
             self._open(cell)
@@ -173,12 +190,25 @@ class Bench:
         try:
             model = self.setting.parts.open_model(cell.spec, cell.model.compute_dtype, self.setting.device)
             check_revision(cell.model, model.info)
+            loaded = time.perf_counter() - began
+            self.session = Session(model, self.setting, self.watcher, loaded, self._agreement(cell, model))
+        except RefusedError:
+            raise_if_stopped()
+            raise
         except Exception as error:
             raise_if_stopped()
             self.session = error
-        else:
-            self.session = Session(model, self.setting, self.watcher, time.perf_counter() - began)
         self.model = (cell.spec, cell.model)
+
+    def _agreement(self, cell: Cell, model: LoadedModel) -> dict[str, Any] | None:
+        """How the exact cache agrees with the model, as this run folder knows already or as is found now."""
+        setting = self.setting
+        if not setting.agreement or setting.parts.compare is None:
+            return None
+        place = {"device": setting.device, "attention": setting.attention, "page_size": setting.page_size}
+        key = key_of(cell.identity["model"], place, setting.environment)
+        kept = known(setting.store, key)
+        return kept or {**setting.parts.compare(model, setting.page_size, setting.attention), "key": key}
 
 
 def clear_garbage() -> None:
@@ -204,6 +234,7 @@ class Session:
     setting: Setting
     watcher: Watcher
     load_seconds: float
+    agreement: dict[str, Any] | None = None
 
     def run(self, cell: Cell) -> None:
         """Measures a cell and keeps it; raises BrokenDeviceError where it leaves the GPU unusable."""
@@ -234,11 +265,17 @@ class Session:
             if is_broken():
                 raise BrokenDeviceError(str(error)) from error
             return
+        agreed = {"agreement": self.agreement} if self.agreement else {}
         record = Record(
             status="done",
             model=asdict(self.model.info),
             metrics=outcome.metrics,
-            facts={**outcome.facts, **odd_size(cell, timings), "attention": getattr(runner, "attention", None)},
+            facts={
+                **outcome.facts,
+                **odd_size(cell, timings),
+                "attention": getattr(runner, "attention", None),
+                **agreed,
+            },
             environment=environment,
             timings=timings,
             **described(cell),

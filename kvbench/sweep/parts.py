@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -67,16 +67,18 @@ class LoadedModel(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """The four functions; all raise ValueError with a message for a person.
+    """The functions; all raise ValueError with a message for a person.
 
     find_model: facts, offline. fetch_model: brings a missing model here. open_model: loads it, computing in a dtype on
-    a device. make_task: the task of a spec, with the folder of a mirror.
+    a device. make_task: the task of a spec, with the folder of a mirror. compare: how a loaded model under an exact
+    cache, with a page size and an attention, agrees with itself outside kvbench; None where there is no such thing.
     """
 
     find_model: Callable[[ModelSpec], ModelFacts]
     fetch_model: Callable[[ModelSpec], None]
     open_model: Callable[[ModelSpec, ComputeDtype, str], LoadedModel]
     make_task: Callable[[Any, Path | None], Task]
+    compare: Callable[[LoadedModel, int, Any], dict[str, Any]] | None = None
 
 
 def default_device() -> str:
@@ -159,4 +161,17 @@ def make_task(spec: Any, data: Path | None) -> Task:
     return make(spec, data)
 
 
-REAL = Parts(find_model, fetch_model, open_model, make_task)
+def compare(model: LoadedModel, page_size: int, attention: Any) -> dict[str, Any]:
+    """How the model under an exact cache agrees with transformers, as a record keeps it.
+
+    Raises:
+        RefusedError: it doesn't.
+    """
+    from kvbench.runners import agreement
+    from kvbench.runners.transformers import TransformersModel
+
+    assert isinstance(model, TransformersModel)
+    return asdict(agreement.check(model, page_size=page_size, attention=attention))
+
+
+REAL = Parts(find_model, fetch_model, open_model, make_task, compare)

@@ -19,6 +19,7 @@ import torch
 
 from kvbench.environment import own_gpus, visible_gpu
 from kvbench.results import Record
+from kvbench.runners.model_files import RefusedError
 from kvbench.sweep.execute import (
     Bench,
     BrokenDeviceError,
@@ -88,6 +89,9 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
                 bench.run(cell)
             except BrokenDeviceError:
                 sender.send("broken")
+                return
+            except RefusedError as error:
+                sender.send("refused", str(error))
                 return
             sender.send("finished")
     except EOFError:
@@ -170,6 +174,8 @@ class Seat:
             self.watcher.started(self.cell)
         elif name == "advanced":
             self.watcher.advanced(*values)
+        elif name == "refused":
+            raise RefusedError(*values)
         else:
             if name == "broken":
                 self.end()
