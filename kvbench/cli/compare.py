@@ -70,12 +70,13 @@ def compare(
 
 
 def _print_speed(rows: Sequence[SpeedComparison], as_format: ReportFormat) -> None:
+    from kvbench.render import markdown
     from kvbench.report import table, timings
 
     if as_format == ReportFormat.TABLE:
         print_rows(timings.HEADERS, timings.table(rows), timings.NUMERIC)
     elif as_format == ReportFormat.MD:
-        print("\n".join(table.markdown_table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
+        print("\n".join(markdown.table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
     else:
         as_json = as_format == ReportFormat.JSON
         print(table.rows_json(rows) if as_json else table.rows_csv(rows, timings.COLUMNS), end="")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from kvbench.measured import Measured, prompt_forms
+from kvbench.render import markdown as md
 from kvbench.report.compare import Comparisons
-from kvbench.report.table import markdown_table
 from kvbench.report.verdicts import FLOOR_VERDICT, VERDICTS, Comparison
 from kvbench.results import shown_number
 
@@ -157,8 +157,8 @@ def summary(measured: Measured, found: Comparisons, other: Measured | None = Non
 def markdown(measured: Measured, found: Comparisons, other: Measured | None = None) -> str:
     """The comparison as Markdown; measured, other: as `compare` took them."""
     shown = other or measured
-    lines = [f"# {shown.run.get('sweep') or shown.path.name}: against the baseline", ""]
+    lines = [f"# {md.plain(shown.run.get('sweep') or shown.path.name)}: against the baseline", ""]
     for title, rows in tables(found):
-        lines += [f"## {title}", "", *markdown_table(HEADERS, rows, NUMERIC), ""]
-    lines += [LEGEND, "", *(f"- {line}" for line in summary(measured, found, other))]
+        lines += [f"## {md.plain(title)}", "", *md.table(HEADERS, rows, NUMERIC), ""]
+    lines += [LEGEND, "", *(f"- {md.plain(line)}" for line in summary(measured, found, other))]
     return "\n".join(lines) + "\n"

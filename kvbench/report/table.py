@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvbench.render import csv
 from kvbench.results import plain_json
 
 
@@ -31,16 +30,6 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int]) -> list[str]:
-    """The lines of a table in Markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
-
-    ruler = "|" + "|".join("---:" if i in numeric else ":---" for i in range(len(heads))) + "|"
-    return [line(heads), ruler, *map(line, rows)]
-
-
 def rows_json(rows: Sequence[Any]) -> str:
     """The rows as a JSON list; what JSON has no number for is "inf", "-inf" or "nan"."""
     return json.dumps(plain_json([asdict(row) for row in rows]), indent=1, allow_nan=False) + "\n"
@@ -48,8 +37,4 @@ def rows_json(rows: Sequence[Any]) -> str:
 
 def rows_csv(rows: Sequence[Any], columns: Sequence[str]) -> str:
     """The rows as CSV; what is absent is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
+    return csv.table(columns, [asdict(row) for row in rows])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -15,6 +13,8 @@ from typing import Any
 
 from kvbench import measured
 from kvbench.files import write_text
+from kvbench.render import csv
+from kvbench.render import markdown as md
 from kvbench.report import compare, comparison_text
 from kvbench.report.cost import cost_table
 from kvbench.report.labels import group_of, notes_of, planned_task, task_labels, title_of, warnings_of
@@ -315,21 +315,17 @@ class Report:
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        lines = [f"# {self.run.get('sweep') or self.folder.resolve().name}", ""]
+        lines = [f"# {md.plain(self.run.get('sweep') or self.folder.resolve().name)}", ""]
         if self.run.get("note"):
-            lines += [self.run["note"], ""]
+            lines += [md.plain(self.run["note"]), ""]
         for table in self.tables():
-            lines += [f"## {table.title}", ""]
-            lines += [line for warning in table.warnings for line in (f"**{warning}**", "")]
-            lines.append(
-                "| "
-                + " | ".join(" ".join(filter(None, header.lines)).replace("/ ", "/") for header in table.headers)
-                + " |"
-            )
-            lines.append("|" + "|".join("---:" if header.numeric else ":---" for header in table.headers) + "|")
-            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
-            lines += ["", *(f"{note}  " for note in table.notes), ""]
-        lines += [LEGEND, "", *(f"- {line}" for line in self._portable(self.summary()))]
+            lines += [f"## {md.plain(table.title)}", ""]
+            lines += [line for warning in table.warnings for line in (f"**{md.plain(warning)}**", "")]
+            heads = [" ".join(filter(None, header.lines)).replace("/ ", "/") for header in table.headers]
+            numeric = [index for index, header in enumerate(table.headers) if header.numeric]
+            lines += md.table(heads, table.rows, numeric)
+            lines += ["", *(f"{md.plain(note)}  " for note in table.notes), ""]
+        lines += [LEGEND, "", *(f"- {md.plain(line)}" for line in self._portable(self.summary()))]
         return "\n".join(lines) + "\n"
 
     def _portable(self, lines: Sequence[str]) -> list[str]:
@@ -342,11 +338,7 @@ class Report:
 
     def csv(self) -> str:
         """`rows` as CSV; what is absent is empty."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
-        return text.getvalue()
+        return csv.table(COLUMNS, self.rows())
 
     def write(self) -> list[Path]:
         """Puts report.md, report.csv and report.json into the run folder."""

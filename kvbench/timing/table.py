@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from typing import Any
 
+from kvbench.render import csv, markdown, text
 from kvbench.results import shown_megabytes
 from kvbench.timing.grid import Timings
 
@@ -32,28 +31,17 @@ def render(timings: Timings, how: str) -> str:
     if how == "json":
         return json.dumps(timings.rows, indent=1)
     if how == "csv":
-        out = io.StringIO()
         columns = [name for name in timings.rows[0] if name != "samples_us"] if timings.rows else []
-        writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in timings.rows:
-            nested = {name: json.dumps(value) for name, value in row.items() if isinstance(value, dict)}
-            writer.writerow({**row, **nested})
-        return out.getvalue().rstrip("\n")
+        rows = [{name: row[name] for name in columns} for row in timings.rows]
+        plain = [{name: json.dumps(one) if isinstance(one, dict) else one for name, one in row.items()} for row in rows]
+        return csv.table(columns, plain).rstrip("\n")
     cells = [_cells(row) for row in timings.rows]
+    numeric = range(TEXT, len(HEADER))
     if how == "md":
-        ruler = [":---"] * TEXT + ["---:"] * (len(HEADER) - TEXT)
-        lines = [f"| {' | '.join(line)} |" for line in (HEADER, ruler, *cells)]
-        return "\n".join([_title(timings), "", *lines, "", *_notes(timings)]).rstrip()
-    widths = [max(len(line[i]) for line in (HEADER, *cells)) for i in range(len(HEADER))]
-    lines = [
-        "   ".join(
-            text.ljust(width) if i < TEXT else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (HEADER, *cells)
-    ]
-    return "\n".join([_title(timings), lines[0], "─" * len(lines[0]), *lines[1:], *_notes(timings)])
+        lines = markdown.table(HEADER, cells, numeric)
+        notes = map(markdown.plain, _notes(timings))
+        return "\n".join([markdown.plain(_title(timings)), "", *lines, "", *notes]).rstrip()
+    return text.seen("\n".join([_title(timings), text.table(HEADER, cells, numeric), *_notes(timings)]))
 
 
 def _title(timings: Timings) -> str:
