@@ -86,8 +86,11 @@ class Loader(yaml.SafeLoader):
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         """The next scalar, where all readers of YAML agree what it is."""
         node = super().compose_scalar_node(anchor)
-        if half := re.search("[\ud800-\udfff]", node.value):
-            raise refused(f"half a character, U+{ord(half[0]):04X}", node.start_mark)
+        if re.search("[\ud800-\udfff]", node.value):
+            try:  # JSON writes one character as two halves
+                node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                raise refused("half a character", node.start_mark) from None
         kind = node.tag.removeprefix(KIND)
         if kind not in KINDS:
             return node
