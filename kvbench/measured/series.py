@@ -31,6 +31,7 @@ class Series:
     values: [n], a number a document, as the metric's kind says. weights: [n], what each counts for, such as its tokens;
     None where all count alike.
     documents: [n] in the order of `values`; a baseline file has only their `digest`.
+    clusters: [n]; documents of one are not independent. What a task's `cluster` names, else each document by itself.
     """
 
     metric: Metric
@@ -38,6 +39,7 @@ class Series:
     weights: Array | None
     digest: str
     documents: tuple[Document, ...] = ()
+    clusters: tuple[str, ...] = ()
 
 
 def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
@@ -92,7 +94,9 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
         raise NoSeriesError("the samples have a document twice")
     digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
     picked = None if weights is None else weights[order]
-    return Series(metric, values[order], picked, digest, tuple(documents))
+    # a document that is asked twice is one document
+    named = rows["cluster" if "cluster" in rows else "doc_hash"].astype(str).to_numpy()[order]
+    return Series(metric, values[order], picked, digest, tuple(documents), tuple(named))
 
 
 def paired(series: Series, base: Series, origin: bool = False) -> Difference:
@@ -101,12 +105,11 @@ def paired(series: Series, base: Series, origin: bool = False) -> Difference:
     origin: `base` is the sweep's baseline, which distances are measured from.
     """
     difference: Array = series.values - base.values
-    # a document that is asked twice is one document
-    hashes = [document[3] for document in series.documents or base.documents] or None
+    clusters = series.clusters or base.clusters or None
     if series.metric.kind == "share":
-        return compare_answers(difference, hashes)
+        return compare_answers(difference, clusters)
     if series.metric.kind == "distance" and origin:
-        return compare_distances(difference, hashes, series.weights)
+        return compare_distances(difference, clusters, series.weights)
     if series.metric.kind == "mean" and series.weights is None:
-        return compare_scores(difference, hashes)
-    return compare_means(difference, hashes, series.weights)
+        return compare_scores(difference, clusters)
+    return compare_means(difference, clusters, series.weights)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import tempfile
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import Field, model_validator
 
-from kvbench.results import LM_EVAL, Metric, Outcome, headline, of_lm_eval
+from kvbench.results import LM_EVAL, Metric, Outcome, exponential, headline, of_lm_eval
 from kvbench.tasks import lm_eval_index, mirror, text
 from kvbench.tasks.base import NamedPath, Need, Options, RunContext, no_template
 
@@ -42,6 +43,7 @@ class LmEval(Options):
     num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction: as lm-eval takes them; a chat's few-shot
     examples are turns of it unless `fewshot_as_multiturn` is false. metadata: for tasks that make their own documents,
     such as `max_seq_lengths` for RULER, whose tokenizer is the model's. data: the mirror's folder, for this task alone.
+    cluster: a field of its rows, such as `passage_id`: those that have it in common are compared as a cluster.
     """
 
     task: str
@@ -51,6 +53,7 @@ class LmEval(Options):
     system_instruction: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
     data: NamedPath | None = None
+    cluster: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _turns_of_a_chat(self) -> Self:
@@ -80,6 +83,7 @@ class LmEval(Options):
             # what is as ever is left out, so that no name of an earlier cell changes
             **({"fewshot_as_multiturn": False} if self.apply_chat_template and not self._multiturn else {}),
             **({"system_instruction": self.system_instruction} if self.system_instruction else {}),
+            **({"cluster": self.cluster} if self.cluster else {}),
             "metadata": self.metadata,
             "data": data,
             **({"text_sha256": text.builtin().sha256} if ours else {}),
@@ -129,7 +133,7 @@ class LmEval(Options):
         if self.apply_chat_template and not getattr(runner.tokenizer, "chat_template", None):
             raise ValueError(no_template(runner.info.name))
         identity = json.dumps(self.identity(), sort_keys=True)
-        with _quiet(), _seeded(), _compiled_once(), _loaded_tokenizer(runner.tokenizer):
+        with _quiet(), _seeded(), _unbounded(), _compiled_once(), _loaded_tokenizer(runner.tokenizer):
             loaded, encoded = _load(self.model_dump_json(), identity, runner.tokenizer)
             model = RunnerLM(runner, context.progress, context.seed, encoded)
             for task in loaded["tasks"].values():
@@ -148,11 +152,12 @@ class LmEval(Options):
                 for leaf in self._leaves():
                     leaf.raise_broken_row(loaded["tasks"], error)
                 raise
-        return self._outcome(loaded, results, model.truncated)
+        with _unbounded():
+            return self._outcome(loaded, results, model.truncated)
 
     def _outcome(self, loaded: dict[str, Any], results: dict[str, Any], truncated: int) -> Outcome:
         rows = {
-            name: [_sample(name, row, loaded["tasks"][name]) for row in rows]
+            name: [_sample(name, row, loaded["tasks"][name], self.cluster) for row in rows]
             for name, rows in results["samples"].items()
         }
         metrics: list[Metric] = []
@@ -390,7 +395,7 @@ def _numbers(result: dict[str, Any]) -> Iterator[tuple[str, str, float, float | 
         yield metric, filter_name, float(value), float(stderr) if isinstance(stderr, (int, float)) else None
 
 
-def _sample(name: str, row: dict[str, Any], task: Any) -> dict[str, Any]:
+def _sample(name: str, row: dict[str, Any], task: Any, cluster: str | None = None) -> dict[str, Any]:
     """A row without the document: hashes, what the model said, and one number a metric.
 
     `perplexity` is the log-likelihood, as in lm-eval's own records. A perplexity over words or bytes is the document's
@@ -421,7 +426,20 @@ def _sample(name: str, row: dict[str, Any], task: Any) -> dict[str, Any]:
         else:
             metrics[metric] = json.dumps(value, default=str)
     hashes = {key: row[key] for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter")}
-    return {"task": name, **hashes, **said, **metrics}
+    return {"task": name, **hashes, **_cluster(name, row["doc"], cluster), **said, **metrics}
+
+
+def _cluster(name: str, document: dict[str, Any], field: str | None) -> dict[str, str]:
+    """A hash of what the documents of a cluster have in common, as a sample keeps it.
+
+    Raises:
+        ValueError: the document has no such field.
+    """
+    if field is None:
+        return {}
+    if field not in document:
+        raise ValueError(f"task {name}: its rows have no field '{field}' for cluster; they have {', '.join(document)}")
+    return {"cluster": text.sha256(f"{name}/{document[field]}")[:16]}
 
 
 def _ratio_stderr(rows: list[dict[str, Any]], metric: str, value: float) -> float | None:
@@ -483,6 +501,19 @@ def _seeded() -> Iterator[None]:
         yield
     finally:
         _set_generators(before)
+
+
+@contextlib.contextmanager
+def _unbounded() -> Iterator[None]:
+    """Inside the block lm-eval's perplexity beyond every float is infinite, and no error."""
+    from lm_eval.api import metrics
+
+    # not the aggregations themselves, by which lm-eval finds their standard error
+    metrics.math = SimpleNamespace(**{**vars(math), "exp": exponential})
+    try:
+        yield
+    finally:
+        metrics.math = math
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """lm-eval's tasks over a toy model: the mirror, the records, and what a broken or absent file is told."""
 
 import json
+import math
 import random
+import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -57,6 +60,39 @@ def test_samples_hold_what_a_paired_test_needs(name, mirror, context, tmp_path):
         assert series.metric.kind == ("log" if "perplexity" in metric.name else "share")
     assert task.answers() == (None if name == "wikitext" else 3)
     assert sorted(task.metrics()) == sorted(metric.name for metric in headline(outcome.metrics))
+
+
+def test_a_field_names_the_clusters(mirror, context):
+    """
+    Rows that have the field in common are one cluster of the paired test; the samples hold its hash and no text.
+    """
+    task = make_task({"task": "arc_easy", "limit": 3, "cluster": "id"}, mirror)
+    plain = make_task({"task": "arc_easy", "limit": 3}, mirror)
+
+    rows = task.run(ToyRunner(), context).samples
+
+    assert len({row["cluster"] for row in rows}) == 1  # the toy rows have one id
+    assert all(re.fullmatch("[0-9a-f]{16}", row["cluster"]) for row in rows)
+    assert task.identity() == {**plain.identity(), "cluster": "id"}
+    with pytest.raises(
+        ValueError, match=r"task arc_easy: its rows have no field 'passage' for cluster; they have id, "
+    ):
+        make_task({"task": "arc_easy", "limit": 3, "cluster": "passage"}, mirror).run(ToyRunner(), context)
+
+
+def test_a_perplexity_beyond_every_float_is_infinite(mirror, context):
+    """
+    A model that is 800 nats off has a perplexity of inf in lm-eval's tasks; the cell does not fail.
+    """
+
+    class Lost(ToyRunner):
+        def score(self, requests, progress=None):
+            return [replace(score, logprobs=score.logprobs * 0 - 800.0) for score in super().score(requests, progress)]
+
+    outcome = make_task({"task": "lambada_openai", "limit": 2}, mirror).run(Lost(), context)
+
+    (perplexity,) = [metric for metric in outcome.metrics if metric.name == "perplexity"]
+    assert perplexity.value == math.inf
 
 
 @pytest.mark.parametrize("name", ["mmlu", "niah_single_1", "squadv2"])
