@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
+from kvbench.files import is_folder
+from kvbench.messages import shown, wrong
+from kvbench.runners.model_files import read_json
 from kvbench.schemes import Scheme
+from kvbench.yaml_text import ConfigError, Document, read_document, read_file
+
+WORD_BITS = 16
+MAX_SIZE = 2**16  # heads, channels of a head, tokens of a page
 
 Operation = Literal["decode", "prefill", "write", "mixed"]
 
@@ -25,9 +33,11 @@ class Shape:
     page_size: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.query_heads, self.kv_heads, self.head_dim, self.page_size) < 1:
+        sizes = (self.query_heads, self.kv_heads, self.head_dim, self.page_size)
+        if min(sizes) < 1 or max(sizes) > MAX_SIZE:
             given = ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
-            raise ValueError(f"heads, head_dim and page size are at least 1, not {given}")
+            bound = "at least 1" if min(sizes) < 1 else f"at most {MAX_SIZE}"
+            raise ValueError(f"heads, head_dim and page size are {bound}, not {given}")
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads} query heads are no multiple of {self.kv_heads} KV heads")
 
@@ -76,6 +86,12 @@ class KernelRequest:
         """Raises ValueError for what would fail only when its turn comes: a name, a head_dim, bf16 without a GPU."""
         for scheme in self.schemes():
             scheme.bits_per_value(self.shape.head_dim)
+            for dtype in (scheme.key.dtype, scheme.value.dtype):
+                if self.shape.head_dim * dtype.code_bits % WORD_BITS:
+                    raise ValueError(
+                        f"head_dim {self.shape.head_dim} does not fill the {WORD_BITS}-bit words that kernels read "
+                        f"{dtype.name} in: take a multiple of {WORD_BITS // dtype.code_bits}"
+                    )
             if not gpu and {"bf16", "auto"} & set(scheme.dtype_name.split(":")):
                 raise ValueError(
                     f"{scheme.dtype_name} needs a GPU: Triton's interpreter computes bf16 wrongly; take fp16"
@@ -104,7 +120,7 @@ def _number(text: str) -> int:
     text = text.strip().lower()
     factor = 1024 if text.endswith("k") else 1
     digits = text.removesuffix("k")
-    if not digits.isdigit() or int(digits) == 0:
+    if not re.fullmatch("[0-9]{1,9}", digits) or int(digits) == 0:
         raise ValueError(f"'{text}' is no number from 1 on: write 32768 or 32k")
     return int(digits) * factor
 
@@ -113,53 +129,117 @@ def shape_of_model(config: Path, page_size: int = 64) -> Shape:
     """The shape that a model's config.json (or the folder it lies in) states.
 
     Raises:
-        ValueError: a config without attention heads.
+        ValueError: a config without attention heads, or with heads that are no numbers.
     """
-    file = config / "config.json" if config.is_dir() else config
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
+    file = config / "config.json" if is_folder(config) else config
+    data = read_json(file)
     data = data.get("text_config", data)
-    if "num_attention_heads" not in data:
+    if not isinstance(data, dict) or "num_attention_heads" not in data:
         raise ValueError(f"{config} states no num_attention_heads")
-    heads = int(data["num_attention_heads"])
-    head_dim = int(data.get("head_dim") or data["hidden_size"] // heads)
-    return Shape(heads, int(data.get("num_key_value_heads") or heads), head_dim, page_size)
+    heads, kv_heads = data["num_attention_heads"], data.get("num_key_value_heads")
+    head_dim, hidden = data.get("head_dim"), data.get("hidden_size")
+    for name, value in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads), ("head_dim", head_dim)):
+        optional = value is None and name != "num_attention_heads"
+        if not optional and (type(value) is not int or not 0 < value <= MAX_SIZE):
+            raise ValueError(f"{file}: {name}: expected a whole number from 1 to {MAX_SIZE}, not {shown(value)}")
+    if head_dim is None and type(hidden) is not int:
+        raise ValueError(f"{file} states neither head_dim nor hidden_size")
+    return Shape(heads, kv_heads or heads, head_dim or hidden // heads, page_size)
+
+
+# ---- a file of grids
+
+
+def _grid(value: Any) -> Any:
+    return parse_grid(str(value)) if isinstance(value, (int, str)) and not isinstance(value, bool) else value
+
+
+def _one(value: Any) -> Any:
+    found = _grid(value)
+    if isinstance(found, tuple) and len(found) != 1:
+        raise ValueError(f"expected one number, such as 28k, not {shown(value)}")
+    return found[0] if isinstance(found, tuple) else found
+
+
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_grid)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ShapeSpec(_Strict):
+    """A Shape as a YAML has it."""
+
+    query_heads: Size = 32
+    kv_heads: Size = 8
+    head_dim: Size = 128
+    page_size: Size = 64
+
+
+class GridSpec(_Strict):
+    """A KernelRequest as a YAML has it; what is left out is as there."""
+
+    op: Operation = "decode"
+    dtypes: Annotated[list[str], Field(min_length=1)]
+    rotations: list[str] = []
+    batches: Numbers = ()
+    contexts: Numbers = ()
+    shape: ShapeSpec = ShapeSpec()
+    prefix: Annotated[int, BeforeValidator(_one)] = 0
+    peers: bool = True
+    samples: Annotated[int, Field(gt=0, le=10_000)] = 30
+
+    def request(self) -> KernelRequest:
+        """What it asks for, its names known.
+
+        Raises:
+            ValueError: an unknown name, or sizes that do not go together.
+        """
+        given = self.model_dump(exclude_unset=True)
+        given |= {name: tuple(given[name]) for name in ("dtypes", "rotations") if name in given}
+        if "shape" in given:
+            given["shape"] = Shape(**given["shape"])
+        request = KernelRequest(**given)
+        request.schemes()
+        return request
+
+
+class GridFile(_Strict):
+    """The YAML: a name, a note, and the grids."""
+
+    name: str = ""
+    note: str = ""
+    grids: Annotated[list[GridSpec], Field(min_length=1)]
 
 
 def load_requests(path: Path) -> list[KernelRequest]:
     """The grids of a YAML file: `grids:`, each with the fields of a KernelRequest; see configs/kernels.yaml.
 
     Raises:
-        ValueError: an unknown field or a wrong value, with the file and the grid.
+        ValueError: an unknown field or a wrong value, with file, line and column.
     """
+    document, data = read_document(read_file(path), str(path), "it has 'grids:', a list as in configs/kernels.yaml")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    grids = data.get("grids") if isinstance(data, dict) else None
-    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
-        raise ValueError(f"{path}: expected 'grids:', a list of grids as in configs/kernels.yaml")
-    known = {field.name for field in fields(KernelRequest)}
+        grids = GridFile.model_validate(data).grids
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(document, item) for item in error.errors())) from None
     requests = []
     for index, grid in enumerate(grids):
-        where = f"{path}: grids[{index}]"
-        if unknown := set(grid) - known:
-            raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}; fields are {', '.join(sorted(known))}")
-        values = dict(grid)
         try:
-            for name in ("batches", "contexts"):
-                if name in values:
-                    values[name] = parse_grid(str(values[name]))
-            for name in ("dtypes", "rotations"):
-                if name in values:
-                    values[name] = tuple(values[name])
-            if "prefix" in values:
-                (values["prefix"],) = parse_grid(str(values["prefix"]))
-            if "shape" in values:
-                values["shape"] = Shape(**values["shape"])
-            requests.append(KernelRequest(**values))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            requests.append(grid.request())
+        except ValueError as error:
+            raise ConfigError(document.message_near(("grids", index), str(error))) from None
     return requests
+
+
+def _explain(document: Document, item: ErrorDetails) -> str:
+    loc, kind = item["loc"], item["type"]
+    if kind == "extra_forbidden":
+        kind_of: dict[int, type[BaseModel]] = {1: GridFile, 3: GridSpec, 4: ShapeSpec}
+        known = kind_of[len(loc)].model_fields
+        return document.message(loc, f"unknown {loc[-1]}; fields are {', '.join(sorted(known))}", key=True)
+    if kind == "missing":
+        return document.message(loc[:-1], f"missing key '{loc[-1]}'")
+    return document.message(loc, wrong(item))

@@ -80,8 +80,52 @@ def test_the_grid_file_is_valid(tmp_path):
     assert {request.op for request in load_requests(CONFIG)} == {"decode", "prefill", "write"}
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("grids:\n  - {op: decode, dtypes: [int4], batch: 1}\n")
-    with pytest.raises(ValueError, match=r"grids\[0\]: unknown batch"):
+    with pytest.raises(ValueError, match=r"wrong.yaml:2:34: grids\[0\]: unknown batch"):
         load_requests(wrong)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("{dtypes: [[int8]]}", r":1:19: grids\[0\]\.dtypes\[0\]: expected text, not \['int8'\]"),
+        ("{dtypes: int8}", r":1:18: grids\[0\]\.dtypes: expected a list"),
+        ("{dtypes: [int9]}", r":1:9: grids\[0\]: unknown dtype 'int9'"),
+        ("{dtypes: [int8], batches: 010}", r":1:35: 010 is no plain number"),
+        ("{dtypes: [int8], batches: ١}", r":1:35: grids\[0\]\.batches: '١' is no number"),
+        ("{dtypes: [int8], prefix: '1,2'}", r":1:34: grids\[0\]\.prefix: expected one number"),
+        ("{dtypes: [int8], op: x}", r":1:30: grids\[0\]\.op: expected 'decode'"),
+        ("{dtypes: [int8], shape: {head_dim: -1}}", r":1:44: grids\[0\]\.shape\.head_dim: expected a number above 0"),
+        ("{dtypes: [int8], shape: {query_heads: 7}}", r":1:9: grids\[0\]: 7 query heads are no multiple of 8"),
+        ("{dtypes: [int8], samples: 1000000}", r":1:35: grids\[0\]\.samples: expected a number of at most 10000"),
+    ],
+)
+def test_a_wrong_grid_is_named_by_its_place(tmp_path, grid, said):
+    """
+    File, line, column and path, whatever kind of value stands where.
+    """
+    (tmp_path / "wrong.yaml").write_text(f"grids: [{grid}]\n")
+
+    with pytest.raises(ValueError, match=f"wrong.yaml{said}"):
+        load_requests(tmp_path / "wrong.yaml")
+
+
+def test_a_head_dim_that_fills_no_words_is_refused_at_once():
+    """
+    Kernels read 16-bit words: 63 channels of 8 bits fill none, and failed when their turn came.
+    """
+    with pytest.raises(ValueError, match=r"head_dim 63 does not fill the 16-bit words.*multiple of 2"):
+        KernelRequest(("int8",), shape=Shape(head_dim=63)).check(gpu=False)
+
+
+@pytest.mark.parametrize("value", ['"32"', "[32]", "true", "-4", "0", "1e3", "{}"])
+def test_heads_that_are_no_number_are_refused(tmp_path, value):
+    """
+    One line with the file, the field and the value.
+    """
+    (tmp_path / "config.json").write_text(f'{{"num_attention_heads": {value}, "hidden_size": 576}}')
+
+    with pytest.raises(ValueError, match=r"config\.json: num_attention_heads: expected a whole number"):
+        shape_of_model(tmp_path)
 
 
 def test_a_model_s_config_states_a_shape(tmp_path):
