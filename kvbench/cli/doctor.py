@@ -90,17 +90,15 @@ def _print_keys(name: str, as_format: ListFormat) -> None:
 
     from kvbench.environment import describe
     from kvbench.runners import catalog
-    from kvbench.runners.keys import key_spreads, prediction
+    from kvbench.runners.keys import key_spreads, prediction, sample, table
     from kvbench.runners.transformers import TransformersModel
-    from kvbench.tasks import text
 
     gpu = torch.cuda.is_available()
     try:
         loaded = TransformersModel.load(
             catalog.resolve(name), "bfloat16" if gpu else "float32", "cuda" if gpu else "cpu"
         )
-        builtin = text.builtin()
-        tokens = loaded.tokenizer.encode(builtin.text[:20000])[: min(2048, loaded.info.max_length)]
+        calibration, tokens = sample(loaded)
         layers = key_spreads(loaded, tokens)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--keys") from None
@@ -109,24 +107,16 @@ def _print_keys(name: str, as_format: ListFormat) -> None:
         record = {
             "command": f"kvbench doctor --keys {name} --format json",
             "model": {"name": info.name, "revision": info.revision, "compute_dtype": info.compute_dtype},
-            "text": {"source": builtin.source, "sha256": builtin.sha256, "tokens": len(tokens)},
+            "calibration": calibration.identity(),
             "prediction": prediction(layers),
             "layers": [asdict(one) for one in layers],
             "environment": describe(),
         }
         print(json.dumps(record, indent=1))
         return
-    print(f"{info.name} · {info.compute_dtype} · {len(tokens)} tokens of {builtin.source}")
-    heads = ["layer"]
-    for side in ("keys", "values"):
-        heads += [f"{side}\n|mean|", "spread", "mean /\nspread", "kurtosis", "int4\nnoise", "rotated", "centred"]
-    rows = []
-    for one in layers:
-        row = [str(one.layer)]
-        for x in (one.keys, one.values):
-            row += [f"{x.mean:.2f}", f"{x.std:.2f}", f"{x.mean / x.std:.1f}" if x.std else "-", f"{x.kurtosis:.1f}"]
-            row += [f"{noise:.2f}" for noise in (x.int4_noise, x.int4_noise_rotated, x.int4_noise_centred)]
-        rows.append(row)
+    print(f"{info.name} · {info.compute_dtype} · {len(tokens)} tokens of the calibration text")
+    heads, rows = table(layers)
     print_rows(heads, rows, numeric=range(len(heads)))
-    print("|mean|: the largest of a channel. Noise: of int4 rows, in spreads; rotated by Hadamard; centred by channel.")
+    print("|mean|: the largest of a channel. std, kurtosis: without the channels' means.")
+    print("noise: of int4 keys, in std; rot.: under a Hadamard rotation; cent.: centred.")
     print(prediction(layers))

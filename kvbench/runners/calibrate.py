@@ -36,7 +36,7 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
         ValueError: the text is too short.
     """
     calibration = scheme.calibration or Calibration()
-    documents = _documents(loaded, calibration)
+    documents = texts(loaded, calibration)
     queries = any(transform.reads_queries for side in scheme.sides for transform in side.transforms)
     layers: dict[int, _Layer] = {}
 
@@ -76,7 +76,7 @@ def _learn(side: Side, sample: Sample) -> tuple[Params, ...]:
     return tuple(found)
 
 
-def _documents(loaded: TransformersModel, calibration: Calibration) -> list[list[int]]:
+def texts(loaded: TransformersModel, calibration: Calibration) -> list[list[int]]:
     """The text's tokens in documents, each begun as the tokenizer begins a text."""
     bos = list(begins_with(loaded.tokenizer))
     tokens = loaded.tokenizer.encode(calibration.read(), add_special_tokens=False, verbose=False)

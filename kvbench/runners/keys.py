@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbench.calibration import DOCUMENT, Calibration
+from kvbench.runners.base import begins_with
+from kvbench.runners.calibrate import texts
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
 PAGE_SIZE = 16
 TINY = 1e-300
-# What int4's noise in a model's keys came to, worst layer, in units of their spread: 0.2 on SmolLM2-135M (perplexity
-# x 1.2), 0.5 on Gemma-3-270M (x 2.5), 2.0 on Qwen2.5-Coder-0.5B (no text is left).
+# of the worst layer; set on three models, see docs/method.md
 LOSES, WRECKED = 0.15, 0.4
 
 
@@ -76,6 +78,13 @@ def _int4_noise(rows: Tensor, centred: Tensor) -> float:
     return (_rms(step) / 12**0.5 / _rms(centred).clamp_min(TINY)).item()
 
 
+def sample(loaded: TransformersModel) -> tuple[Calibration, list[int]]:
+    """The beginning of the calibration text, and its tokens: a document, or as much as the model has positions for."""
+    calibration = Calibration(tokens=min(DOCUMENT, loaded.info.max_length - len(begins_with(loaded.tokenizer))))
+    (tokens,) = texts(loaded, calibration)
+    return calibration, tokens
+
+
 def key_spreads(loaded: TransformersModel, tokens: Sequence[int]) -> list[LayerSpread]:
     """Each layer's keys, after their positions' rotation, and values, as its cache receives them for this text."""
     runner = loaded.runner(Scheme.parse("auto"), page_size=PAGE_SIZE)
@@ -90,6 +99,19 @@ def key_spreads(loaded: TransformersModel, tokens: Sequence[int]) -> list[LayerS
     return found
 
 
+def table(layers: Sequence[LayerSpread]) -> tuple[list[str], list[list[str]]]:
+    """Headers and a row a layer, in 80 columns: what the values' codes would add is left to JSON."""
+    spreads = "|mean|", "std", "kurt."
+    heads = ["layer", *(f"keys\n{spreads[0]}", *spreads[1:]), "int4\nnoise", "noise\nrot.", "noise\ncent."]
+    heads += [f"values\n{spreads[0]}", *spreads[1:]]
+    rows = []
+    for one in layers:
+        k, v = ([f"{x.mean:.2f}", f"{x.std:.2f}", f"{x.kurtosis:.1f}"] for x in (one.keys, one.values))
+        noise = one.keys.int4_noise, one.keys.int4_noise_rotated, one.keys.int4_noise_centred
+        rows.append([str(one.layer), *k, *(f"{value:.2f}" for value in noise), *v])
+    return heads, rows
+
+
 def prediction(layers: Sequence[LayerSpread]) -> str:
     """What the spreads say of an int4 cache, in two sentences."""
     worst = max(layers, key=lambda one: one.keys.int4_noise)
@@ -100,7 +122,7 @@ def prediction(layers: Sequence[LayerSpread]) -> str:
     if noise["as they are"] <= WRECKED:
         why = "No layer's keys are out of a low-bit cache's reach"
     elif noise["rotated"] > WRECKED >= noise["centred"]:
-        why = "Keys have a bias: low-bit caches fail unless they are centred, and a rotation only spreads it"
+        why = "Keys have a bias: low-bit caches fail unless they are centred, and a rotation is not enough"
     elif noise["rotated"] <= WRECKED:
         why = "A few channels of the keys stand far out: low-bit caches need a rotation"
     else:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from kvbench.calibration import Calibration
+from kvbench.cli.app import app
 from kvbench.runners.base import ModelInfo
 from kvbench.runners.keys import LayerSpread, key_spreads, prediction, spread
 from kvbench.runners.load import NoTokenizer
@@ -93,3 +99,35 @@ def test_a_prediction_names_what_helps(keys, expected):
     found = [LayerSpread(0, spread(x), spread(torch.randn(500, 1, 64)))]
 
     assert expected in prediction(found)
+
+
+def test_the_table_fits_a_terminal_and_json_has_all(biased, monkeypatch):
+    """A row a layer in 80 columns at most, of the calibration text's first tokens; and every field as JSON."""
+
+    class Letters(NoTokenizer):
+        def encode(self, text, **_):
+            return [ord(letter) % 100 for letter in text]
+
+    model = TransformersModel(biased.model, Letters(100), biased.info)
+    monkeypatch.setattr(TransformersModel, "load", lambda *_: model)
+    tokens = [ord(letter) % 100 for letter in Calibration().read()[:128]]
+    layers = key_spreads(model, tokens)
+
+    shown = CliRunner().invoke(app, ["doctor", "--keys", "smollm2-135m-instruct"]).stdout.splitlines()
+    record = json.loads(
+        CliRunner().invoke(app, ["doctor", "--keys", "smollm2-135m-instruct", "--format", "json"]).stdout
+    )
+
+    assert shown[0] == "small · float32 · 128 tokens of the calibration text"
+    assert max(map(len, shown[:-1])) <= 80
+    assert shown[-1] == record["prediction"] == prediction(layers)
+    keys, values = layers[1].keys, layers[1].values
+    noise = [keys.int4_noise, keys.int4_noise_rotated, keys.int4_noise_centred]
+    assert shown[5].split() == [
+        "1",
+        *(f"{keys.mean:.2f}", f"{keys.std:.2f}", f"{keys.kurtosis:.1f}"),
+        *(f"{one:.2f}" for one in noise),
+        *(f"{values.mean:.2f}", f"{values.std:.2f}", f"{values.kurtosis:.1f}"),
+    ]
+    assert record["layers"] == [asdict(one) for one in layers]
+    assert record["calibration"] == Calibration(tokens=128).identity()
