@@ -36,8 +36,9 @@ def both(spec, data, loaded, context):
         ({"task": "arc_easy", "limit": 6}, 6),
         ({"task": "wikitext", "limit": 2}, 2),
         ({"task": "gsm8k", "num_fewshot": 2, "limit": 2}, 2),
+        ({"task": "gsm8k", "num_fewshot": 2, "limit": 2, "apply_chat_template": True}, 2),
     ],
-    ids=lambda value: value["task"] if isinstance(value, dict) else "",
+    ids=["pydoc_cloze", "arc_easy", "wikitext", "gsm8k", "gsm8k-chat"],
 )
 def test_scores_are_hflms(spec, documents, mirror, loaded, context):
     """
