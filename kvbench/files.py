@@ -188,17 +188,17 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def fault_of(error: BaseException) -> str:
-    """What the machine lacks where an error, or one that it came from, says so: a full disk, a limit; else empty."""
+def fault_of(error: BaseException) -> OSError | None:
+    """What the machine lacks where an error, or one that it came from, says so: a full disk, or a limit."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
         seen.add(id(one))
         if isinstance(one, OSError) and one.errno in FULL:
-            return f"{one.strerror or os.strerror(one.errno)}{f': {one.filename}' if one.filename else ''}"
+            return one
         for code in FULL:
             # libraries written in Rust pass on the number in words
             if f"(os error {code})" in str(one):
-                return os.strerror(code)
+                return OSError(code, os.strerror(code))
         one = one.__cause__ or one.__context__
-    return ""
+    return None

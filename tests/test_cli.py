@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvbench.cli import app
+from kvbench.cli import app, main
 from kvbench.results import Store
 from kvbench.sweep import command
 from kvbench.tasks import make_task
@@ -193,10 +193,45 @@ def test_what_cannot_be_compared_is_5(kvbench, toy, tmp_path):
     assert "INVALID: 150 documents here, 200 in the baseline, 150 in both" in compared.stdout
     checked = kvbench("check", "short", "--against", "results/toys")
     assert checked.exit_code == 5
-    assert "skipped toy fp16 none toy_a acc, kld: 150 documents here" in checked.stdout
-    assert checked.stdout.endswith("0 compared, 0 failed, 2 skipped\n")
+    assert "FAILED toy fp16 none toy_a acc, kld: 150 documents here" in checked.stdout
+    assert checked.stdout.endswith("0 compared, 2 failed, 0 skipped\n")
     (tmp_path / "empty").mkdir()
     assert "has no finished cell" in one_error(kvbench("compare", "empty"), 5)
+
+
+def test_only_a_baseline_file_is_written_over(kvbench, toy, tmp_path):
+    """
+    `check --write` refuses a file that kvbench did not make, with exit code 2, and leaves it as it is.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+    Path("thesis.txt").write_text("mine")
+
+    refused = one_error(kvbench("check", "results/toys", "--write", "thesis.txt"), 2)
+
+    assert "cannot write thesis.txt: it is no baseline file of kvbench, and stays as it is" in refused
+    assert Path("thesis.txt").read_text() == "mine"
+
+
+def test_a_fault_of_our_own_is_70(monkeypatch, capsys):
+    """
+    An exception that no verb knows is one line that asks for a report and names the file with the traceback.
+    """
+
+    def broken():
+        raise ZeroDivisionError("of all\nthings")
+
+    monkeypatch.setattr(sys.modules["kvbench.cli.app"], "app", broken)
+    with pytest.raises(SystemExit) as left:
+        main()
+
+    line = capsys.readouterr().err
+    assert left.value.code == 70
+    assert line.startswith("error: a fault of kvbench's own, ZeroDivisionError: of all things; please report it")
+    assert line.count("\n") == 1
+    file = Path(line.split()[-1])
+    assert "ZeroDivisionError: of all\nthings" in file.read_text()
+    assert 'raise ZeroDivisionError("of all' in file.read_text()
+    file.unlink()
 
 
 def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, show, sweep
-from kvbench.cli.shared import INTERRUPTED
+from kvbench.cli.shared import CRASHED, INTERRUPTED, UNUSABLE
 
 EPILOG = (
     "Exit codes: 0 all done and gates passed; 1 a gate failed; 2 bad usage or config; 3 finished, some cells failed; "
-    "4 environment unusable; 5 not comparable, or nothing to report or compare; 130 interrupted, resumable."
+    "4 environment unusable; 5 not comparable, or nothing to report or compare; 70 a fault of kvbench's own; "
+    "130 interrupted, resumable."
 )
 
 # plain help: rich would take longer to import than all the rest
@@ -68,3 +69,28 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        sys.exit(_crashed(error))
+
+
+def _crashed(error: Exception) -> int:
+    """The exit code of an error that no verb knows, once it is told: a full disk's, or that of a fault of kvbench's."""
+    import tempfile
+    import traceback
+
+    from kvbench.files import fault_of
+    from kvbench.render.text import seen
+
+    if fault := fault_of(error):
+        print(f"error: cannot write: {seen(str(fault))}", file=sys.stderr)
+        return UNUSABLE
+    text = "".join(["kvbench ", " ".join(map(repr, sys.argv[1:])), "\n\n", *traceback.format_exception(error)])
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kvbench-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(text)
+        where = f"please report it with its traceback, which is in {file.name}"
+    except OSError:
+        where = f"please report it with its traceback:\n{text}"
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"error: a fault of kvbench's own, {seen(line)}; {where}", file=sys.stderr)
+    return CRASHED

@@ -24,7 +24,8 @@ def check(
         typer.Option(
             "--fail-on",
             metavar="WHAT",
-            help="worse (by the test), drop (by more than the margin), missing (a cell), inconclusive, skipped; "
+            help="worse (by the test), drop (by more than the margin), missing (a cell or metric of the baseline that "
+            "is absent, renamed, refused or unreadable), inconclusive, skipped; "
             "repeatable.  [default: worse, drop and missing]",
         ),
     ] = None,
@@ -65,10 +66,10 @@ def check(
     for line in found.skipped:
         say(f"skipped {line}")
     say(*found.notes, f"{found.compared} compared, {len(found.failed)} failed, {len(found.skipped)} skipped")
-    if found.failed:
-        raise typer.Exit(GATE_FAILED)
     if not found.compared:
         raise typer.Exit(NOTHING_TO_COMPARE)
+    if found.failed:
+        raise typer.Exit(GATE_FAILED)
 
 
 def _keep(here: Measured, write: Path, timed: bool) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvbench.report.table import Table
 
 # 3 comes from the sweep itself
-GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, INTERRUPTED = 1, 2, 4, 5, 130
+GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, CRASHED, INTERRUPTED = 1, 2, 4, 5, 70, 130
 
 MAX_COUNT = 10**9  # documents; no data set has more
 

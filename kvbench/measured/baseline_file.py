@@ -1,23 +1,35 @@
 """A run's numbers in one text file for `kvbench check`, a line a metric, which a commit shows well."""
 
-from __future__ import annotations
-
+import errno
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from kvbench.files import read_json, write_text
 from kvbench.measured.cells import Cell, Measured
 from kvbench.measured.series import Series
-from kvbench.results import Metric, NotARunError
+from kvbench.results import Metric, NotARunError, describe, name_of
+from kvbench.results.metrics import Kind, exponential
+from kvbench.results.shapes import Run, read_as
 
 VERSION = 1  # of a baseline file
 
 
 def write(measured: Measured, path: Path) -> None:
-    """Keeps the cells in one file, a line a metric; the controls are left out."""
+    """Keeps the cells in one file, a line a metric; the controls are left out.
+
+    Raises:
+        OSError: it can't be written, or something is there that is no such file.
+    """
+    if os.path.lexists(path) and not is_baseline(path):
+        code = errno.EISDIR if path.is_dir() else errno.EEXIST
+        words = os.strerror(code) if path.is_dir() else "it is no baseline file of kvbench, and stays as it is"
+        raise OSError(code, words, str(path))
     cells = [cell for cell in measured.cells if not cell.control]
     environments = list(dict.fromkeys(cell.environment for cell in cells))
     identities = {
@@ -28,6 +40,8 @@ def write(measured: Measured, path: Path) -> None:
             "task": cell.task,
             "identity": cell.identity,
             "environment": environments.index(cell.environment),
+            # metrics without a number a document: they are not compared, but must be there
+            **({"absent": others} if (others := _others(cell)) else {}),
         }
         for cell in cells
     }
@@ -42,7 +56,20 @@ def write(measured: Measured, path: Path) -> None:
         + "\n}",
         '"metrics": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]",
     ]
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _others(cell: Cell) -> list[str]:
+    return [name for name in {**cell.values, **cell.absent} if name not in cell.series]
+
+
+def is_baseline(path: Path) -> bool:
+    """Whether a file is one that `write` wrote."""
+    try:
+        data = read_json(path, follow=False)
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "kvbench_baseline" in data
 
 
 def _rows(cell: Cell) -> Iterator[dict[str, Any]]:
@@ -65,21 +92,68 @@ def _rows(cell: Cell) -> Iterator[dict[str, Any]]:
         }
 
 
-def _from_row(row: dict[str, Any], cell: dict[str, Any], environments: list[str]) -> Cell:
-    metric = Metric(row["metric"], row["value"], None, row["n"], row["unit"], row["higher_is_better"], row["kind"])
-    values = np.array([float(value) for value in row["values"]])
-    weights = np.array(row["weights"]) if "weights" in row else None
-    series = Series(metric, values, weights, row["documents"])
+class FileCell(TypedDict):
+    """A cell as a baseline file has it; environment: its place in the list of them."""
+
+    model: str
+    dtype: str
+    rotation: str
+    task: str
+    identity: dict[str, Any]
+    environment: int
+    absent: NotRequired[list[str]]
+
+
+class FileRow(TypedDict):
+    """A metric of a cell; values: a number a document, right and wrong as one text."""
+
+    cell: str
+    metric: str
+    value: float
+    n: int
+    unit: str
+    higher_is_better: bool | None
+    kind: NotRequired[Kind | None]
+    documents: str
+    values: Any
+    weights: NotRequired[list[float]]
+
+
+class BaselineFile(TypedDict):
+    """A baseline file."""
+
+    kvbench_baseline: int
+    run: Run
+    environments: list[str]
+    cells: dict[str, FileCell]
+    metrics: list[FileRow]
+
+
+def _cell(name: str, row: FileCell, environments: list[str]) -> Cell:
+    if not name.endswith(name_of("", row["identity"])):
+        raise ValueError(f"cells.{name}: the hash of its identity is another")
+    environment = environments[row["environment"]]
+    absent = dict.fromkeys(row.get("absent", []), "the baseline file has no number a document")
     return Cell(
-        row["cell"],
-        cell["model"],
-        cell["dtype"],
-        cell["rotation"],
-        cell["task"],
-        cell["identity"],
-        environments[cell["environment"]],
-        {metric.name: series},
+        name, row["model"], row["dtype"], row["rotation"], row["task"], row["identity"], environment, {}, absent
     )
+
+
+def _series(row: FileRow) -> Series:
+    metric = Metric(
+        row["metric"], float(row["value"]), None, row["n"], row["unit"], row["higher_is_better"], row.get("kind")
+    )
+    values = np.array([float(value) for value in row["values"]])
+    weights = np.array(row["weights"], float) if "weights" in row else None
+    if not values.size or (weights is not None and len(weights) != len(values)):
+        raise ValueError(f"{row['cell']} {metric.name}: {len(values)} values and {row['n']} documents")
+    mean = float(np.average(values, weights=weights))
+    whole = exponential(mean) if metric.kind == "log" else mean
+    if not math.isclose(whole, metric.value, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(
+            f"{row['cell']} {metric.name}: its values' mean is {whole:.6g}, and its value {metric.value:g}"
+        )
+    return Series(metric, values, weights, row["documents"])
 
 
 def read_file(path: Path) -> Measured:
@@ -89,18 +163,14 @@ def read_file(path: Path) -> Measured:
         NotARunError: it is no such file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: BaselineFile = read_as(BaselineFile, read_json(path))
         if data["kvbench_baseline"] != VERSION:
             raise ValueError(f"version {data['kvbench_baseline']}, this kvbench reads version {VERSION}")
-        cells = [_from_row(row, data["cells"][row["cell"]], data["environments"]) for row in data["metrics"]]
-    except (ValueError, KeyError, TypeError) as error:
+        cells = {name: _cell(name, row, data["environments"]) for name, row in data["cells"].items()}
+        for row in data["metrics"]:
+            cells[row["cell"]].series[row["metric"]] = _series(row)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise NotARunError(
-            f"{path} is no baseline file ({error}): kvbench check DIR --write {path} makes one"
+            f"{path} is no baseline file ({describe(error)}): kvbench check DIR --write FILE makes one"
         ) from None
-    merged: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.name in merged:
-            merged[cell.name].series.update(cell.series)
-        else:
-            merged[cell.name] = cell
-    return Measured(path, list(merged.values()), data["run"])
+    return Measured(path, list(cells.values()), dict(data["run"]))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from kvbench.measured import Measured
+from kvbench.measured import Cell, Measured
 from kvbench.report.compare import DEFAULT_MARGIN, compare
 from kvbench.report.comparison_text import shown_difference, shown_verdict
 from kvbench.report.timings import Timings, compare_speed, same_timing, timing_name
@@ -46,23 +46,35 @@ def check(
     fail_on: of FAILURES. "worse": the paired test says so. "drop": the number itself got worse by more than the margin,
     and more moved than between the two baseline cells of one run. On the same documents and the same machine
     such a drop is no luck of the documents, so it needs no test; on another machine it is not held against the cell.
-    "missing": a cell of the earlier run that is not finished here. A metric that its samples no longer give fails
-    always.
+    "missing": a cell or a metric of the earlier run that is absent, renamed, refused or unreadable here, or unreadable
+    there. A metric that its samples no longer give fails always.
     """
     found = compare(against, measured, margin=margin or against.margin)
     own = compare(measured).rows if measured.baseline else []
     floor = {(row.model, row.task, row.metric): _moved(row) for row in own if row.again}
     failed = []
+    expected = [old for old in against.cells if not old.control]
+    partners = {(cell.scheme, cell.key): cell for cell in measured.cells}
+    alone = [old for old in expected if (old.scheme, old.key) not in partners]
+    here = {cell.name: cell for cell in measured.cells}
+    # what the baseline has and can't be compared, what it has not, and its cells that a line is about
+    missing: dict[tuple[str, str], list[str]] = defaultdict(list)
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)
-    broken = {(one.name, metric) for one in measured.cells for metric in one.absent}
+    named: set[str] = set()
     moved_machine = _other_machine(measured, against)
     for row in found.rows:
         cell = f"{row.model} {row.dtype} {row.rotation} {row.task}"
-        if row.verdict == "INVALID" and (row.cell, row.metric) in broken and row.baseline is not None:
-            failed.append(f"{cell} {row.metric}: {row.reason}")
-            continue
         if row.verdict == "INVALID":
-            refused[cell, row.reason].append(row.metric)
+            new = here[row.cell]
+            olds = [old for old in alone if (old.model, old.scheme, old.task) == (new.model, new.scheme, new.task)]
+            paired = any((old.scheme, old.key) == (new.scheme, new.key) for old in expected)
+            if paired and row.metric in new.absent and row.baseline is not None:
+                failed.append(f"{cell} {row.metric}: {row.reason}")
+            elif (paired and row.baseline is not None) or (olds and not paired):
+                missing[cell, row.reason].append(row.metric)
+                named.update(old.name for old in olds)
+            else:
+                refused[cell, row.reason].append(row.metric)
             continue
         why = []
         if "worse" in fail_on and row.verdict == "WORSE":
@@ -74,15 +86,31 @@ def check(
             why.append(f"dropped by more than {found.margin}")
         if why:
             failed.append(f"{cell} {row.metric}: {_numbers(row)}: {', '.join(why)}")
-    skipped = [f"{cell} {', '.join(metrics)}: {reason}" for (cell, reason), metrics in refused.items()]
-    there = {(cell.model, cell.scheme, cell.task) for cell in measured.cells}
-    missing = [
-        " ".join((old.model, *old.scheme, old.task)) + ": no finished cell here"
-        for old in against.cells
-        if not old.control and (old.model, old.scheme, old.task) not in there
-    ]
+    for old in expected:
+        cell = " ".join((old.model, *old.scheme, old.task))
+        partner = partners.get((old.scheme, old.key))
+        if partner is None and old.name not in named:
+            unread = next((line for line in measured.problems if f"{old.name}: " in line), "")
+            missing[cell, unread or "no finished cell here"].append("")
+        # metrics without a number a document are not compared, but they are there
+        if partner is not None:
+            lost = {**old.values, **old.absent}.keys() - old.series.keys() - _metrics(partner)
+            for metric in sorted(lost):
+                missing[cell, "not measured here"].append(metric)
+    lines, skipped = _lines(missing), _lines(refused)
+    lines += [f"in the baseline: {line}" for line in against.problems]
+    notes = [note for note in found.notes if note not in against.problems]
     compared = sum(row.verdict not in ("INVALID", None) for row in found.rows)
-    return _counted(Check(failed, skipped, [*moved_machine, *found.notes], compared), missing, fail_on)
+    return _counted(Check(failed, skipped, [*moved_machine, *notes], compared), lines, fail_on)
+
+
+def _metrics(cell: Cell) -> set[str]:
+    return {*cell.values, *cell.absent, *cell.series}
+
+
+def _lines(found: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
+    """A line for each cell and reason, with the metrics that it is about."""
+    return [f"{' '.join(filter(None, (cell, ', '.join(names))))}: {reason}" for (cell, reason), names in found.items()]
 
 
 def check_times(
@@ -95,18 +123,20 @@ def check_times(
     """
     limit = parse_margin(margin or DEFAULT_MARGIN)
     failed, skipped = [], []
+    known = {same_timing(row) for row in against.rows}
+    missing: list[str] = []
     rows = compare_speed(against, timings, None, margin) if against.rows else []
     if timings.rows and not against.rows:
         skipped.append(f"{len(timings.rows)} kernel times: the baseline has none")
     for row in rows:
         name = timing_name(asdict(row))
         if row.ratio is None or row.ci_low is None:
-            skipped.append(f"{name}: {row.reason}")
+            (missing if same_timing(asdict(row)) in known else skipped).append(f"{name}: {row.reason}")
         elif "worse" in fail_on and row.ci_low > 1 + limit:
             times = f"{row.baseline_us:.1f} -> {row.us:.1f} µs"
             failed.append(f"{name}: {times} (× {row.ratio:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]): SLOWER")
     here = {same_timing(row) for row in timings.rows}
-    missing = [f"{timing_name(row)}: no time here" for row in against.rows if same_timing(row) not in here]
+    missing += [f"{timing_name(row)}: no time here" for row in against.rows if same_timing(row) not in here]
     compared = sum(row.ratio is not None for row in rows)
     notes = [
         f"{compared} kernel times: SLOWER where the whole interval of the ratio is above {1 + limit:g}; "

@@ -111,7 +111,10 @@ def _write(planned: Planned, options: Options, parts: Parts, absent: list[str]) 
     except BlockingIOError:
         raise UnusableError(f"another sweep is writing to {folder}") from None
     except OSError as error:
-        raise UnusableError(f"cannot write to {folder}: {error.strerror or error}") from error
+        where = f": {error.filename}" if error.filename and not str(error.filename).startswith(str(folder)) else ""
+        raise UnusableError(
+            f"cannot write to {folder}: {error.strerror or error}{where}; finished work is kept"
+        ) from error
 
 
 def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:

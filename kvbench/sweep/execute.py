@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kvbench.files import fault_of
 from kvbench.results import Outcome, Record, Store, Tensors, describe
 from kvbench.runners.base import (
     GenerateRequest,
@@ -140,6 +141,7 @@ def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
         NotInEffectError: a canary was not wrecked; the cells before it are kept.
         BrokenDeviceError: the GPU can't be used by this process any more; the cells so far are kept.
         RefusedError: the model would be measured wrongly; nothing of it is kept.
+        OSError: a disk is full, or the run folder can't be written to; the cells so far are kept.
         KeyboardInterrupt: it was stopped; finished cells are kept.
     """
     bench = Bench(setting, watcher)
@@ -197,6 +199,7 @@ class Bench:
             raise
         except Exception as error:
             raise_if_stopped()
+            raise_if_full(error)
             self.session = error
         self.model = (cell.spec, cell.model)
 
@@ -222,8 +225,10 @@ def clear_garbage() -> None:
 
 def check_revision(planned: ModelFacts, loaded: ModelInfo) -> None:
     """Raises ValueError where the loaded model is not the one that the cells are named for."""
-    if planned.revision != loaded.revision:
-        raise ValueError(f"model {loaded.name} changed while it was planned: {planned.revision} -> {loaded.revision}")
+    for name in ("revision", "name", "compute_dtype"):
+        before, now = getattr(planned, name), getattr(loaded, name)
+        if before != now:
+            raise ValueError(f"model {loaded.name} changed while it was planned: {before} -> {now}")
 
 
 @dataclass
@@ -260,6 +265,7 @@ class Session:
                 timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         except Exception as error:
             raise_if_stopped()
+            raise_if_full(error)
             record = failed(cell, error, environment, time.perf_counter() - began)
             keep(self.setting.store, self.watcher, cell, record, None)
             if is_broken():
@@ -412,6 +418,13 @@ def terminable() -> Iterator[None]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def raise_if_full(error: Exception) -> None:
+    """Raises the OSError that an error came from, where that is a full disk or a limit: no fault of the cell's."""
+    fault = fault_of(error)
+    if fault is not None:
+        raise fault
 
 
 def raise_if_stopped() -> None:

@@ -93,6 +93,9 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
             except RefusedError as error:
                 sender.send("refused", str(error))
                 return
+            except OSError as error:  # the disk's, or the run folder's: no fault of the cell's
+                sender.send("unusable", error.errno, error.strerror or str(error), error.filename)
+                return
             sender.send("finished")
     except EOFError:
         return
@@ -176,6 +179,8 @@ class Seat:
             self.watcher.advanced(*values)
         elif name == "refused":
             raise RefusedError(*values)
+        elif name == "unusable":
+            raise OSError(*values)
         else:
             if name == "broken":
                 self.end()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import subprocess
+import sys
 import time
 import weakref
 
@@ -43,6 +47,42 @@ def store(tmp_path):
 
 def logged(path):
     return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("devices", [(), ("--devices", "cpu,cpu")], ids=["one process", "two"])
+def test_a_limit_on_files_is_the_machine_s_fault(toy, config, run, store, tmp_path, devices):
+    """
+    Where samples may not be written whole, the sweep ends with exit code 4 and a line; without the limit it goes on.
+    """
+    path = config(tasks=["toy_b", {"task": "toy_a", "n": 20_000}])
+    command = [sys.executable, toy.__file__, "sweep", str(path), "--output", str(store.folder), *devices]
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, 32_768))
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, preexec_fn=limited)
+
+    assert done.returncode == 4, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: cannot write to {store.folder}: ")
+    assert last.endswith("finished work is kept")
+    assert "Traceback" not in done.stderr
+    kept = store.load()
+    assert not kept.problems
+    assert {record.task for record in kept.records.values()} <= {"toy_b"}
+    assert {record.status for record in kept.records.values()} <= {"done"}
+    assert run(path) == 0
+    assert not list(store.folder.rglob(".draft-*"))
+
+
+def test_a_full_disk_is_no_cell_s_fault(config, run, store):
+    """
+    Whatever a library made of the error, no cell is kept as failed.
+    """
+    with pytest.raises(UnusableError, match=rf": {os.strerror(errno.ENOSPC)}: /elsewhere/model; finished work is kept"):
+        run(config(tasks=["toy_b", {"task": "toy_a", "fills": "int4"}]))
+
+    assert {record.status for record in store.load().records.values()} == {"done"}
 
 
 def test_what_is_done_is_not_run_again(config, run, store, tmp_path):

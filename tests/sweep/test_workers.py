@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -71,6 +72,19 @@ def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
     assert len(records) == 12
     assert "1 of 12 cells failed" in errors
+
+
+def test_a_full_disk_is_no_cell_s_fault(sweep, tmp_path):
+    """
+    What a process meets while it measures ends the sweep with exit code 4 and one line; no cell is kept as failed.
+    """
+    process = sweep(tasks=["toy_b", {"task": "toy_a", "fills": "int4"}])
+    _, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 4, errors
+    assert f": {os.strerror(errno.ENOSPC)}: /elsewhere/model; finished work is kept\n" in errors
+    assert "Traceback" not in errors
+    assert {record.status for record in cells(tmp_path).values()} == {"done"}
 
 
 def children(process):

@@ -5,6 +5,7 @@ Run as a script it is `kvbench` over them, for tests that kill it: `python toy.p
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -66,6 +67,7 @@ class ToyTask:
     swallows: str = ""
     dies: str = ""
     breaks: str = ""
+    fills: str = ""
     timed: bool = False
     tokens: int | None = None
 
@@ -105,6 +107,11 @@ class ToyTask:
         if self.breaks and self.breaks in runner.scheme.dtype_name:
             execute.is_broken = lambda: True
             raise RuntimeError("device-side assert triggered")
+        if self.fills and self.fills in runner.scheme.dtype_name:
+            try:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/model")
+            except OSError as error:
+                raise ValueError("the model cannot be converted") from error
         if self.fails and self.fails in runner.scheme.dtype_name:
             raise RuntimeError(f"no {self.fails} today")
         if self.swallows and self.swallows in runner.scheme.dtype_name:
