@@ -133,6 +133,8 @@ def _cell(store: Store, record: Record) -> Cell:
             series[metric.name] = series_of(metric, samples)
         except NoSeriesError as error:
             absent[metric.name] = str(error)
+        except ValueError as error:  # text of a damaged file is decoded when it is first asked for
+            absent[metric.name] = f"its samples cannot be read: {describe(error)}"
     return Cell(
         record.cell,
         record.model["name"],
