@@ -50,6 +50,8 @@ def one_line(error: BaseException) -> str:
 def file_sha256(*paths: Path) -> str:
     """The SHA-256 of a file, or of several joined; hashed again only where a size or time of change is another."""
     paths = tuple(path.resolve() for path in paths)
+    if odd := next((path for path in paths if not path.is_file()), None):
+        raise ModelError(f"cannot read {odd}: it is no file")
     stats = [path.stat() for path in paths]
     facts = [f"{path}|{s.st_size}|{s.st_mtime_ns}|{s.st_ino}" for path, s in zip(paths, stats, strict=True)]
     note = cache_dir() / "hashes" / hashlib.sha256("\n".join(facts).encode()).hexdigest()
