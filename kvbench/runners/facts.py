@@ -27,6 +27,7 @@ MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges
 # layer types of transformers' configurations; the others (linear attention, convolutions) keep a state, not a KV cache
 KV_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 STATE_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"}
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # model types whose config.json can be read as it is; a missing head_dim is hidden_size / heads, as in their classes
 NO_INTERFACE = (
     "models of type '{}' compute attention without transformers' attention interface, where this runner stands: their "
@@ -200,6 +201,18 @@ def has_chat_template(source: ModelSource) -> bool | None:
         return True
     file = source.path / "tokenizer_config.json"
     return file.is_file() and bool(read_json(file).get("chat_template"))
+
+
+def parameters(source: ModelSource) -> int | None:
+    """How many weights it has, by the size of its files; None where these are no plain numbers of one dtype."""
+    if source.kind == "embedded":
+        return EMBEDDED[source.name].parameters
+    if source.kind not in ("folder", "hub") or source.path is None or not source.path.is_dir():
+        return None
+    config = read_json(source.path / "config.json")
+    width = WEIGHT_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")))
+    size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    return size // width if width and size and "quantization_config" not in config else None
 
 
 def generation_settings(source: ModelSource) -> dict[str, Any]:

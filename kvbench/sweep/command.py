@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvbench.environment import describe, device_name
 from kvbench.measured import of_records, prompt_forms
 from kvbench.results import Contents, Record, Store
 from kvbench.runners.model_files import RefusedError
 from kvbench.stats import parse_margin
+from kvbench.sweep import estimate
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.execute import (
@@ -30,6 +33,7 @@ from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.sweep.workers import execute_on, seat_for
 from kvbench.yaml_text import ConfigError
 
+HOUR = 3600
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 
@@ -297,6 +301,7 @@ def plan_rows(planned: Planned) -> list[dict[str, Any]]:
             "max_length": cell.model.max_length,
             "status": records[cell.name].status if cell.name in records else "to run",
             "expected_seconds": clock.expect(cell.task.name),
+            "estimated_seconds": None if clock.knows(cell.task.name) else _estimate(cell),
         }
         for cell in planned.cells
     ]
@@ -349,9 +354,11 @@ def plan_summary(planned: Planned) -> list[str]:
     rows = plan_rows(planned)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
     lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
-    left = [row["expected_seconds"] for row in rows if row["status"] == "to run"]
-    if left and None not in left:
-        lines[0] += f", about {duration(sum(left))} by the cells done before"
+    lines += _time([row for row in rows if row["status"] == "to run"])
+    for model in dict.fromkeys(cell.model for cell in planned.cells):
+        if model.parameters:
+            size = model.parameters * getattr(torch, model.compute_dtype).itemsize
+            lines.append(f"memory: {size / 2**30:.1f} GiB of weights ({model.name}), and the KV cache of the table")
     if planned.sweep.limit:
         lines.append(f"limit {planned.sweep.limit}: NOT A REAL SCORE")
     records = planned.store.load().records.values()
@@ -363,6 +370,33 @@ def plan_summary(planned: Planned) -> list[str]:
     lacking = plan_lacks(planned)
     lines += ["missing here:", *(f"  {line}" for line in lacking)] if lacking else ["nothing is missing here"]
     return [*lines, str(planned.store.folder)]
+
+
+def _estimate(cell: Cell) -> float | None:
+    work, dtype = cell.task.work(), getattr(torch, cell.model.compute_dtype)
+    if work is None or cell.model.parameters is None:
+        return None
+    return estimate.seconds(work, cell.model.parameters, dtype.itemsize, estimate.rates(default_device(), dtype))
+
+
+def _time(left: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines on how long these rows of cells take, and by what that is known."""
+    # an estimate for a task goes before what another task took
+    guessed = [row["estimated_seconds"] for row in left if row["estimated_seconds"] is not None]
+    known = [row["expected_seconds"] for row in left if row["estimated_seconds"] is None]
+    if not left:
+        return []
+    if None in known:
+        unknown = [row["task"] for row in left if row["estimated_seconds"] is None and row["expected_seconds"] is None]
+        return [f"time: unknown until a cell is done of {', '.join(dict.fromkeys(unknown))}"]
+    total = sum(known) + sum(guessed)
+    by = ["by the cells done before"] * bool(known)
+    by += [f"estimated by parameters, tokens and the speed of this {default_device()} just now"] * bool(guessed)
+    sign = "±" if guessed else "about"
+    lines = [f"time: {sign} {duration(total)}, {' and '.join(by)}"]
+    if total > HOUR:
+        lines.append("WARNING: more than an hour; --limit N, --only or --skip makes it shorter")
+    return lines
 
 
 def plan_sensitivity(planned: Planned) -> list[str]:

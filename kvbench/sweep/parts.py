@@ -23,7 +23,8 @@ class ModelFacts:
     """What is known of a model without loading it.
 
     revision, layers, max_length, chat_template (whether it has one): None where only the model itself could say.
-    missing: what to do to have it here. generation: as JSON, what its generation_config.json sets that changes answers.
+    missing: what to do to have it here. parameters: None where only loading it would count them.
+    generation: as JSON, what its generation_config.json sets that changes answers.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelFacts:
     missing: str = ""
     chat_template: bool | None = None
     generation: str = "{}"
+    parameters: int | None = None
 
 
 class LoadedModel(Protocol):
@@ -125,6 +127,7 @@ def find_model(spec: ModelSpec) -> ModelFacts:
         source.missing,
         facts.has_chat_template(source),
         json.dumps(facts.generation_settings(source)),
+        facts.parameters(source),
     )
 
 

@@ -54,6 +54,15 @@ class RunContext:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a task gives a model to do, about: tokens read in all, and answers of so many tokens at most."""
+
+    prompt_tokens: float
+    answers: int = 0
+    answer_tokens: int = 0
+
+
 class Task(Protocol):
     """A task as configured: cheap to make, heavy only in `run`."""
 
@@ -85,6 +94,10 @@ class Task(Protocol):
 
     def longest(self) -> int | None:
         """Tokens of its longest sequence, where its options say: a model needs as many positions; else None."""
+        ...
+
+    def work(self) -> Work | None:
+        """What it gives a model to do; None where neither its options nor data that is here say so."""
         ...
 
     def needs(self) -> frozenset[Need]:
@@ -128,6 +141,10 @@ class Options(BaseModel):
         return False
 
     def longest(self) -> int | None:
+        """See Task."""
+        return None
+
+    def work(self) -> Work | None:
         """See Task."""
         return None
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.tasks import text
-from kvbench.tasks.base import Line, NamedPath, Options, RunContext
+from kvbench.tasks.base import Line, NamedPath, Options, RunContext, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,9 @@ class Divergence(Options):
 
     def longest(self) -> int:
         return self.context
+
+    def work(self) -> Work:
+        return Work(self._documents * self.context)
 
     def metrics(self) -> tuple[str, ...]:
         return "kld", "same_top", "ppl_ratio", *(f"kld@{a}-{b}" for a, b in pairwise(self.positions))

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import LM_EVAL, Metric, Outcome, exponential, headline, of_lm_eval
 from kvbench.tasks import lm_eval_index, mirror, text
-from kvbench.tasks.base import NamedPath, Need, Options, RunContext, no_template
+from kvbench.tasks.base import NamedPath, Need, Options, RunContext, Work, no_template
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -34,6 +34,8 @@ BOOTSTRAP_REPEATS = 1000  # of lm-eval's bootstrap (for a perplexity's error); i
 UNITS = {name: known["unit"] for name, known in LM_EVAL.items() if "unit" in known}  # no plain means
 MEANS = ("acc", "acc_norm", "exact_match")  # what lm-eval averages where a task does not say how
 NOT_MEASURED = -1.0  # what RULER's tasks say of lengths that were not asked for
+MAX_GEN_TOKS = 256  # lm-eval's, where a task does not say
+LETTERS_PER_TOKEN = 3.5  # Qwen's tokens of GSM8K's prompts have 3.1
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -100,6 +102,17 @@ class LmEval(Options):
         if None in sizes:
             return None
         return sum(min(size, self.limit or size) for size in sizes if size is not None)
+
+    def work(self) -> Work | None:
+        works = [leaf.work(self.num_fewshot, self.limit) for leaf in self._leaves()]
+        known = [work for work in works if work]
+        if not known or len(known) < len(works):
+            return None
+        return Work(
+            sum(work.prompt_tokens for work in known),
+            sum(work.answers for work in known),
+            max(work.answer_tokens for work in known),
+        )
 
     def needs(self) -> frozenset[Need]:
         found: set[Need] = {"chat template"} if self.apply_chat_template else set()
@@ -247,6 +260,27 @@ class _Leaf:
         file = self.mirrored[1].get(scored[0]) if self.mirrored and scored else None
         return len(mirror.rows(file)) if file else None
 
+    def work(self, num_fewshot: int | None, limit: int | None) -> Work | None:
+        """By the letters of its rows in the mirror: prompts are not made, and a row is about what a prompt shows of it.
+
+        Where choices are scored, what they share is read once.
+        """
+        scored = self.needed_splits(0)
+        file = self.mirrored[1].get(scored[0]) if self.mirrored and scored else None
+        if file is None:
+            return None
+        rows = mirror.rows(file)
+        if limit is not None:
+            rows = rows[:limit]
+        shots = self.config.get("num_fewshot")
+        if num_fewshot is not None and shots != 0:
+            shots = num_fewshot
+        tokens = (1 + (shots or 0)) * sum(map(_letters, rows)) / LETTERS_PER_TOKEN
+        if self.config.get("output_type", "generate_until") != "generate_until":
+            return Work(tokens)
+        most = (self.config.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS)
+        return Work(tokens, len(rows), int(most))
+
     def metrics(self) -> tuple[str, ...] | None:
         """Its headline metrics with their filters; None where the YAML leaves them, or how they sum up, to code."""
         listed = self.config.get("metric_list") or []
@@ -306,6 +340,15 @@ class _Leaf:
                 line = "" if task.config.process_docs is not None else f":{number}"
                 what = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{file}{line}: {self.name} cannot read this row: {what}") from cause
+
+
+def _letters(value: Any) -> int:
+    """Letters of the texts in a row, whose other values a prompt seldom shows."""
+    if isinstance(value, dict):
+        return sum(map(_letters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_letters, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 @contextlib.contextmanager

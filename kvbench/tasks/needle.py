@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Count, Line, Need, Options, RunContext
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Work
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -83,6 +83,12 @@ class Needle(Options):
 
     def longest(self) -> int:
         return max(self._asked)
+
+    def work(self) -> Work:
+        answers = self.answers()
+        each = self.depths * self.per_cell
+        tokens = sum(length * min(each, answers - i * each) for i, length in enumerate(self._asked))
+        return Work(tokens, answers, ANSWER_TOKENS)
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"generation"})

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Count, Line, Need, Options, RunContext
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Work
 
 if TYPE_CHECKING:
     from kvbench.runners.base import GenerateRequest, Paged, Runner
@@ -61,6 +61,10 @@ class Throughput(Options):
 
     def longest(self) -> int:
         return self.prompt + self.new
+
+    def work(self) -> Work:
+        answers = self.batch * (1 + min(self.repeats, self.limit or self.repeats))
+        return Work(answers * self.prompt, answers, self.new)
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"generation"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from kvbench.runners import facts, model_files
+from kvbench.runners import catalog, facts, model_files
+from kvbench.runners.catalog import ModelSource
 from kvbench.runners.model_files import ModelError
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -123,3 +125,22 @@ def test_a_cache_of_another_kind_is_refused(config, expected):
     """Memory is not estimated for a cache that we do not know."""
     with pytest.raises(ModelError, match=expected):
         facts.cache_layers(config)
+
+
+def test_parameters_are_counted_without_loading(tmp_path):
+    """By the size of the weights and their dtype; unknown where they are quantized or the dtype is not said."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(2000))
+    source = ModelSource("some", "folder", tmp_path)
+
+    counts = []
+    for config in (
+        {"dtype": "bfloat16"},
+        {"torch_dtype": "float32"},
+        {},
+        {"dtype": "bfloat16", "quantization_config": {}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        counts.append(facts.parameters(source))
+
+    assert counts == [1000, 500, None, None]
+    assert facts.parameters(catalog.resolve("smollm2-135m-instruct")) == 134_515_008

@@ -21,7 +21,7 @@ from kvbench.runners.base import ModelInfo
 from kvbench.schemes import Scheme
 from kvbench.sweep import execute
 from kvbench.sweep.parts import ModelFacts, Parts
-from kvbench.tasks.base import RunContext
+from kvbench.tasks.base import RunContext, Work
 
 LAYERS = ((2, 64),) * 3
 MODELS = {"toy": "r1", "other": "r2"}
@@ -79,6 +79,9 @@ class ToyTask:
 
     def longest(self) -> int | None:
         return self.tokens
+
+    def work(self) -> Work | None:
+        return Work(self.tokens * self.n) if self.tokens else None
 
     def needs(self) -> frozenset[str]:
         return frozenset()
