@@ -17,7 +17,7 @@ from kvbench.calibration import Calibration
 from kvbench.dtypes import Dtype, all_dtypes
 from kvbench.presets import all_presets
 from kvbench.registry import find_name
-from kvbench.transforms import Lowered, Params, Transform, all_transforms
+from kvbench.transforms import Lowered, Params, Sample, Transform, all_transforms
 from kvbench.transforms.base import POSITIONS
 
 Pair = str | Mapping[str, Any]  # one name for both, "key:value", or {"key": …, "value": …}
@@ -55,6 +55,19 @@ class Side:
     def learns(self) -> bool:
         """Whether it needs a calibration text."""
         return any(transform.learns for transform in self.transforms)
+
+    def learn(self, sample: Sample) -> tuple[Params, ...]:
+        """What each transform learns of a layer, from the sample as the transforms before it left it."""
+        found: list[Params] = []
+        for transform in self.transforms:
+            params = transform.learn(sample)
+            found.append(params)
+            if any(later.learns for later in self.transforms[len(found) :]):
+                keys = transform.apply(sample.keys, params, sample.positions)
+                queries = None if sample.queries is None else transform.query(sample.queries, params)
+                # what else a transform leaves is not turned by the position as the model's keys are
+                sample = replace(sample, keys=keys, queries=queries, rope=None)
+        return tuple(found)
 
     def apply(self, x: Tensor, params: Sequence[Params] = (), positions: Tensor | None = None) -> Tensor:
         """[T, H, D] rows as the dtype takes them, of tokens at these positions [T]."""

@@ -45,18 +45,21 @@ def append(
     *,
     impl: Implementation,
     positions: Tensor | None = None,
+    exact: PagedCache | None = None,
 ) -> None:
     """Transform and quantize new tokens and write them to their slots: the same bytes by either implementation.
 
     k, v: [T, HKV, D], any floating dtype. slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
     positions: [T] int64 within their sequences; needed where a transform goes by position.
+    exact: gets the same rows, transformed alike, in 16 bits.
     """
     if impl == "triton":
         from kvbench.attention import triton
 
-        triton.append(cache, layer, k, v, slot_mapping, positions)
+        triton.append(cache, layer, k, v, slot_mapping, positions, exact)
     else:
-        cache.append(layer, k, v, slot_mapping, positions)
+        for each in (cache, *([] if exact is None else [exact])):
+            each.append(layer, k, v, slot_mapping, positions)
 
 
 def attend(

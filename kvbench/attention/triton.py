@@ -1,4 +1,4 @@
-"""Where dtypes meet kernels: a dtype's layout, rounding and rotation as the data that the kernels' launchers take."""
+"""Where schemes meet kernels: layouts, roundings, transforms and windows as the data that the launchers take."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from functools import lru_cache
 
 import torch
 from kvbench_kernels import attention, store, unpack
+from kvbench_kernels.center import Center
+from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Layout, Side
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
@@ -18,8 +21,13 @@ from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
 from kvbench.transforms import Transform
+from kvbench.transforms.base import POSITIONS
 
 MULTIPLE = 64  # a head_dim for which to ask whether a transform has a form for kernels
+
+WRITTEN = Window(0, 0)  # all rows are written, whatever is read of them
+# of each plane's codes, for as long as they live: what is computed once of what its transforms learned
+_CENTERS = WeakTensorKeyDictionary()
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {
@@ -48,7 +56,6 @@ def attend(
     window: Window | None = None,
 ) -> Tensor:
     """See kvbench.attention.attend."""
-    assert exact is None, "`lacking` refuses windows"
     keys, values = cache.keys[layer], cache.values[layer]
     out: Tensor = attention.attend(
         q,
@@ -63,14 +70,22 @@ def attend(
         sinks=None if sinks is None else sinks.to(torch.float32),
         k_turn=turn(keys.side, keys.head_dim, q.device),
         v_turn=turn(values.side, values.head_dim, q.device),
+        exact=None if exact is None or window is None else _exact(exact, layer, window),
+        center=center(keys),
     )
     return out
 
 
 def append(
-    cache: PagedCache, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, positions: Tensor | None = None
+    cache: PagedCache,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor | None = None,
+    exact: PagedCache | None = None,
 ) -> None:
-    """What `PagedCache.append` does, in one launch: the same bytes.
+    """What `PagedCache.append` does to both caches, in one launch: the same bytes.
 
     Raises:
         ValueError: a dtype whose rounding no kernel repeats.
@@ -88,6 +103,9 @@ def append(
         slot_mapping,
         k_turn=turn(keys.side, keys.head_dim, k.device),
         v_turn=turn(values.side, values.head_dim, v.device),
+        center=center(keys),
+        positions=positions,
+        exact=None if exact is None else _exact(exact, layer, WRITTEN),
     )
 
 
@@ -105,7 +123,7 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) ->
             turn(side, MULTIPLE, device)
     except ValueError as error:
         return str(error)
-    return "no kernel reads a window of 16-bit rows" if scheme.window else ""
+    return ""
 
 
 def side(plane: Plane) -> Side:
@@ -149,12 +167,36 @@ def rounding(dtype: Dtype) -> store.Rounding:
 
 @lru_cache(maxsize=64)
 def turn(side: SchemeSide | Transform, head_dim: int, device: torch.device) -> Turn:
-    """A side's transforms, or one of them, as the kernels take them.
+    """How a side's transforms, or one of them, turn rows; what they subtract before is `center`'s.
 
     Raises:
-        ValueError: they are more than a Hadamard matrix and signs.
+        ValueError: they are more than an offset, signs and a Hadamard matrix.
     """
     lowered = side.lower(head_dim)
-    if lowered is None or lowered.offset is not None:
+    if lowered is None:
         raise ValueError(f"no kernel computes {side.name}: use impl='reference'")
     return Turn(lowered.block, lowered.exponent, None if lowered.signs is None else lowered.signs.to(device))
+
+
+def center(keys: Plane) -> Center | None:
+    """What the transforms subtract from a layer's keys, as they learned it; None where that is nothing."""
+    if not any(keys.params):
+        return None
+    if keys.codes not in _CENTERS:
+        lowered = keys.side.lower(keys.head_dim, keys.params)
+        assert lowered is not None, "`turn` refuses it"
+        device = keys.codes.device
+        offset = None if lowered.offset is None else lowered.offset.to(device)
+        if offset is not None:
+            by_page = offset if offset.dim() == 3 else offset[None]
+            _CENTERS[keys.codes] = Center.make(by_page, turn(keys.side, keys.head_dim, device), POSITIONS)
+        else:
+            _CENTERS[keys.codes] = None
+    found: Center | None = _CENTERS[keys.codes]
+    return found
+
+
+def _exact(cache: PagedCache, layer: int, window: Window) -> Exact:
+    """A layer's rows in 16 bits, and which of them are read."""
+    k, v = side(cache.keys[layer]).words, side(cache.values[layer]).words
+    return Exact(k, v, window.sinks, window.recent, POSITIONS)

@@ -120,7 +120,7 @@ def kernel(
 
     def keep(row: dict[str, Any]) -> None:
         say(_progress(row), to=sys.stderr)
-        if output:
+        if output and row["rel_error"] is not None:  # a refused row has nothing to keep
             Store(output).save(*as_record(row, environment))
 
     try:

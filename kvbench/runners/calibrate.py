@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from kvbench.runners.base import begins_with
 from kvbench.runners.learned import pack
 from kvbench.runners.rope import MOVING
 from kvbench.runners.transformers import TransformersModel, observed
-from kvbench.schemes import Scheme, Side
+from kvbench.schemes import Scheme
 from kvbench.transforms import Params, Rope, Sample
 
 
@@ -59,21 +59,8 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
             loaded.info.max_length,
         )
         layer.keys.clear()
-        learned.append((_learn(scheme.key, sample), ({},) * len(scheme.value.transforms)))
+        learned.append((scheme.key.learn(sample), ({},) * len(scheme.value.transforms)))
     return pack(learned)
-
-
-def _learn(side: Side, sample: Sample) -> tuple[Params, ...]:
-    found: list[Params] = []
-    for transform in side.transforms:
-        params = transform.learn(sample)
-        found.append(params)
-        if any(later.learns for later in side.transforms[len(found) :]):
-            keys = transform.apply(sample.keys, params, sample.positions)
-            queries = None if sample.queries is None else transform.query(sample.queries, params)
-            # what else a transform leaves is not turned by the position as the model's keys are
-            sample = replace(sample, keys=keys, queries=queries, rope=None)
-    return tuple(found)
 
 
 def texts(loaded: TransformersModel, calibration: Calibration) -> list[list[int]]:

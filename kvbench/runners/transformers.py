@@ -133,8 +133,11 @@ def _attention(
     sizes = [len(part.batch.slot_mapping) for part in step.parts]
     for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
         for cache in part.written:
+            if cache is part.exact:
+                continue  # written with the rows that it holds in 16 bits
             positions = part.batch.positions if cache.scheme.learns else None
-            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl, positions=positions)
+            exact = part.exact if cache is part.read else None
+            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl, positions=positions, exact=exact)
         outs.append(
             attend(
                 q,

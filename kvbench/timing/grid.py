@@ -19,7 +19,10 @@ from kvbench.timing.clock import cold_copies, copy_bandwidth, throttle_reasons, 
 from kvbench.timing.peers import SIXTEEN_BITS, Peer, peers_of
 from kvbench.timing.request import KernelRequest
 from kvbench.timing.work import Work, make_work
+from kvbench.transforms.base import POSITIONS
 
+REFUSED = "refused: "  # a gate's verdict on what no kernel can serve
+DTYPES = {True: torch.bfloat16, False: torch.float16}  # of queries: the interpreter has no bf16
 REASON = 160  # characters of a peer's refusal that are kept
 GATED_QUERIES = 128  # of the last sequence, those compared with the oracle
 COMPARED = ("decode", "prefill")  # the operations that peers are timed in
@@ -47,8 +50,9 @@ class Timings:
 
     @property
     def passed(self) -> bool:
-        """Every gate passed."""
-        return all(row["gate"] == "ok" for row in self.rows)
+        """Every gate passed of what kernels can serve, and there is something that they can."""
+        verdicts = [row["gate"] for row in self.rows if not row["gate"].startswith(REFUSED)]
+        return bool(verdicts) and all(verdict == "ok" for verdict in verdicts)
 
 
 def run(request: KernelRequest, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> Timings:
@@ -74,7 +78,10 @@ def run(request: KernelRequest, progress: Callable[[dict[str, Any]], None] = lam
             peers = time_peers(PEER_SCHEME, _cold(make(), make), request.samples)
         for scheme in schemes:
             row = _row(request, scheme, batch, context, copy_gbps)
-            _measure(row, request, scheme, batch, context, timed)
+            if why := triton.lacking(scheme, DTYPES[timed], torch.device("cuda" if timed else "cpu")):
+                row["gate"] = f"{REFUSED}{why}"
+            else:
+                _measure(row, request, scheme, batch, context, timed)
             _compare(row, peers)
             rows.append(row)
             progress(row)
@@ -164,7 +171,7 @@ def _cold(first: Work, make: Callable[[], Work]) -> list[Work]:
 
 def _call(request: KernelRequest, work: Work) -> None:
     if request.op == "write":
-        triton.append(work.cache, 0, work.k, work.v, work.batch.slot_mapping)
+        triton.append(work.cache, 0, work.k, work.v, work.batch.slot_mapping, work.batch.positions, work.exact)
     else:
         _attend(work)
 
@@ -172,7 +179,16 @@ def _call(request: KernelRequest, work: Work) -> None:
 def _attend(work: Work) -> Tensor:
     scaling = work.q.shape[-1] ** -0.5
     return triton.attend(
-        work.q, work.cache, 0, work.batch, scaling=scaling, sliding_window=None, softcap=None, sinks=None
+        work.q,
+        work.cache,
+        0,
+        work.batch,
+        scaling=scaling,
+        sliding_window=None,
+        softcap=None,
+        sinks=None,
+        exact=work.exact,
+        window=work.cache.scheme.window,
     )
 
 
@@ -193,7 +209,10 @@ def _gate_attention(work: Work, out: Tensor) -> tuple[float, str]:
         work.batch.page_size,
     )
     q = work.q[end - new : end]
-    want = reference(q.double(), work.cache, 0, last, impl="reference", scaling=q.shape[-1] ** -0.5)
+    scaling, window = q.shape[-1] ** -0.5, work.cache.scheme.window
+    want = reference(
+        q.double(), work.cache, 0, last, impl="reference", scaling=scaling, exact=work.exact, window=window
+    )
     error = _relative(got, want)
     budget = 2 * _relative(_same_precision(q, work, last, length), want)
     # the unit of the 16-bit type stands below the budget: a lucky torch result is no reason to fail
@@ -205,14 +224,31 @@ def _same_precision(q: Tensor, work: Work, last: Batch, length: int) -> Tensor:
     """Attention as torch computes it in q's dtype from keys and values decoded to it."""
     keys, values = work.cache.keys[0], work.cache.values[0]
     pages = last.page_table[0].to(torch.int64)
-    k, v = (x.transpose(1, 2).flatten(0, 1)[:length] for x in work.cache.read(0, pages, torch.float32))
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.to(q.dtype).repeat_interleave(group, 1) for x in (k, v))  # [N, HQ, D]
+    group = q.shape[1] // keys.codes.shape[1]
     queries = keys.side.query(q.float(), keys.params).to(q.dtype)
-    score = torch.einsum("thd,nhd->htn", queries.float(), k.float()) * q.shape[-1] ** -0.5
+    token = torch.arange(length, device=q.device)[None]
     position = torch.arange(length - q.shape[0], length, device=q.device)[:, None]
-    score = score.masked_fill(torch.arange(length, device=q.device)[None] > position, -torch.inf)
-    out = torch.einsum("htn,nhd->thd", score.softmax(-1).to(q.dtype).float(), v.float()).to(q.dtype)
+    is_exact = torch.zeros(1, 1, dtype=torch.bool, device=q.device)
+    window = work.cache.scheme.window
+    if window is not None:
+        is_exact = (token < window.sinks) | (token >= window.starts(position))  # [T, N]
+    scores, rows = [], []
+    for cache in (work.cache, work.exact):
+        if cache is not None:
+            k, v = (x.transpose(1, 2).flatten(0, 1)[:length] for x in cache.read(0, pages, torch.float32))
+            k, v = (x.to(q.dtype).repeat_interleave(group, 1) for x in (k, v))  # [N, HQ, D]
+            scores.append(torch.einsum("thd,nhd->htn", queries.float(), k.float()))
+            rows.append(v)
+    score = torch.where(is_exact, scores[-1], scores[0])
+    lacks = keys.side.score(q.float(), keys.params)  # [T, HQ, P]
+    if lacks is not None:
+        score = score + lacks[..., (token[0] // POSITIONS).clamp_max(lacks.shape[-1] - 1)].transpose(0, 1)
+    score = (score * q.shape[-1] ** -0.5).masked_fill(token > position, -torch.inf)
+    weight = score.softmax(-1).to(q.dtype).float()
+    parts = [(weight * ~is_exact, rows[0]), (weight * is_exact, rows[-1])]
+    out = sum(torch.einsum("htn,nhd->thd", share, v.float()) for share, v in parts)
+    assert isinstance(out, Tensor)
+    out = out.to(q.dtype)
     return values.side.undo(out.float(), values.params).to(q.dtype)
 
 
@@ -222,24 +258,28 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 def _gate_write(work: Work) -> tuple[float, str]:
     """The share of bytes that differ from what plain torch writes, and "ok" if none does."""
-    want = PagedCache(
-        [(work.k.shape[1], work.k.shape[2])],
-        work.cache.scheme,
-        pages=work.cache.keys[0].codes.shape[0],
-        page_size=work.cache.page_size,
-        model_dtype=work.k.dtype,
-    )
-    # on the CPU: that is where the definition is the same bits on every machine
-    want.append(0, work.k.cpu(), work.v.cpu(), work.batch.slot_mapping.cpu())
-    triton.append(work.cache, 0, work.k, work.v, work.batch.slot_mapping)
-    slots = work.batch.slot_mapping.cpu()
-    page, offset = slots // want.page_size, slots % want.page_size
+    slots, positions = work.batch.slot_mapping, work.batch.positions
+    triton.append(work.cache, 0, work.k, work.v, slots, positions, work.exact)
     wrong = total = 0
-    for expected, plane in ((want.keys[0], work.cache.keys[0]), (want.values[0], work.cache.values[0])):
-        for a, b in ((expected.codes, plane.codes), (expected.scale, plane.scale)):
-            if a is not None and b is not None:
-                differs = a[page, :, offset] != b.cpu()[page, :, offset]
-                wrong, total = wrong + int(differs.sum()), total + differs.numel()
+    for cache in (work.cache, work.exact):
+        if cache is None:
+            continue
+        want = PagedCache(
+            [(work.k.shape[1], work.k.shape[2])],
+            cache.scheme,
+            pages=cache.pages,
+            page_size=cache.page_size,
+            learned=[(cache.keys[0].params, cache.values[0].params)],
+            model_dtype=work.k.dtype,
+        )
+        # on the CPU: that is where the definition is the same bits on every machine
+        want.append(0, work.k.cpu(), work.v.cpu(), slots.cpu(), positions.cpu())
+        page, offset = slots.cpu() // want.page_size, slots.cpu() % want.page_size
+        for expected, plane in ((want.keys[0], cache.keys[0]), (want.values[0], cache.values[0])):
+            for a, b in ((expected.codes, plane.codes), (expected.scale, plane.scale)):
+                if a is not None and b is not None:
+                    differs = a[page, :, offset] != b.cpu()[page, :, offset]
+                    wrong, total = wrong + int(differs.sum()), total + differs.numel()
     return wrong / total, "ok" if wrong == 0 else f"failed: {wrong} of {total} differ"
 
 

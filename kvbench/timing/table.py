@@ -59,13 +59,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["rotation"],
         str(row["batch"]),
         "-" if row["context"] is None else str(row["context"]),
-        shown_megabytes(row["read_bytes"]),
+        "-" if row["read_bytes"] is None else shown_megabytes(row["read_bytes"]),
         time,
         "-" if row["gbps"] is None else f"{row['gbps']:.0f}",
         "-" if row["share_of_copy"] is None else f"{row['share_of_copy']:.0%}",
         _ratio(row["speedup"], row["best_16bit_peer"], row["best_16bit_us"]),
         _ratio(row["same_dtype_speedup"], row["same_dtype_peer"], row["same_dtype_us"]),
-        f"{row['rel_error']:.1e} {row['gate']}",
+        "-" if row["rel_error"] is None else f"{row['rel_error']:.1e} {row['gate']}",
     ]
 
 
@@ -88,6 +88,8 @@ def _notes(timings: Timings) -> list[str]:
     ]
     reasons = dict.fromkeys((name, why) for row in timings.rows for name, why in row["peers_skipped"].items())
     notes += [f"{name} was not timed: {why}" for name, why in reasons]
+    refused = dict.fromkeys((row["dtype"], row["rotation"], row["gate"]) for row in timings.rows)
+    notes += [f"{d} ({r}) was {why}" for d, r, why in refused if why.startswith("refused")]
     held = sorted({reason for row in timings.rows for reason in row["throttled"] or ()})
     if held:
         notes.append(f"the GPU's clocks were held back in some rows: {', '.join(held)}")

@@ -13,7 +13,7 @@ from kvbench.runners.parity import parity
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 
-SCHEMES = ["auto", "fp8_per_tensor", "fp8_per_token_head", "int8", "int4", "int2", "int4:int2"]
+SCHEMES = ["auto", "fp8_per_tensor", "fp8_per_token_head", "int8", "int4", "int2", "int4:int2", "int4+s4"]
 LAYERS, HEAD_DIM = 2, 64
 
 

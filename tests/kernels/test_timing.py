@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvbench.attention import triton
 from kvbench.timing import KernelRequest, Shape, load_requests, parse_grid, render, run, shape_of_model
 from kvbench.timing.grid import _break_even
 
@@ -24,6 +25,40 @@ def test_the_gate_passes_and_without_a_gpu_nothing_is_timed(op):
     for row in timings.rows:
         assert (row["us"] is not None) == torch.cuda.is_available()
         assert row["rel_error"] < 2e-2
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill", "mixed", "write"])
+def test_centred_schemes_with_windows_pass_the_gate(op):
+    """
+    What transforms learn is learned from keys with a bias; exact rows are checked like packed ones.
+    """
+    request = replace(
+        SMALL,
+        op=op,
+        dtypes=("int4+w0s4",),
+        rotations=("center+hadamard:hadamard", "center_constant:none"),
+        contexts=(150,),
+    )
+    timings = run(request)
+
+    assert [row["gate"] for row in timings.rows] == ["ok", "ok"]
+
+
+def test_what_no_kernel_serves_is_a_row_with_its_reason(monkeypatch):
+    """
+    It ends nothing for the others, is neither a failed gate nor a passed one, and has no numbers.
+    """
+    lacking = triton.lacking
+    monkeypatch.setattr(
+        triton, "lacking", lambda scheme, *rest: "no kernel" if "int2" in scheme.dtype_name else lacking(scheme, *rest)
+    )
+    timings = run(SMALL)
+
+    assert timings.passed
+    assert [row["gate"] for row in timings.rows] == ["ok", "refused: no kernel"]
+    assert timings.rows[1]["rel_error"] is timings.rows[1]["us"] is None
+    assert "was refused: no kernel" in render(timings, "table")
+    assert not run(replace(SMALL, dtypes=("int2",))).passed
 
 
 def test_a_wrong_kernel_fails_its_gate_and_shows_no_time(monkeypatch):
@@ -77,7 +112,8 @@ def test_the_grid_file_is_valid(tmp_path):
     """
     And one with a mistake says where.
     """
-    assert {request.op for request in load_requests(CONFIG)} == {"decode", "prefill", "write"}
+    for config in (CONFIG, CONFIG.with_name("kernels-window.yaml")):
+        assert {request.op for request in load_requests(config)} == {"decode", "prefill", "write"}
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("grids:\n  - {op: decode, dtypes: [int4], batch: 1}\n")
     with pytest.raises(ValueError, match=r"wrong.yaml:2:34: grids\[0\]: unknown batch"):
