@@ -50,7 +50,8 @@ def first_line(thing: object) -> str:
 
 def scale(dtype: Dtype) -> str:
     """What shares a scale."""
-    return {"none": "-", "per_tensor": "a layer's K, and its V", "per_token_head": "a row"}[dtype.granularity]
+    by = {"none": "-", "per_tensor": "a layer's K, and its V", "per_token_head": "a row"}
+    return by.get(dtype.granularity, f"{dtype.group_size} channels of a row")
 
 
 def bits(dtype: Dtype, head_dim: int) -> str:

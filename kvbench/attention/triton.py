@@ -140,6 +140,8 @@ def layout(dtype: Dtype) -> Layout:
         ValueError: no kernel decodes it.
     """
     decode = dtype.decode
+    if dtype.granularity == "per_group":
+        raise ValueError(f"no kernel decodes {dtype.name}, which has a scale every {dtype.group_size} channels")
     if isinstance(decode, Cast) and decode.storage in (torch.float16, torch.bfloat16):
         return Layout(unpack.FLOAT.value, 16)
     if isinstance(decode, Cast) and decode.storage == torch.float8_e4m3fn:

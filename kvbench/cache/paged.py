@@ -27,7 +27,8 @@ class Plane:
     """The stored keys, or the stored values, of one layer.
 
     params: what the side's transforms learned of the layer.
-    codes: [P, HKV, S, code_bytes] uint8. scale: [P, HKV, S] float32, or None where rows have none.
+    codes: [P, HKV, S, code_bytes] uint8.
+    scale: [P, HKV, S] float32, or [P, HKV, S, groups], or None where rows have none.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
     """
 
@@ -97,8 +98,8 @@ class PagedCache:
                 codes = torch.empty(*shape, dtype.code_bytes(head_dim), dtype=torch.uint8, device=device)
                 self._stacks.append(codes)
                 scales = None
-                if dtype.granularity == "per_token_head":
-                    scales = torch.empty(shape, dtype=torch.float32, device=device)
+                if (of_row := dtype.scales_shape(head_dim)) is not None:
+                    scales = torch.empty(*shape, *of_row, dtype=torch.float32, device=device)
                     self._stacks.append(scales)
                 for i, layer in enumerate(members):
                     scale = None if scales is None else scales[i]

@@ -49,7 +49,7 @@ class Rows:
     """Quantized rows.
 
     codes: [..., code_bytes] uint8, packed as `Dtype.pack` says.
-    scale: [...] float32, or None where the dtype has no scale a row.
+    scale: [...] float32, or [..., groups], or None where the dtype has no scale a row.
     """
 
     codes: Tensor
@@ -61,7 +61,8 @@ class Dtype:
     """How the rows of K or V become bytes. A subclass adds `quantize`; everything else follows from the fields.
 
     code_bits: bits of one code, without the scale's share.
-    granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head").
+    granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head"),
+        `group_size` neighbouring channels of a row ("per_group").
     word_bits: codes are packed into little-endian words of this many bits.
     default_rotation: the rotation that the dtype's origin runs it with.
     source: where the definition comes from.
@@ -70,10 +71,11 @@ class Dtype:
     name: str
     code_bits: int
     decode: Cast | Affine | Codebook
-    granularity: Literal["none", "per_tensor", "per_token_head"]
+    granularity: Literal["none", "per_tensor", "per_token_head", "per_group"]
     source: str
     default_rotation: str = "none"
     word_bits: int = 16
+    group_size: int = 0
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         """Quantized rows of x: [..., D], any floating dtype.
@@ -90,6 +92,7 @@ class Dtype:
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError where rows of head_dim values do not fill whole words."""
         multiple = max(1, self.word_bits // self.code_bits) if self.code_bits < 8 else 1
+        multiple = math.lcm(multiple, self.group_size or 1)
         if head_dim <= 0 or head_dim % multiple:
             raise ValueError(
                 f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of {multiple}; "
@@ -101,9 +104,16 @@ class Dtype:
         self.check_head_dim(head_dim)
         return head_dim * self.code_bits // 8
 
+    def scales_shape(self, head_dim: int) -> tuple[int, ...] | None:
+        """The shape of one row's scales, () for one or (groups,); None where a row has none."""
+        if self.granularity == "per_group":
+            return (head_dim // self.group_size,)
+        return () if self.granularity == "per_token_head" else None
+
     def row_bytes(self, head_dim: int) -> int:
-        """Bytes of one row: its codes and its scale."""
-        return self.code_bytes(head_dim) + (SCALE_BYTES if self.granularity == "per_token_head" else 0)
+        """Bytes of one row: its codes and its scales."""
+        scales = self.scales_shape(head_dim)
+        return self.code_bytes(head_dim) + (0 if scales is None else SCALE_BYTES * math.prod(scales))
 
     def bits_per_value(self, head_dim: int) -> float:
         """True bits a value, every byte of the row counted.
@@ -161,12 +171,18 @@ class Dtype:
             values = self.unpack(rows.codes).to(dtype)
             if self.decode.zero == "in_scale":
                 assert rows.scale is not None
-                values -= self.zero_point(rows.scale).unsqueeze(-1)
+                values -= self._by_channel(self.zero_point(rows.scale))
         if rows.scale is not None:
-            return values * self.clean_scale(rows.scale).to(dtype).unsqueeze(-1)
+            return values * self._by_channel(self.clean_scale(rows.scale).to(dtype))
         if tensor_scale is not None:
             return values * tensor_scale.to(dtype)
         return values
+
+    def _by_channel(self, scales: Tensor) -> Tensor:
+        """[..., D], or [..., 1] where a row has one: what belongs to each channel."""
+        return (
+            scales.repeat_interleave(self.group_size, -1) if self.granularity == "per_group" else scales.unsqueeze(-1)
+        )
 
     def zero_point(self, scale: Tensor) -> Tensor:
         """[...] int32 zero-points hidden in the low `code_bits` bits of float32 scales."""

@@ -52,7 +52,7 @@ def test_bits_per_value_counts_every_byte(dtype, head_dim, tokens):
     assert rows.codes.shape == (tokens, 3, dtype.code_bytes(head_dim))
     assert rows.codes.dtype == torch.uint8
     if rows.scale is not None:
-        assert rows.scale.shape == (tokens, 3)
+        assert rows.scale.shape == (tokens, 3, *dtype.scales_shape(head_dim))
         assert rows.scale.dtype == torch.float32
 
 
@@ -175,7 +175,7 @@ def test_a_view_that_is_not_contiguous_reads_the_same(dtype):
 
     assert torch.equal(dtype.dequantize(cut), dtype.dequantize(rows))
     assert torch.equal(
-        dtype.dequantize(Rows(cut.codes.transpose(0, 1), None if scale is None else scale.T)),
+        dtype.dequantize(Rows(cut.codes.transpose(0, 1), None if scale is None else scale.transpose(0, 1))),
         dtype.dequantize(rows).transpose(0, 1),
     )
 

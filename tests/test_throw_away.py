@@ -1,0 +1,146 @@
+"""A new transform and a new dtype are one file each: two that nobody keeps pass the tests that all share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+DCT = '''\
+"""The discrete cosine transform of a row."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvbench.transforms.rotation import Rotation
+
+
+def matrix(like):
+    d = like.shape[-1]
+    k, n = torch.arange(d, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
+    m = torch.cos(math.pi / d * (n + 0.5) * k) * math.sqrt(2 / d)
+    m[0] /= math.sqrt(2)
+    return m.to(dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class Cosine(Rotation):
+    def rotate(self, x):
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        # row by row, not as one product of matrices, whose sums depend on how many rows there are
+        return (y.contiguous().unsqueeze(-2) * matrix(y)).sum(-1)
+
+    def rotate_query(self, q):
+        return q @ matrix(q).T
+
+    def unrotate(self, o):
+        return o @ matrix(o)
+
+
+dct = Cosine("dct", source="Ahmed, Natarajan and Rao 1974")
+'''
+
+NF4 = '''\
+"""Four bits from the quantiles of a Gaussian, one scale every 16 channels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvbench.dtypes.base import Codebook, Dtype, Rows
+
+LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
+LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0)
+
+
+@dataclass(frozen=True)
+class NormalFloat(Dtype):
+    def quantize(self, x, tensor_scale=None):
+        groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.group_size))
+        scale = groups.abs().amax(-1).clamp_min(1e-6)
+        levels = torch.tensor(LEVELS, dtype=groups.dtype, device=x.device)
+        codes = (groups / scale.unsqueeze(-1)).unsqueeze(-1).sub(levels).abs().argmin(-1).flatten(-2)
+        scale = scale.to(torch.float32)
+        broken = (~scale.isfinite()).any(-1, keepdim=True)
+        return Rows(self.pack(codes.masked_fill(broken, 0)), scale.masked_fill(broken, torch.nan))
+
+
+SOURCE = "QLoRA, https://arxiv.org/abs/2305.14314"
+nf4 = NormalFloat("nf4", 4, Codebook(LEVELS), "per_group", source=SOURCE, group_size=16)
+'''
+
+PLUGIN = """\
+from pathlib import Path
+
+import kvbench.dtypes
+import kvbench.transforms
+
+for package in (kvbench.dtypes, kvbench.transforms):
+    package.__path__.append(str(Path(__file__).parent / package.__name__.rsplit(".")[-1]))
+"""
+
+
+@pytest.fixture
+def added(tmp_path):
+    """The environment of a process in whose folders of dtypes and transforms a file more lies each."""
+    for name, text in (("transforms/dct.py", DCT), ("dtypes/nf4.py", NF4), ("more.py", PLUGIN)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+def run(environment, *args):
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_they_pass_every_shared_test(added):
+    """
+    With no line elsewhere, sizes, packing, rows in a cache, attention and rounding hold for both, alone and together.
+    """
+    shared = [
+        "tests/dtypes/test_dtypes.py",
+        "tests/cache",
+        "tests/attention",
+        "tests/transforms",
+        "tests/test_schemes.py",
+    ]
+    program = "import more, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    done = run(added, "-c", program, "-q", "-p", "no:cacheprovider", "-k", "dct or nf4", *shared)
+
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert int(done.stdout.strip().splitlines()[-1].split()[0]) > 60
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rotation", "reason"),
+    [
+        ("int4", "dct", "no kernel computes dct"),
+        ("nf4", "none", "no kernel decodes nf4, which has a scale every 16 channels"),
+    ],
+)
+def test_the_kernels_refuse_them_and_say_so(added, dtype, rotation, reason):
+    """
+    `triton` gives the reason in one line; `auto` takes the reference: neither is run as something else.
+    """
+    program = (
+        "import more, torch\n"
+        "from kvbench.attention import choose, triton\n"
+        "from kvbench.schemes import Scheme\n"
+        f"scheme = Scheme.parse({dtype!r}, {rotation!r})\n"
+        "print(triton.lacking(scheme, torch.float16, torch.device('cpu')))\n"
+        "print(choose('auto', scheme, torch.float16, torch.device('cpu')))\n"
+        "choose('triton', scheme, torch.float16, torch.device('cpu'))"
+    )
+    done = run(added, "-c", program)
+
+    assert done.stdout.splitlines()[0].startswith(reason)
+    assert done.stdout.splitlines()[1] == "reference"
+    assert f"ValueError: attention: triton can't serve this cell: {reason}" in done.stderr
