@@ -14,7 +14,7 @@ from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
 
-__all__ = ["Batch", "Implementation", "append", "attend", "choose"]
+__all__ = ["Batch", "Implementation", "append", "attend", "choose", "kernels_lack"]
 
 
 def choose(
@@ -27,13 +27,18 @@ def choose(
     """
     if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
         return "reference"
-    # imported here, for Triton decides on import whether it interprets
-    from kvbench.attention import triton
-
-    lacking = triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device)
+    lacking = kernels_lack(scheme, compute_dtype, device)
     if lacking and wanted == "triton":
         raise ValueError(f"attention: triton can't serve this cell: {lacking}")
     return "reference" if lacking else "triton"
+
+
+def kernels_lack(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernels can't serve a scheme, for a person; empty where they can."""
+    # imported here, for Triton decides on import whether it interprets
+    from kvbench.attention import triton
+
+    return triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device)
 
 
 def append(

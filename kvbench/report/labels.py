@@ -84,6 +84,7 @@ def notes_of(records: Sequence[Record]) -> list[str]:
     if generation:
         settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in generation.items())
         notes.append(f"answers follow the model's generation_config.json: {settings}")
+    notes += scheme_notes(records)
     limits: dict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
         if limit := record.facts.get("longest_context_limit"):
@@ -93,6 +94,31 @@ def notes_of(records: Sequence[Record]) -> list[str]:
         notes.append(f"longest context: what the runner takes, limited by {by}")
     if cut:
         notes.append("first documents only: " + ", ".join(f"{task} {limit}" for task, limit in cut.items()))
+    return notes
+
+
+def scheme_notes(records: Sequence[Record]) -> list[str]:
+    """What computed the cells where that is not the same for all, and what schemes learned."""
+    notes = []
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for record in records:
+        if (implementation := record.facts.get("attention")) in ("reference", "triton"):
+            cells[implementation][f"{record.dtype} · {record.rotation}"] = record.facts.get("kernels_lack") or ""
+    if len(cells) > 1 or any(cells["reference"].values()):
+        by = [f"{scheme}{f' ({why})' if why else ''}" for scheme, why in cells["reference"].items()]
+        notes.append(f"attention computed by the reference: {'; '.join(by)}; all else by the kernels")
+    taught: dict[str, dict[str, None]] = defaultdict(dict)
+    seconds: dict[str, float] = {}
+    for record in records:
+        if learned := record.facts.get("learned"):
+            text = f"{learned['tokens']} tokens of text {learned['text_sha256'][:8]}"
+            line = f"keys' means {learned['means']}, from {text} (what was learned: {learned['sha256'][:8]}"
+            taught[line][f"{record.dtype} · {record.rotation}"] = None
+            if "seconds" in learned:
+                seconds[line] = learned["seconds"]
+    for line, schemes in taught.items():
+        took = f", in {seconds[line]:.1f} s" if line in seconds else ""
+        notes.append(f"{line}{took}): {', '.join(schemes)}")
     return notes
 
 

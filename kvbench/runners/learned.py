@@ -46,3 +46,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         whole.update(name.encode())
         whole.update(tensors[name].contiguous().cpu().numpy().tobytes())
     return whole.hexdigest()
+
+
+def forms(tensors: Mapping[str, Tensor]) -> str:
+    """Which form of mean the layers have: those of a page of positions, or one for all positions."""
+    offsets = [tensor for name, tensor in tensors.items() if name.endswith(".offset")]
+    by_page = sum(len(tensor) > 1 for tensor in offsets)
+    return f"by page of positions in {by_page} of {len(offsets)} layers"

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from kvbench.attention import Batch, Implementation, append, attend, choose
+from kvbench.attention import Batch, Implementation, append, attend, choose, kernels_lack
 from kvbench.cache import OutOfPages, PagedCache, PagePool, to_device
 from kvbench.cache.paged import Learned
 from kvbench.results import Tensors
@@ -286,7 +286,11 @@ class TransformersRunner:
         self.tokenizer = self.loaded.tokenizer
         self.model = self.loaded.model
         self.device = self.model.device
-        self.attention = choose(self.attention, self.scheme, self.model.dtype, self.device)
+        wanted = self.attention
+        self.attention = choose(wanted, self.scheme, self.model.dtype, self.device)
+        self.kernels_lack = ""  # why "auto" is the reference on a GPU
+        if (wanted, self.attention, self.device.type) == ("auto", "reference", "cuda"):
+            self.kernels_lack = kernels_lack(self.scheme, self.model.dtype, self.device)
         self.limits = GPU_LIMITS if self.device.type == "cuda" else CPU_LIMITS
         config = self.model.config.get_text_config(decoder=True)
         layers = cache_layer_indices(config)

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from kvbench.runners.base import (
     Score,
     ScoreRequest,
 )
+from kvbench.runners.learned import digest, forms
 from kvbench.runners.model_files import RefusedError
 from kvbench.schemes import Scheme
 from kvbench.sweep.again import Around, Shuffled
@@ -240,6 +241,7 @@ class Session:
     watcher: Watcher
     load_seconds: float
     agreement: dict[str, Any] | None = None
+    taught: dict[str, dict[str, Any]] = field(default_factory=dict)  # by scheme: what it learned, for the records
 
     def run(self, cell: Cell) -> None:
         """Measures a cell and keeps it; raises BrokenDeviceError where it leaves the GPU unusable."""
@@ -280,6 +282,8 @@ class Session:
                 **outcome.facts,
                 **odd_size(cell, timings),
                 "attention": getattr(runner, "attention", None),
+                **({"kernels_lack": lack} if (lack := getattr(runner, "kernels_lack", "")) else {}),
+                **({"learned": self.taught[cell.scheme.label]} if cell.scheme.learns else {}),
                 **agreed,
             },
             environment=environment,
@@ -302,6 +306,14 @@ class Session:
     def _learned(self, cell: Cell, scheme: Scheme) -> Tensors:
         """What the scheme learned of the model, kept in the run folder: once for all that learn the same."""
         assert scheme.calibration is not None
+        seconds: list[float] = []
+
+        def learn() -> Tensors:
+            began = time.perf_counter()
+            tensors = self.model.learn(scheme)
+            seconds.append(round(time.perf_counter() - began, 3))
+            return tensors
+
         identity = {
             "version": LEARNING_VERSION,
             "model": cell.identity["model"],
@@ -309,7 +321,14 @@ class Session:
             "calibration": scheme.calibration.identity(),
         }
         slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{scheme.rotation_name}-learned"
-        return self.setting.store.baseline(identity, slug, lambda: self.model.learn(scheme))
+        tensors = self.setting.store.baseline(identity, slug, learn)
+        self.taught[scheme.label] = {
+            **scheme.calibration.identity(),
+            "sha256": digest(tensors),
+            "means": forms(tensors),
+            **({"seconds": seconds[0]} if seconds else {}),
+        }
+        return tensors
 
     def _baseline(self, cell: Cell) -> Callable[[str, Callable[[Runner], Tensors]], Tensors]:
         scheme = self.setting.baseline
