@@ -284,10 +284,7 @@ class Scheme:
 
     def identity(self) -> dict[str, Any]:
         """All that decides what it stores; what is as it was before schemes had more is left out."""
-        row: dict[str, Any] = {
-            "dtype": join_pair(self.key.dtype.name, self.value.dtype.name),
-            "rotation": self.rotation_name,
-        }
+        row: dict[str, Any] = dict(self.columns())
         if self.window is not None:
             row["window"] = {"sinks": self.window.sinks, "recent": self.window.recent, "page": POSITIONS}
         if self.layers:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvbench.dtypes import all_dtypes
+from kvbench.presets import all_presets
 from kvbench.schemes import Scheme, split_pair
 from kvbench.transforms import all_rotations
 
@@ -121,3 +122,62 @@ def test_splitting():
     assert split_pair("a") == ("a", "a")
     assert split_pair("a:b") == ("a", "b")
     assert split_pair({"key": "a", "value": "b"}) == ("a", "b")
+
+
+@pytest.mark.parametrize("name", all_presets())
+def test_a_preset_says_what_its_columns_say(name):
+    """
+    A preset is parsed again from the names that tables show, and those of the seed's dtypes are their defaults.
+    """
+    scheme = Scheme.parse(name)
+
+    assert Scheme.parse(scheme.dtype_name, scheme.rotation_name) == scheme
+    if name in all_dtypes():
+        assert Scheme.of(all_presets()[name].spec) == scheme
+
+
+def test_what_is_as_before_is_left_out_of_an_identity():
+    """
+    Two names for a scheme of before; a window, layers and a calibration are added only where they are.
+    """
+    assert Scheme.parse("int4", "hadamard").identity() == {"dtype": "int4_per_token_head", "rotation": "hadamard"}
+    whole = Scheme.of(
+        {"scheme": "int4_centered", "window": {"sinks": 4, "recent": 1}, "layers": {"-1": {"key": "int8"}}}
+    )
+
+    identity = whole.identity()
+    assert identity["dtype"] == "int4_per_token_head+w64s4+l-1=int8_per_token_head:-"
+    assert identity["rotation"] == "center+randomized_hadamard:randomized_hadamard"
+    assert identity["window"] == {"sinks": 4, "recent": 1, "page": 64}
+    assert identity["layers"] == ["l-1=int8_per_token_head:-"]
+    assert identity["calibration"]["tokens"] == 8192
+    assert len(identity["calibration"]["text_sha256"]) == 64
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (100, 100), (132, 132), (8192, 132)])
+def test_a_sequence_s_bytes_are_packed_rows_and_a_ring(tokens, kept):
+    """
+    Packed rows of all tokens, and 16-bit rows of the sinks and of two pages of 64, or of all there are.
+    """
+    layers = [(3, 64), (1, 128)]
+    packed = Scheme.parse("int4_centered")
+    windowed = Scheme.parse("int4_centered_window")
+
+    added = windowed.nbytes(layers, tokens, torch.bfloat16) - packed.nbytes(layers, tokens, torch.bfloat16)
+    assert packed.nbytes(layers, tokens, torch.bfloat16) == tokens * (3 * 2 * 36 + 2 * 68)
+    assert added == kept * 2 * 2 * (3 * 64 + 128)
+
+
+def test_layers_have_their_own_dtypes_and_the_scheme_s_transforms():
+    """
+    The last layer's keys are in 8 bits, its values as all; an index counts from either end.
+    """
+    scheme = Scheme.of({"dtype": "int4", "layers": {0: "fp16", "-1": {"key": "int8"}}})
+
+    names = [tuple(side.dtype.name for side in scheme.layer(i, 3)) for i in range(3)]
+    assert names == [
+        ("fp16", "fp16"),
+        ("int4_per_token_head", "int4_per_token_head"),
+        ("int8_per_token_head", "int4_per_token_head"),
+    ]
+    assert {side.name for i in range(3) for side in scheme.layer(i, 3)} == {"randomized_hadamard"}

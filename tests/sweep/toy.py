@@ -49,7 +49,12 @@ class ToyModel:
     reads_cache: bool = True
     runners: list[ToyRunner] = field(default_factory=list)
 
-    def runner(self, scheme: Scheme, *, page_size: int, scoring: str, attention: str, destroyed: bool) -> ToyRunner:
+    def learn(self, scheme: Scheme) -> dict[str, torch.Tensor]:
+        return {"0.0.0.offset": torch.ones(1, 2, 64)}
+
+    def runner(
+        self, scheme: Scheme, *, page_size: int, scoring: str, attention: str, destroyed: bool, learned: Any = None
+    ) -> ToyRunner:
         runner = ToyRunner(scheme, destroyed and self.reads_cache, self.info)
         self.runners.append(runner)
         return runner
