@@ -8,21 +8,36 @@ from types import ModuleType
 import kvbench.dtypes
 import kvbench.transforms
 from kvbench.dtypes import Affine, Cast, Dtype, all_dtypes
+from kvbench.presets import all_presets
 from kvbench.schemes import Scheme
-from kvbench.transforms import Rotation, all_rotations
+from kvbench.transforms import Rotation, Transform, all_transforms
 
 INTRODUCTION = """\
 <!-- written by docs/generate_dtypes.py (make docs); not by hand -->
 
-# Dtypes and rotations
+# Dtypes, transforms and schemes
 
-A dtype says how the head_dim values of one token and one head, a *row*, become bytes; a rotation turns the row first.
-Any dtype goes with any rotation. What each does to the bit is in its file, linked below.
+A dtype says how the head_dim values of one token and one head, a *row*, become bytes; a transform prepares the row
+first, as a rotation turns it. Any dtype goes with any transform. What each does to the bit is in its file, linked
+below. A scheme is both, for keys and for values, and what else there is.
 """
 
 SIZES = """\
 Bits per value count every byte that is stored: codes, scales and hidden zero-points. Bytes are those of keys and values
 together, for one token and one head. `auto` is shown as a 16-bit model has it.
+"""
+
+TRANSFORMS = """\
+A rotation turns blocks of channels, several side by side with equal signs where D is no power of two. `+` stands
+between transforms that follow each other, and keys and values may differ: `center+hadamard:hadamard`. In a sweep's
+YAML they stand under `rotations`.
+"""
+
+PRESETS = """\
+A sweep's `schemes` takes these names, names with a window (`int4+w64s4`: the query's own page of 64 positions, the 64
+before it, and the first 4 tokens are read in 16 bits) or with other dtypes in single layers
+(`int4+l0=int8+l-1=fp16`), and mappings with `dtype` (or `scheme`, another one's name), `rotation`, `window: {sinks,
+recent}`, `layers` and `calibration: {text, tokens}`.
 """
 
 SCHEMES = """\
@@ -66,7 +81,7 @@ def home(package: ModuleType, name: str) -> ModuleType:
     """The module of the package that defines what has this name."""
     for module in pkgutil.iter_modules(package.__path__):
         found = importlib.import_module(f"{package.__name__}.{module.name}")
-        if any(isinstance(value, Dtype | Rotation) and value.name == name for value in vars(found).values()):
+        if any(isinstance(value, Dtype | Transform) and value.name == name for value in vars(found).values()):
             return found
     raise LookupError(name)
 
@@ -106,10 +121,22 @@ def document() -> str:
         ]
         for d in dtypes
     ]
-    rotations = [
-        [f"`{r.name}`", str(r.block(128)), str(r.block(96)), first_line(module), r.source, link(module)]
-        for r in all_rotations().values()
-        for module in [home(kvbench.transforms, r.name)]
+    transforms = [
+        [
+            f"`{t.name}`",
+            *([str(t.block(128)), str(t.block(96))] if isinstance(t, Rotation) else ["-", "-"]),
+            "keys" if t.keys_only else "keys, values",
+            "yes" if t.learns else "no",
+            first_line(module if isinstance(t, Rotation) else type(t)),
+            t.source,
+            link(module),
+        ]
+        for t in all_transforms().values()
+        for module in [home(kvbench.transforms, t.name)]
+    ]
+    presets = [
+        [f"`{p.name}`", *(f"`{name}`" for name in Scheme.parse(p.name).columns().values()), p.source]
+        for p in all_presets().values()
     ]
     return "\n".join(
         [
@@ -120,9 +147,12 @@ def document() -> str:
             "## Sizes\n",
             SIZES,
             table(["dtype", "bits, D=64", "D=96", "D=128", "D=256", "bytes of K+V, D=128"], sizes),
-            "## Rotations\n",
-            "A rotation turns blocks of channels, several side by side with equal signs where D is no power of two.\n",
-            table(["rotation", "block, D=128", "D=96", "", "source", "file"], rotations),
+            "## Transforms\n",
+            TRANSFORMS,
+            table(["transform", "block, D=128", "D=96", "for", "learns", "", "source", "file"], transforms),
+            "## Schemes by name\n",
+            PRESETS,
+            table(["scheme", "dtype", "rotation", "source"], presets),
         ]
     )
 

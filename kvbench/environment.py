@@ -93,7 +93,7 @@ def git_state() -> dict[str, Any] | None:
         return None
     commit = _run("git", "-C", str(root), "rev-parse", "HEAD")
     # a new file counts, since the folders are walked; results do not
-    changes = _run("git", "-C", str(root), "status", "--porcelain", "--", "kvbench", "kernels")
+    changes = _run("git", "--no-optional-locks", "-C", str(root), "status", "--porcelain", "--", "kvbench", "kernels")
     return {"revision": commit, "dirty": changes != ""} if commit else None
 
 
