@@ -44,6 +44,7 @@ PLANTED = {
     "a lower layer imports a higher one": ("kvbench/cache/pages.py", "import kvbench.attention", "Imports point down"),
     "sweep and report meet": ("kvbench/report/__init__.py", "import kvbench.sweep", "Imports point down"),
     "a rotation knows a dtype": ("kvbench/transforms/none.py", "import kvbench.dtypes.base", "Imports point down"),
+    "what a sweep needs knows its YAML": ("kvbench/sweep/parts.py", "import kvbench.sweep.config", "A sweep is read"),
     "a module outside all layers": ("kvbench/brand_new.py", "", "Imports point down"),
     "a dtype knows Triton": ("kvbench/dtypes/int2.py", "import triton", "Definitions are pure torch"),
     "results load torch": ("kvbench/results/store.py", "import torch", "load without torch"),

@@ -243,6 +243,7 @@ def test_the_kernels_refuse_what_they_cannot_compute(qwen):
     """
     With `attention: triton` one line says why; `auto` takes the reference.
     """
-    with pytest.raises(ValueError, match="attention: triton can't serve this cell"):
-        tiny("qwen2", torch.float16).runner(Scheme.of({"dtype": "int4", "window": {"sinks": 1}}), attention="triton")
+    late = {"dtype": "int4", "rotation": "hadamard+center_constant:hadamard", "calibration": CALIBRATION}
+    with pytest.raises(ValueError, match="attention: triton can't serve this cell: no kernel computes hadamard"):
+        tiny("qwen2", torch.float16).runner(Scheme.of(late), attention="triton")
     assert qwen.runner(Scheme.of(SPECS["window"])).attention == "reference"
