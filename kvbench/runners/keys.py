@@ -22,7 +22,7 @@ from kvbench.transforms import all_rotations
 PAGE_SIZE = 16
 TINY = 1e-300
 # of the worst layer; set on three models, see docs/method.md
-LOSES, WRECKED = 0.15, 0.4
+LOSES, WRECKED = 0.12, 0.4
 
 
 @dataclass(frozen=True)
@@ -135,4 +135,4 @@ def prediction(layers: Sequence[LayerSpread]) -> str:
 
 
 def _verdict(noise: float) -> str:
-    return "fails" if noise > WRECKED else "loses accuracy" if noise > LOSES else "holds"
+    return "fails" if noise > WRECKED else "loses accuracy" if noise > LOSES else "may hold"

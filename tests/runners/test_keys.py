@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvbench.calibration import Calibration
 from kvbench.cli.app import app
 from kvbench.runners.base import ModelInfo
-from kvbench.runners.keys import LayerSpread, key_spreads, prediction, spread
+from kvbench.runners.keys import LayerSpread, Spread, key_spreads, prediction, spread
 from kvbench.runners.load import NoTokenizer
 from kvbench.runners.transformers import TransformersModel
 
@@ -131,3 +131,12 @@ def test_the_table_fits_a_terminal_and_json_has_all(biased, monkeypatch):
     ]
     assert record["layers"] == [asdict(one) for one in layers]
     assert record["calibration"] == Calibration(tokens=128).identity()
+
+
+def test_a_prediction_contradicts_no_committed_result():
+    """SmolLM2's keys have int4 noise of 0.23, rotated 0.15: perplexity x 1.18 and x 1.07, which both lose accuracy."""
+    keys = Spread(9.0, 1.0, 3.0, 0.23, 0.15, 0.11)
+
+    said = prediction([LayerSpread(0, keys, keys)])
+
+    assert "as they are 0.23 (loses accuracy), rotated 0.15 (loses accuracy), centred 0.11 (may hold)" in said
