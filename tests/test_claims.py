@@ -197,3 +197,25 @@ def test_the_other_shapes_are_those_of_the_records():
             assert agrees(ratio, row["speedup"]), (name, dtype, row["speedup"])
         # it was timed beside each grid of rows
         assert any(agrees(peer, decode(one, shape=SHAPES[name])["best_16bit_us"]) for one in head[2:]), name
+
+
+def test_the_noise_of_keys_is_the_committed_one():
+    """docs/method.md's int4 noise is the worst layer's of results/keys, the perplexity the reports'."""
+    models = {"SmolLM2-135M": "smollm2-135m-instruct", "Gemma-3-270M": "gemma3-270m"}
+    models |= {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b-instruct"}
+    runs = dict(zip(models, ("matrix-smollm2", "matrix-gemma3", "keys-int4-qwen0.5b"), strict=True))
+    rows = table("docs/method.md", "| | noise | rotated | centred |")[1:]
+
+    assert [row[0] for row in rows] == list(models)
+    for name, *shown in rows:
+        layers = json.loads((ROOT / "results" / "keys" / f"{models[name]}.json").read_text(encoding="utf-8"))["layers"]
+        noise = ("int4_noise", "int4_noise_rotated", "int4_noise_centred")
+        assert shown[:3] == [f"{max(layer['keys'][field] for layer in layers):.2f}" for field in noise]
+        report = json.loads((ROOT / "results" / runs[name] / "report.json").read_text(encoding="utf-8"))
+        for text, rotation in zip(shown[3:], ("none", "hadamard"), strict=True):
+            (value,) = (
+                row["value"]
+                for row in report
+                if (row["dtype"], row["rotation"], row["metric"]) == ("int4_per_token_head", rotation, "ppl_ratio")
+            )
+            assert float(text) == pytest.approx(value, abs=digits(text)[1])
