@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from kvbench.files import read_text
+
 TOKENS = 8192
 DOCUMENT = 2048  # tokens of a document at most, each from position 0
 SHIPPED = "calibration.txt"  # our own documentation as it once was, which no task scores
@@ -86,7 +88,7 @@ def _read(path: Path | None) -> str:
     if path is None:
         return files("kvbench").joinpath(SHIPPED).read_text(encoding="utf-8")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"calibration: text {path} cannot be read: {reason}") from None

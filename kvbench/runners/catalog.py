@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvbench.environment import Check
+from kvbench.files import NotAFileError, check_file
 from kvbench.registry import suggest
 from kvbench.runners.model_files import Layers, ModelError, file_sha256, one_line, read_json
 
@@ -197,8 +198,18 @@ def _embedded_source(model: EmbeddedModel) -> ModelSource:
     return ModelSource(model.name, "embedded", files[0], slices=tuple(files))
 
 
+def _check(file: Path) -> None:
+    """Raises ModelError for a FIFO or a device, which would be read for ever."""
+    try:
+        check_file(file)
+    except NotAFileError as error:
+        raise ModelError(f"model '{file.name}': {error}") from None
+
+
 def _gguf_source(file: Path) -> ModelSource:
-    if not file.is_file():
+    if file.exists():
+        _check(file)
+    else:
         others = [path.name for path in file.parent.glob("*.gguf")]
         hint = f": {suggest(file.name, others)}" if others else ""
         raise ModelError(f"model '{file}': there is no such file{hint}")
@@ -206,12 +217,16 @@ def _gguf_source(file: Path) -> ModelSource:
 
 
 def _shape_source(file: Path) -> ModelSource:
-    if not file.is_file():
+    if not file.exists():
         raise ModelError(f"model '{file}': there is no such file; a .json file is a model's configuration")
+    _check(file)
     return ModelSource(f"{file.stem} (random weights)", "shape", file)
 
 
 def _folder_source(folder: Path) -> ModelSource:
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_dir():
+            _check(file)
     if not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"name its file {files[0]}" if files else "a model folder has one beside its weights and tokenizer"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.environment import cache_dir
+from kvbench.files import read_text
 
 Layers = tuple[tuple[int, int], ...]  # (KV heads, head_dim) of each layer that has a KV cache
 
@@ -61,11 +62,7 @@ def file_sha256(*paths: Path) -> str:
             return known
     except OSError:
         pass
-    hashed = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: hashed)
-    digest = hashed.hexdigest()
+    digest = read_sha256(*paths)
     if any(abs(time.time() - s.st_mtime) < CLOCK_STEP_S for s in stats):
         return digest
     try:
@@ -76,6 +73,15 @@ def file_sha256(*paths: Path) -> str:
     except OSError:
         pass  # a cache that can't be written costs time, nothing else
     return digest
+
+
+def read_sha256(*paths: Path) -> str:
+    """The SHA-256 of a file, or of several joined, all of it read."""
+    hashed = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: hashed)
+    return hashed.hexdigest()
 
 
 @contextmanager
@@ -95,8 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: no such file, or no object in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_float_or_object)
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path), object_hook=_float_or_object)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"cannot read {path}: expected an object, got {type(content).__name__}")

@@ -70,6 +70,7 @@ class LmEval(Options):
     def identity(self) -> dict[str, Any]:
         data: dict[str, str] = {}
         for leaf in self._leaves():
+            leaf.check_shots(self.num_fewshot)
             if leaf.mirrored:
                 place, files = leaf.mirrored
                 data |= {f"{place}/{split}": mirror.digest(file) for split, file in files.items()}
@@ -241,16 +242,47 @@ class _Leaf:
 
     def needed_splits(self, num_fewshot: int | None) -> list[str]:
         """The split that is scored, and the one that few-shot examples come from."""
-        config = self.config
-        scored = config.get("test_split") or config.get("validation_split")
-        shots = config.get("num_fewshot")
-        if num_fewshot is not None and shots != 0:  # lm-eval lets a task that says 0 keep it
-            shots = num_fewshot
-        examples = config.get("fewshot_config") or {}
-        if not shots or "samples" in examples:
+        scored = self._scored
+        if not self.shots(num_fewshot) or "samples" in (self.config.get("fewshot_config") or {}):
             return [scored] if scored else []
-        from_split = config.get("fewshot_split") or examples.get("split") or config.get("training_split")
-        return list(dict.fromkeys(filter(None, (scored, from_split or config.get("validation_split") or scored))))
+        return list(dict.fromkeys(filter(None, (scored, self._shown))))
+
+    @property
+    def _scored(self) -> str | None:
+        split: str | None = self.config.get("test_split") or self.config.get("validation_split")
+        return split
+
+    @property
+    def _named(self) -> str | None:
+        """The split that the task names for few-shot examples."""
+        split: str | None = self.config.get("fewshot_split") or (self.config.get("fewshot_config") or {}).get("split")
+        return split
+
+    @property
+    def _shown(self) -> str | None:
+        """The split that few-shot examples come from."""
+        first: str | None = self.config.get("training_split") or self.config.get("validation_split")
+        return self._named or first or self._scored
+
+    def shots(self, num_fewshot: int | None) -> int:
+        """How many few-shot examples a prompt has."""
+        own = self.config.get("num_fewshot")
+        # lm-eval lets a task that says 0 keep it
+        return own or 0 if num_fewshot is None or own == 0 else num_fewshot
+
+    def check_shots(self, num_fewshot: int | None) -> None:
+        """Raises ValueError for more examples than there are, as far as the task or a mirror's file says."""
+        samples = (self.config.get("fewshot_config") or {}).get("samples")
+        if isinstance(samples, list):
+            there, where = len(samples), "the task itself"
+        elif samples is None and self.mirrored and (file := self.mirrored[1].get(self._shown or "")):
+            # a document that is scored is no example of its own, and lm-eval draws one more
+            own = self._named == self.config.get("test_split")
+            there, where = len(mirror.rows(file)) - own, f"the split {self._shown}"
+        else:
+            return
+        if (shots := self.shots(num_fewshot)) > there:
+            raise ValueError(f"task {self.name}: num_fewshot {shots}, and {where} has {there} examples")
 
     def answers(self) -> int | None:
         """Rows of the scored split in the mirror; None without one, and where a text is scored instead of answers."""
@@ -272,10 +304,7 @@ class _Leaf:
         rows = mirror.rows(file)
         if limit is not None:
             rows = rows[:limit]
-        shots = self.config.get("num_fewshot")
-        if num_fewshot is not None and shots != 0:
-            shots = num_fewshot
-        tokens = (1 + (shots or 0)) * sum(map(_letters, rows)) / LETTERS_PER_TOKEN
+        tokens = (1 + self.shots(num_fewshot)) * sum(map(_letters, rows)) / LETTERS_PER_TOKEN
         if self.config.get("output_type", "generate_until") != "generate_until":
             return Work(tokens)
         most = (self.config.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS)
@@ -398,8 +427,21 @@ def _load(options: str, identity: str, tokenizer: Any) -> tuple[dict[str, Any], 
             leaf.set_config(key="num_fewshot", value=task.num_fewshot)
         elif preset is None:
             leaf.set_config(key="num_fewshot", value=0)
+        _check_examples(leaf)
         _build_once(leaf)
     return loaded, {}
+
+
+def _check_examples(task: Any) -> None:
+    """Raises ValueError where lm-eval's task has fewer examples than its prompts are to show."""
+    shots = task.get_config("num_fewshot")
+    if not shots or not hasattr(task, "fewshot_cfg"):
+        return
+    docs = task.fewshot_docs()
+    there = len(docs if hasattr(docs, "__len__") else list(docs))
+    there -= task.fewshot_cfg.split == task.config.test_split  # as lm-eval decides whether to draw one more
+    if shots > there:
+        raise ValueError(f"task {task.config.task}: num_fewshot {shots}, and there are {there} examples")
 
 
 def _build_once(task: Any) -> None:

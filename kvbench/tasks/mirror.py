@@ -9,6 +9,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from kvbench.files import read_bytes, read_text
+
 # Where a mirror may hold a relative of what a stock task names: the same articles, rare words written <unk>.
 STAND_INS = {("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"): ("wikitext", "wikitext-2-v1")}
 
@@ -27,9 +29,12 @@ def digest(path: Path) -> str:
     """The file's SHA-256, once its rows were found whole; kept while its size and time stay.
 
     Raises:
-        ValueError: a broken row, as `file:line: what is wrong`.
+        ValueError: no file, or a broken row, as `file:line: what is wrong`.
     """
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return _checked(path, stat.st_mtime_ns, stat.st_size)
 
 
@@ -37,11 +42,11 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file.
 
     Raises:
-        ValueError: a line that is no JSON object, or that lacks a field of the first, as `file:line: what is wrong`.
+        ValueError: no file; or, as `file:line: what is wrong`, a line that is no JSON object or lacks a field.
     """
     found: list[dict[str, Any]] = []
     # not splitlines(): text in JSON may hold other line separators as they are
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(_text(path).rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -99,7 +104,16 @@ def _hub_says(dataset_path: str) -> str | None:
     return None
 
 
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+
+
 @lru_cache(maxsize=256)
 def _checked(path: Path, mtime_ns: int, size: int) -> str:
     rows(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()

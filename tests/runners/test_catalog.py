@@ -182,3 +182,23 @@ def test_a_hub_model_is_available_once_it_is_whole_in_the_cache(hub):
     assert facts.shape(found) == (((2, 16),) * 2, 128)
     assert [row["name"] for row in facts.list_models()][len(catalog.EMBEDDED) :] == ["org/whole"]
     assert not catalog.resolve("org/whole", revision="v2").available
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["m.gguf", "m.json", "folder/config.json", "folder/model.safetensors.index.json", "folder/tokenizer.json"],
+)
+def test_what_is_no_file_is_not_opened(name, tmp_path):
+    """
+    A FIFO in place of a model's file, or of one in its folder, is refused at once: reading it would never end.
+    """
+    if name.startswith("folder/"):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("")
+        (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+
+    with pytest.raises(ModelError, match=rf"{re.escape(name)} is a FIFO: expected a file$"):
+        catalog.resolve(str((tmp_path / name).parent if name.startswith("folder/") else tmp_path / name))

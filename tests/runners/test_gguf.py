@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import unicodedata
 from dataclasses import replace
@@ -295,6 +296,60 @@ def test_a_model_is_converted_once(tmp_path, cache, monkeypatch):
 
     assert torch.equal(logits(first), logits(second))
     assert info == again
+
+
+def other_weights(folder):
+    file = folder / "model-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def a_fifo(folder):
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+
+
+DAMAGES = {
+    "a bit of the weights": (other_weights, "model-00001.safetensors was changed after it was written"),
+    "a file lost": (lambda folder: (folder / "generation_config.json").unlink(), "it lacks the file, generation_conf"),
+    "a file more": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "it has another file, adapter_c"),
+    "a FIFO": (a_fifo, "it is no file"),
+    "broken sums": (lambda folder: (folder / "checksums.json").write_text("["), "cannot read"),
+    "of before checksums": (lambda folder: (folder / "checksums.json").unlink(), "it has no checksums"),
+}
+
+
+@pytest.mark.parametrize(("damage", "why"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_conversion_is_made_again(tmp_path, cache, caplog, damage, why):
+    """What is not as it was written, or can't be proved to be, is replaced with a line: then it is whole, and used."""
+    file = write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama")
+    source = catalog.resolve(str(file))
+    folder = load.prepare(source)
+    before = logits(load.load(source, "float32")[0])
+    caplog.clear()
+    damage(folder)
+
+    model, _, _ = load.load(source, "float32")
+
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("kvbench")]
+    assert line.startswith(f"{folder}: ")
+    assert why in line
+    assert line.endswith("; converted again")
+    assert torch.equal(logits(model), before)
+    caplog.clear()
+    assert load.prepare(source) == folder
+    assert not caplog.records
+
+
+def test_a_damaged_float32_folder_serves_nobody(tmp_path, cache):
+    """A sweep in 16 bits takes the float32 conversion where it is whole, and makes its own where it is not."""
+    source = catalog.resolve(str(write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama")))
+    whole = load.prepare(source)
+    assert load.prepare(source, "bfloat16") == whole
+    other_weights(whole)
+
+    assert load.prepare(source, "bfloat16").name == f"{whole.name}-bfloat16"
 
 
 def test_a_conversion_that_ended_early_leaves_nothing(tmp_path, cache, monkeypatch):

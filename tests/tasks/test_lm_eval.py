@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 from dataclasses import replace
@@ -355,3 +356,33 @@ def test_ruler_counts_with_the_loaded_tokenizer(tmp_path, context):
 
     assert not (tmp_path / "ran").exists()
     assert len(outcome.samples) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [
+        ({"task": "gsm8k"}, "the split train has 6 examples"),
+        ({"task": "gsm8k_cot"}, "the task itself has 8 examples"),
+    ],
+)
+def test_more_examples_than_there_are_is_one_line(options, there, mirror):
+    """
+    It is known when the sweep is planned: what there is may be asked for, and one more is refused with both numbers.
+    """
+    most = int(there.split()[-2])
+    make_task({**options, "num_fewshot": most}, mirror).identity()
+
+    with pytest.raises(ValueError, match=rf"num_fewshot {most + 1}, and {there}$"):
+        make_task({**options, "num_fewshot": most + 1}, mirror).identity()
+
+
+def test_a_mirror_s_pipe_is_not_opened(mirror):
+    """
+    What is no file in the data folder is named, where reading it would never end.
+    """
+    (file,) = mirror.glob("**/gsm8k/main/test.jsonl")
+    file.unlink()
+    os.mkfifo(file)
+
+    with pytest.raises(ValueError, match=r"test\.jsonl cannot be read: it is no regular file, but a pipe or a device"):
+        make_task("gsm8k", mirror).identity()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.environment import cache_dir
+from kvbench.files import discard
 from kvbench.runners.gguf.base import GGUFFile, Tokenizer
 from kvbench.runners.gguf.read import architectures, read_gguf, tokenizers
 from kvbench.runners.model_files import (
@@ -16,6 +18,8 @@ from kvbench.runners.model_files import (
     file_sha256,
     one_error,
     one_line,
+    read_json,
+    read_sha256,
     transformers_config,
     write_json,
 )
@@ -28,6 +32,9 @@ CONVERTER = 1  # part of a converted model's revision: raise it when the same fi
 FOLDER = 2  # of a converted folder's name: raise it when an earlier conversion may be wrong in some environment
 SHARD_BYTES = 2**30
 SLICE_BYTES = 2**26
+SUMS = "checksums.json"  # of a converted folder: the SHA-256 of each other file in it
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -40,7 +47,8 @@ def convert(
     and in 16 bits takes half the disk and half the time. A float32 folder serves all.
     sha256: what the file must be.
 
-    A conversion is written to a draft and renamed, one process at a time; what a killed one left is removed.
+    A conversion is written to a draft and renamed, one process at a time; what a killed one left is removed. One whose
+    files are not as they were written, or that is from before there were checksums, is replaced, with a line.
 
     Raises:
         ModelError: another file, a broken one, or one that has more in it than its architecture.
@@ -50,8 +58,8 @@ def convert(
     home = cache_dir() / "models"
     whole = home / f"{stem}-{(sha256 or file_sha256(*files))[:16]}-c{CONVERTER}.{FOLDER}"
     folder = whole if dtype == "float32" else whole.with_name(f"{whole.name}-{dtype}")
-    for known in (whole, folder):
-        if known.is_dir():
+    for known in (folder, whole):
+        if known.is_dir() and not _damage(known):
             return known
     if sha256 and (found := file_sha256(*files)) != sha256:
         raise ModelError(f"has sha256 {found[:16]}…, not {sha256[:16]}…")
@@ -60,8 +68,10 @@ def convert(
     except OSError as error:
         raise ModelError(f"cannot make the cache directory {home}, set KVBENCH_CACHE: {one_line(error)}") from error
     with one_error(f"{files[0].name} cannot be converted"), FileLock(home / f"{folder.name}.lock"):
-        if folder.is_dir():
-            return folder
+        if folder.exists():
+            if not (damage := _damage(folder)):
+                return folder
+            logger.warning("%s: %s; converted again", folder, damage)
         draft = home / f".draft-{folder.name}"  # of this name only under the lock: any that is there was abandoned
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
@@ -73,10 +83,30 @@ def convert(
             _write_folder(opened, _tensor_names(opened, file.name), file, draft, dtype)
             if file.parent == draft:
                 file.unlink()
+            write_json(draft / SUMS, {path.name: read_sha256(path) for path in draft.iterdir()})
+            discard(folder)
             draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _damage(folder: Path) -> str:
+    """Why a converted folder is not as it was written; empty where it is. What has not changed is hashed once."""
+    if not (folder / SUMS).exists():
+        return "it has no checksums"
+    try:
+        sums = read_json(folder / SUMS)
+        # what begins with a dot no loader reads
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {SUMS}
+        if odd := sorted(names ^ sums.keys()):
+            return f"it {'has another file' if odd[0] in names else 'lacks the file'}, {odd[0]}"
+        for name in sorted(names):
+            if file_sha256(folder / name) != sums[name]:
+                return f"{name} was changed after it was written: its checksum is another"
+    except (OSError, ModelError) as error:
+        return one_line(error)
+    return ""
 
 
 def _joined(files: Sequence[Path], draft: Path) -> Path:
