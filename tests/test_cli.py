@@ -120,15 +120,15 @@ def test_a_session(kvbench, toy, tmp_path):
 
     before = kvbench("plan", config)
     assert before.exit_code == 0
-    assert "12 cells: 0 done, 0 failed, 12 to run" in before.stdout
+    assert "16 cells: 0 done, 0 failed, 16 to run" in before.stdout
     assert not (tmp_path / "results").exists()
 
     swept = kvbench("sweep", config)
     assert swept.exit_code == 0
     assert swept.stdout == ""
-    assert "12 of 12 cells done" in swept.stderr
+    assert "16 of 16 cells done" in swept.stderr
 
-    assert "12 cells: 12 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
+    assert "16 cells: 16 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
 
     report = kvbench("report", "results/toys")
     assert report.exit_code == 0
@@ -152,7 +152,11 @@ def test_a_comparison(kvbench, toy, tmp_path):
     rows = json.loads(kvbench("compare", "results/toys", "--format", "json").stdout)
     promised = "model dtype rotation task metric baseline value difference ci_low ci_high n test p_holm verdict"
     assert all(set(promised.split()) <= set(row) for row in rows)
-    assert {row["dtype"] for row in rows} == {"again", "int8_per_token_head"}
+    assert {row["dtype"] for row in rows} == {
+        "again",
+        "int8_per_token_head",
+        *(f"again {seed} of int8_per_token_head" for seed in (1, 2)),
+    }
 
     assert kvbench("check", "again", "--write", "baseline.json").exit_code == 0
     for against in ("again", "baseline.json"):
@@ -453,7 +457,7 @@ def test_plan_as_json(kvbench, toy, tmp_path):
     """
     rows = json.loads(kvbench("plan", toy.write_config(tmp_path / "toys.yaml"), "--format", "json").stdout)
 
-    assert len(rows) == 12
+    assert len(rows) == 16
     assert {row["status"] for row in rows} == {"to run"}
     assert {row["dtype"]: row["kv_bytes_per_token"] for row in rows}["int2_per_token_head"] == 3 * 2 * 2 * (16 + 4)
 
@@ -470,7 +474,7 @@ def test_a_plan_says_what_is_missing(kvbench, toy, tmp_path):
 
     assert result.exit_code == 0
     assert "  model absent: fetch it from somewhere\n  toy_b wants a file\n" in result.stdout
-    assert "12 to run" in result.stdout
+    assert "16 to run" in result.stdout
 
 
 def test_a_plan_warns_of_a_task_longer_than_the_model(kvbench, toy, tmp_path):
@@ -599,7 +603,8 @@ def test_a_lost_run_json_is_no_verdict(kvbench, toy, tmp_path):
     assert "no verdicts: run.json is missing or broken" in kvbench("report", "results/toys").stdout
     assert "int8_per_token_head" in kvbench("compare", "results/toys", "--baseline", "fp16").stdout
     assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "base.json").stdout
-    assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "results/toys").stdout
+    broken = kvbench("check", "results/toys", "--against", "results/toys")
+    assert broken.stdout.startswith("FAILED in the baseline: results/toys/run.json: not read")
 
 
 def test_a_broken_record_is_named(kvbench, toy, tmp_path):
@@ -739,4 +744,4 @@ def test_the_result_is_the_last_line(toy, tmp_path):
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
 
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == f"4 of 4 cells done · kvbench report {tmp_path / 'run'}"
+    assert done.stderr.splitlines()[-1] == f"6 of 6 cells done · kvbench report {tmp_path / 'run'}"

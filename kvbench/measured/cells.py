@@ -33,13 +33,24 @@ class Cell:
 
     @property
     def scheme(self) -> tuple[str, str]:
-        """dtype and rotation as the tables have them; "canary" and "again" are the controls."""
+        """dtype and rotation as the tables have them; a control's is "canary", "again", or "again 1 of" a dtype."""
         return self.dtype, self.rotation
 
     @property
+    def again(self) -> bool:
+        """Whether this is a scheme once more."""
+        return bool(self.identity.get("again"))
+
+    @property
+    def repeats(self) -> tuple[str, str]:
+        """What tables call the scheme that it stores by: of an A/A cell, the one that it is once more."""
+        scheme = self.identity["scheme"]
+        return scheme["dtype"], scheme["rotation"]
+
+    @property
     def control(self) -> bool:
-        """Whether this is the destroyed cache, or the baseline once more."""
-        return self.dtype in ("canary", "again")
+        """Whether this is the destroyed cache, or a scheme once more."""
+        return self.dtype == "canary" or self.again
 
     @cached_property
     def key(self) -> str:
@@ -48,7 +59,7 @@ class Cell:
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity without what a comparison is about: the scheme, and that this is the A/A cell."""
+    """An identity without what a comparison is about: the scheme, and that this is an A/A cell."""
     return {name: value for name, value in identity.items() if name not in ("scheme", "again")}
 
 

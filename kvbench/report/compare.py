@@ -76,7 +76,7 @@ def compare(
         floor = next((canary for canary in canaries if base and canary.key == base.key), None)
         for metric in dict.fromkeys([*cell.series, *cell.absent, *(base.series if base else ())]):
             if not wrong and metric in cell.absent and base and metric in base.absent:
-                if cell.dtype == "again" and base.values.get(metric):
+                if cell.again and base.values.get(metric):
                     found.append(_moved(cell, base, metric))
                 absent.setdefault(cell.absent[metric], {})[f"{cell.task} {metric}"] = None
                 continue
@@ -112,8 +112,8 @@ def _pairs(
     for cell in cells.cells:
         if cell.dtype == "canary" or (cells is measured and cell.scheme == scheme) or (scheme is None and cell.control):
             continue
-        # what the A/A cell repeats is the baseline of its own sweep, whatever the others are compared with
-        source, wanted = (cells, cells.baseline or scheme) if cell.dtype == "again" else (measured, scheme)
+        # what an A/A cell repeats is of its own sweep, whatever the others are compared with
+        source, wanted = (cells, cell.repeats) if cell.again else (measured, scheme)
         wanted = wanted or cell.scheme
         there = [base for base in source.cells if base.scheme == wanted and base.task == cell.task]
         base = next((base for base in there if base.key == cell.key), None)
@@ -185,6 +185,7 @@ def _compared(
         metric,
         " · ".join(base.scheme) if base else "",
         cell=cell.name,
+        again=cell.again,
     )
     here = cell.series.get(metric)
     there = base.series.get(metric) if base else None
@@ -226,7 +227,9 @@ def _moved(cell: Cell, base: Cell, metric: str) -> Comparison:
     """How far a number without documents, such as a speed, moved when it was measured again."""
     here, there = cell.values[metric], base.values[metric]
     place = (cell.model, cell.dtype, cell.rotation, cell.task, metric, " · ".join(base.scheme))
-    return Comparison(*place, baseline=there, value=here, difference=here / there - 1, unit="relative", cell=cell.name)
+    return Comparison(
+        *place, baseline=there, value=here, difference=here / there - 1, unit="relative", cell=cell.name, again=True
+    )
 
 
 def _relative(log: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from kvbench.measured import Measured, prompt_forms
 from kvbench.render import markdown as md
@@ -104,19 +105,44 @@ def _number(value: float | None) -> str:
 
 
 def noise_floor(found: Comparisons) -> list[str]:
-    """A line a model on the A/A cells: their flips, or how far a number moved."""
+    """A line a model on the A/A cells: their flips, or how far a number moved; then one on a low-bit scheme's."""
     lines = []
     for model in dict.fromkeys(row.model for row in found.again):
         parts = []
-        for row in (row for row in found.again if row.model == model):
+        for row in (row for row in found.again if row.model == model and row.dtype == "again"):
             if row.verdict == "INVALID":
                 parts.append(f"{row.task} {row.metric} INVALID: {row.reason}")
             elif row.unit == "share":
                 parts.append(f"{row.task} {row.metric} {(row.worse or 0) + (row.better or 0)} of {row.n} flipped")
             else:
                 parts.append(f"{row.task} {row.metric} {shown_difference(row.difference, row.unit)}")
-        lines.append(f"A/A (the baseline again; other batches and seed, but for speeds), {model}: " + "; ".join(parts))
+        if parts:
+            what = "the baseline again; other batches and seed, but for speeds"
+            lines.append(f"A/A ({what}), {model}: " + "; ".join(parts))
+        lines += _nudged([row for row in found.again if row.model == model and row.dtype != "again"])
     return lines
+
+
+def _nudged(rows: Sequence[Comparison]) -> Iterator[str]:
+    """A line on a low-bit scheme under noise of one ulp: between what its numbers lie, or how many answers flip."""
+    for model, against in dict.fromkeys((row.model, row.against) for row in rows if row.verdict is None):
+        places: dict[str, list[Comparison]] = {}
+        for row in rows:
+            if (row.model, row.against) == (model, against) and row.verdict is None:
+                places.setdefault(f"{row.task} {row.metric}", []).append(row)
+        parts = [f"{place} {_floor(repeats)}" for place, repeats in places.items()]
+        times = max(map(len, places.values()))
+        what = f"{against} again, {times} times, with one ulp of noise in the embedding"
+        yield f"A/A of a quantized cache ({what}), {model}: " + "; ".join(parts)
+
+
+def _floor(repeats: Sequence[Comparison]) -> str:
+    if repeats[0].unit == "share":
+        flipped = ", ".join(str((row.worse or 0) + (row.better or 0)) for row in repeats)
+        return f"{flipped} of {repeats[0].n} flipped"
+    values = [value for row in repeats for value in (row.baseline, row.value) if value is not None]
+    unit = {"nats": " nats", "pp": " %"}.get(repeats[0].unit, "")
+    return "–".join(dict.fromkeys((shown_number(min(values)), shown_number(max(values))))) + unit
 
 
 def control_notes(measured: Measured, found: Comparisons, other: Measured | None = None) -> list[str]:

@@ -81,7 +81,8 @@ def _absence(store: Store, cell: str) -> str:
 
 
 def _baseline(measured: Measured, cell: Cell) -> Cell:
-    same = [one for one in measured.cells if one.scheme == measured.baseline and one.task == cell.task]
+    scheme = cell.repeats if cell.again else measured.baseline
+    same = [one for one in measured.cells if one.scheme == scheme and one.task == cell.task]
     base = next((one for one in same if one.key == cell.key), None)
     if base is cell:
         others = [one.name for one in measured.cells if one.key == cell.key and one is not cell and not one.control]

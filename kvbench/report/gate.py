@@ -51,7 +51,7 @@ def check(
     """
     found = compare(against, measured, margin=margin or against.margin)
     own = compare(measured).rows if measured.baseline else []
-    floor = {(row.model, row.task, row.metric): _moved(row) for row in own if row.again}
+    floor = {(row.model, row.task, row.metric): _moved(row) for row in own if row.again and row.dtype == "again"}
     failed = []
     expected = [old for old in against.cells if not old.control]
     partners = {(cell.scheme, cell.key): cell for cell in measured.cells}

@@ -161,10 +161,9 @@ class Report:
         def key(record: Record) -> tuple[Any, ...]:
             # the A/A cell stands below what it repeats
             baseline = self.run.get("baseline") or {}
-            scheme = (baseline.get("dtype", "") if record.again else record.dtype, record.rotation)
-            place: float = order.index(scheme) if scheme in order else len(order)
-            if record.again:  # below the baseline, which the sweep lists first
-                place = 0.5
+            own = record.identity.get("scheme", {}).get("dtype") or baseline.get("dtype", "")
+            scheme = (own if record.again else record.dtype, record.rotation)
+            place = order.index(scheme) if scheme in order else len(order)
             task = tasks.index(record.task) if record.task in tasks else len(tasks)
             return (
                 group_of(record),
@@ -172,6 +171,7 @@ class Report:
                 -(record.bits_per_value or 0),
                 scheme,
                 record.again,
+                record.dtype,
                 task,
                 record.task,
                 record.cell,

@@ -24,7 +24,7 @@ class Comparison:
     against: the baseline's scheme. baseline, value: of the metric; difference: value less baseline, for a perplexity
     their ratio less 1; ci_low, ci_high: its 95 % interval. unit: of the difference. worse, better: documents that
     moved. p_holm: after Holm over the whole report. margin: in the difference's unit. n_to_decide: documents that would
-    decide what is INCONCLUSIVE. reason: of a verdict, where it has one. verdict: None for the A/A cell.
+    decide what is INCONCLUSIVE. reason: of a verdict, where it has one. verdict: None for an A/A cell (again).
     """
 
     model: str
@@ -51,11 +51,7 @@ class Comparison:
     reason: str = ""
     cell: str = ""
     higher_is_better: bool | None = None
-
-    @property
-    def again(self) -> bool:
-        """Whether this is the A/A cell, whose flips are the noise floor."""
-        return self.dtype == "again"
+    again: bool = False
 
 
 COLUMNS = tuple(Comparison.__dataclass_fields__)

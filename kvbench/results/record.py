@@ -44,8 +44,8 @@ class Record:
     """One cell as it was measured, or as it failed.
 
     cell: its name, a slug and a hash of `identity`. identity: all that decides its numbers.
-    model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the destroyed cache, "again" for the
-    baseline once more.
+    model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the destroyed cache; of a scheme once
+    more what `dtype_label` says.
     bits_per_value: true bits over all layers, every scale counted; kv_bytes_per_token: of all layers together.
     limit: documents a task was cut to by `--limit`, a quick look; None for a real run.
     timings: seconds, and what else was counted while they passed: tokens, bytes. error: one line; traceback: all of it.
@@ -78,8 +78,8 @@ class Record:
 
     @property
     def again(self) -> bool:
-        """Whether this is the baseline once more, whose difference from it is the noise floor."""
-        return self.dtype == "again"
+        """Whether this is the baseline or a low-bit scheme once more, whose difference from it is the noise floor."""
+        return bool(self.identity.get("again"))
 
     @property
     def kernel(self) -> bool:
@@ -138,7 +138,7 @@ class Record:
     def _claims(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the record says, and what the identity does, of the same things."""
         identity, model = self.identity, self.model["name"].rsplit("/", 1)[-1]
-        destroyed, again = bool(identity["scheme"].get("destroyed")), bool(identity.get("again"))
+        destroyed = bool(identity["scheme"].get("destroyed"))
         said = {
             **{f"model {name}": self.model.get(name) for name in ("name", "revision", "compute_dtype")},
             **{name: getattr(self, name) for name in ("dtype", "rotation", "limit", "scoring")},
@@ -147,7 +147,7 @@ class Record:
         }
         meant = {
             **{f"model {name}": identity["model"].get(name) for name in ("name", "revision", "compute_dtype")},
-            "dtype": "canary" if destroyed else "again" if again else identity["scheme"]["dtype"],
+            "dtype": "canary" if destroyed else dtype_label(identity["scheme"]["dtype"], identity.get("again", 0)),
             "rotation": identity["scheme"]["rotation"],
             "limit": identity["limit"],
             "scoring": identity["scoring"],
@@ -165,6 +165,16 @@ class Record:
         said = {name: row[name] for name in (*kernel, *scheme)}
         said |= {"task": self.task, "dtype": self.dtype, "rotation": self.rotation}
         return said, {"task": kernel_task(kernel), **kernel, **scheme}
+
+
+def dtype_label(dtype: str, again: bool | int) -> str:
+    """What tables call the dtype of a cell; again: True for the baseline once more, else which noise a repeat is under.
+
+    0: no repeat.
+    """
+    if again is True:
+        return "again"
+    return f"again {again} of {dtype}" if again else dtype
 
 
 def kernel_task(row: Mapping[str, Any]) -> str:

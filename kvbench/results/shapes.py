@@ -24,8 +24,8 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
     if kind in (Union, types.UnionType):
         if value is None and types.NoneType in inner:
             return None
-        (hint,) = (one for one in inner if one is not types.NoneType)
-        return read_as(hint, value, where)
+        others = [one for one in inner if one is not types.NoneType]
+        return read_as(next((one for one in others if type(value) is one), others[0]), value, where)
     if kind is Literal:
         if value in inner and isinstance(value, str):
             return value
@@ -186,7 +186,7 @@ class CellIdentity(TypedDict):
     scoring: str
     seed: int
     limit: int | None
-    again: NotRequired[bool]
+    again: NotRequired[bool | int]
 
 
 class KernelIdentity(TypedDict):

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +37,7 @@ from kvbench.runners.lanes import GRAPH_SIZES, Lanes, Made, Run
 from kvbench.runners.learned import unpack
 from kvbench.runners.load import load as load_model
 from kvbench.runners.model_files import ComputeDtype
+from kvbench.runners.nudge import nudged
 from kvbench.runners.prefix import MIN_SHARED, Segment, build_tree, segments
 from kvbench.runners.probe import Windows, decoder_of, windows
 from kvbench.runners.processors import Processors, with_defaults
@@ -229,6 +230,7 @@ class TransformersModel:
         attention: Attention = "auto",
         destroyed: bool = False,
         learned: Tensors | None = None,
+        nudge: int = 0,
     ) -> TransformersRunner:
         """This model with its keys and values stored by `scheme`.
 
@@ -238,7 +240,7 @@ class TransformersModel:
         prompt before they store it.
         attention: "auto" takes the Triton kernels on a GPU where they can serve; an explicit choice never falls back.
         destroyed: the canary; see PagedCache. learned: what `learn` gave for a scheme that learns; learned here and now
-        where it is not given.
+        where it is not given. nudge: the seed of a noise of one ulp in the model's embedding; 0: without.
 
         Raises:
             ValueError: a model that can't have the scheme, or an attention that can't serve it.
@@ -247,7 +249,7 @@ class TransformersModel:
         if scheme.learns and learned is None:
             learned = self.learn(scheme)
         known = None if learned is None else unpack(learned, scheme, len(self.info.layers))
-        return TransformersRunner(self, scheme, page_size, scoring, attention, destroyed, known)
+        return TransformersRunner(self, scheme, page_size, scoring, attention, destroyed, known, nudge)
 
     def learn(self, scheme: Scheme) -> Tensors:
         """What the scheme's transforms learn of this model from its calibration text.
@@ -274,6 +276,7 @@ class TransformersRunner:
     attention: Attention
     destroyed: bool
     learned: Learned | None = None
+    nudge: int = 0
     limits: Limits = field(init=False)
     # packed; with a window the same rows in 16 bits; with "prefill_exact" the exact cache
     _caches: tuple[PagedCache, ...] = field(init=False, default=())
@@ -658,12 +661,13 @@ class TransformersRunner:
         token = _step.set(_Step(tuple(parts), self._layer_index, self.loaded.windows, self.attention))  # type: ignore[arg-type]
         try:
             decoder = decoder_of(self.model)
-            out = decoder(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                past_key_values=self._state,
-                use_cache=self._state is not None,
-            )
+            with nudged(self.model, self.nudge) if self.nudge else nullcontext():
+                out = decoder(
+                    input_ids=tokens[None],
+                    position_ids=positions[None],
+                    past_key_values=self._state,
+                    use_cache=self._state is not None,
+                )
         finally:
             _step.reset(token)
         hidden: Tensor = out.last_hidden_state[0]

@@ -1,6 +1,7 @@
 """The A/A cell: the baseline once more, in other batches and under another seed. What then moves is noise.
 
-A timed task is repeated as it was: what other batches take says nothing of what these take.
+A timed task is repeated as it was: what other batches take says nothing of what these take. A low-bit scheme's repeats
+are the runner's own (`nudge`): they differ by noise in the embedding, not by batches.
 """
 
 from __future__ import annotations

@@ -253,9 +253,9 @@ class Session:
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            other = cell.again and not cell.task.timed
+            other = cell.again and not cell.task.timed and not cell.nudge
             seed = cell.seed + 1 if other else cell.seed
-            runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary))
+            runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary, nudge=cell.nudge))
             context = RunContext(self._baseline(cell), self.watcher.advanced, seed)
             outcome = cell.task.run(Shuffled(runner, seed) if other else runner, context)
             timings = {
@@ -292,7 +292,7 @@ class Session:
         )
         keep(self.setting.store, self.watcher, cell, record, outcome)
 
-    def _runner(self, cell: Cell, scheme: Scheme, destroyed: bool) -> Runner:
+    def _runner(self, cell: Cell, scheme: Scheme, *, destroyed: bool = False, nudge: int = 0) -> Runner:
         options: dict[str, Any] = {"learned": self._learned(cell, scheme)} if scheme.learns else {}
         return self.model.runner(
             scheme,
@@ -300,6 +300,7 @@ class Session:
             scoring=cell.scoring,
             attention=self.setting.attention,
             destroyed=destroyed,
+            nudge=nudge,
             **options,
         )
 
@@ -344,9 +345,7 @@ class Session:
                 "key": key,
             }
             slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{key}"
-            return self.setting.store.baseline(
-                identity, slug, lambda: compute(self._runner(cell, scheme, destroyed=False))
-            )
+            return self.setting.store.baseline(identity, slug, lambda: compute(self._runner(cell, scheme)))
 
         return baseline
 

@@ -55,10 +55,12 @@ class LoadedModel(Protocol):
         attention: Any,
         destroyed: bool,
         learned: Tensors | None = None,
+        nudge: int = 0,
     ) -> Runner:
         """The model under a scheme; with `destroyed`, all that its cache gives back is zero.
 
-        learned: what `learn` gave, for a scheme that learns.
+        learned: what `learn` gave, for a scheme that learns. nudge: the seed of a noise of one ulp in what the model
+        reads of its tokens; 0: without.
         """
         ...
 

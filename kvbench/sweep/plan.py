@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
-from kvbench.results import name_of
+from kvbench.results import dtype_label, name_of
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import Sweep
@@ -21,6 +21,7 @@ from kvbench.sweep.spec import ModelSpec
 from kvbench.tasks.base import Task, beyond, no_template
 from kvbench.yaml_text import ConfigError
 
+NUDGES = 2  # times that a low-bit scheme is repeated
 IDENTITY_VERSION = 1  # raised when the same configuration comes to mean another number
 
 
@@ -34,7 +35,7 @@ class Place:
 
 
 # the baseline is what the others are compared with; the canary's cache is destroyed; repeat is the baseline once more,
-# in other batches and with the next seed, or where it is timed just as it was
+# in other batches and with the next seed, or where it is timed just as it was, or a low-bit scheme with noise
 Role = Literal["cell", "baseline", "canary", "repeat"]
 
 BITS_AT = 8192  # tokens of the sequence whose bits a value are stated, where they depend on that
@@ -44,7 +45,8 @@ BITS_AT = 8192  # tokens of the sequence whose bits a value are stated, where th
 class Cell:
     """One number-giving unit: a model under a scheme, measured by a task.
 
-    role: what it is for. limit: documents that `--limit` leaves of every task. place: of a timed task, else None.
+    role: what it is for. nudge: of a low-bit scheme once more, the seed of its noise of one ulp; else 0.
+    limit: documents that `--limit` leaves of every task. place: of a timed task, else None.
     """
 
     spec: ModelSpec
@@ -56,6 +58,7 @@ class Cell:
     limit: int | None = None
     role: Role = "cell"
     place: Place | None = None
+    nudge: int = 0
 
     @property
     def baseline(self) -> bool:
@@ -69,7 +72,7 @@ class Cell:
 
     @property
     def again(self) -> bool:
-        """Whether it is the baseline once more."""
+        """Whether it is the baseline, or a low-bit scheme, once more."""
         return self.role == "repeat"
 
     @cached_property
@@ -96,7 +99,7 @@ class Cell:
             "limit": self.limit,
             # what is not there is left out: no name of an earlier cell changes
             **({"generation": self.generation} if self.generation else {}),
-            **({"again": True} if self.again else {}),
+            **({"again": self.nudge or True} if self.again else {}),
         }
 
     @cached_property
@@ -119,7 +122,7 @@ class Cell:
     @property
     def dtype(self) -> str:
         """What tables call its dtype."""
-        return "canary" if self.canary else "again" if self.again else self.scheme.dtype_name
+        return "canary" if self.canary else dtype_label(self.scheme.dtype_name, self.nudge or self.again)
 
     @property
     def rotation(self) -> str:
@@ -171,7 +174,7 @@ def plan(
 
     The cells of a model follow each other, so that it is loaded once: first the baseline's, then the canary's (a sweep
     whose quantization is not in effect stops there), the baseline's once more, then the others, task by task within a
-    scheme.
+    scheme, and at last a low-bit scheme's once more with noise of one ulp.
 
     Raises:
         ConfigError: a model or task that cannot be, or a head_dim that a dtype can't take.
@@ -188,13 +191,23 @@ def plan(
         if sweep.again:
             schemes.append((baseline, "repeat"))
         schemes += [(scheme, "cell") for scheme in sweep.all_schemes()]
+        of_model: list[Cell] = []
         for scheme, role in schemes:
             check_scheme(facts, scheme)
             for task in tasks:
                 own = place if task.timed else None
-                cell = Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, role, own)
-                cells.setdefault(cell.name, cell)
+                of_model.append(Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, role, own))
+        for cell in [*of_model, *(quantized_repeats(of_model) if sweep.again else [])]:
+            cells.setdefault(cell.name, cell)
     return [cell for name, cell in cells.items() if name not in done]
+
+
+def quantized_repeats(cells: Sequence[Cell]) -> list[Cell]:
+    """The first scheme of fewer than 8 bits a value, else of fewer than 16, NUDGES times more, but for timed tasks."""
+    own = [cell for cell in cells if cell.role == "cell"]
+    low = next((cell.scheme for limit in (8, 16) for cell in own if (cell.bits_per_value or 16) < limit), None)
+    once = [cell for cell in own if low is not None and cell.scheme == low and not cell.task.timed]
+    return [replace(cell, role="repeat", nudge=seed) for seed in range(1, NUDGES + 1) for cell in once]
 
 
 def check_scheme(model: ModelFacts, scheme: Scheme) -> None:
@@ -240,6 +253,8 @@ class Filter:
             except ValueError as error:
                 raise ConfigError(f"{flag} {text}: {error}") from None
             pattern = scheme.columns()[key]
+        elif pattern == "again":
+            pattern = "again*"  # of a low-bit scheme too
         return cls(key, pattern)
 
     def matches(self, cell: Cell) -> bool:
@@ -263,6 +278,8 @@ def part(cell: Cell, key: str) -> str:
 def choose(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Cell]:
     """The cells that match one `only` filter of each key given, and no `skip` filter.
 
+    A low-bit scheme's repeat goes with the cell that it repeats.
+
     Raises:
         ConfigError: a malformed filter, or one that matches nothing.
     """
@@ -274,12 +291,14 @@ def choose(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] 
                 there = ", ".join(sorted({part(cell, one.key) for cell in cells}))
                 raise ConfigError(f"{flag} {one.key}={one.pattern} matches no cell; there are {there}")
     keys = {one.key for one in wanted}
-    return [
+    found = [
         cell
         for cell in cells
         if all(any(one.matches(cell) for one in wanted if one.key == key) for key in keys)
         and not any(one.matches(cell) for one in unwanted)
     ]
+    left_out = {cell.name for cell in cells} - {cell.name for cell in found}
+    return [cell for cell in found if not cell.nudge or replace(cell, role="cell", nudge=0).name not in left_out]
 
 
 def missing_data(cells: Sequence[Cell]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None,
         "version": 1,
         "model": {"name": "toy", "revision": "r1", "compute_dtype": "float32"},
         "scheme": {
-            "dtype": "fp16" if dtype in ("canary", "again") else dtype,
+            "dtype": "fp16" if dtype in ("canary", "again") else dtype.rsplit(" ")[-1],
             "rotation": rotation,
             "destroyed": dtype == "canary",
         },
@@ -45,7 +46,7 @@ def save(folder, dtype, answers=BASE, *, rotation="none", task="qa", texts=None,
         "scoring": "fused",
         "seed": 0,
         "limit": None,
-        **({"again": True} if dtype == "again" else {}),
+        **({"again": dtype == "again" or int(dtype.split()[1])} if dtype.startswith("again") else {}),
     }
     for name, value in changes.pop("identity", {}).items():
         identity[name] = {**identity[name], **value} if isinstance(value, dict) else value
@@ -314,6 +315,55 @@ def test_the_noise_floor_stands_beside(folder):
     Store(folder).remove([cell(folder, "again").name])
     Store(folder).write_run({"baseline": {"dtype": "fp16", "rotation": "none"}, "config": {"again": False}})
     assert any("turned off" in line for line in summary(read(folder), compare(read(folder))))
+
+
+def test_a_low_bit_scheme_has_a_noise_floor_of_its_own(folder):
+    """
+    Its repeats stand against itself, without a verdict and outside the family: flips of each, and between what numbers
+    lie, its own among them. One of a scheme that failed is refused; a flip of one is shown against what it repeats.
+    """
+    loss = np.full(N, 2.0)
+    save(folder, "int4", changed(40), texts=loss)
+    save(folder, "again", changed(1, 2))
+    alone = verdict(folder).p_holm
+    save(folder, "again 1 of int4", changed(45), texts=loss + 0.01)
+    save(folder, "again 2 of int4", changed(38), texts=loss + 0.03)
+    save(folder, "again 1 of int2", changed(45))
+    found = compare(read(folder))
+
+    assert verdict(folder).p_holm == alone
+    rows = [row for row in found.again if row.metric == "acc"]
+    assert sorted((row.dtype, row.against, row.worse, row.better, row.verdict) for row in rows) == [
+        ("again", "fp16 · none", 1, 2, None),
+        ("again 1 of int2", "", None, None, "INVALID"),
+        ("again 1 of int4", "int4 · none", 5, 0, None),
+        ("again 2 of int4", "int4 · none", 0, 2, None),
+    ]
+    exact, quantized = noise_floor(found)
+    assert exact.endswith(", toy: qa acc 3 of 400 flipped")
+    assert quantized == (
+        "A/A of a quantized cache (int4 · none again, 2 times, with one ulp of noise in the embedding), toy: "
+        "qa acc 5, 2 of 400 flipped; qa perplexity 7.389–7.614"
+    )
+    (row,) = [row for row in found.invalid if row.dtype == "again 1 of int2" and row.metric == "acc"]
+    assert row.reason.startswith("int2 · none has no finished cell of qa")
+    assert flips(cell(folder, "again-1-of-int4")).title.endswith(" against int4 · none: acc 5 of 400")
+
+
+def test_repeats_are_no_cells_that_a_check_misses(folder, tmp_path):
+    """
+    A run with A/A cells passes against one without, and that one against it.
+    """
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    for path in (folder, other):
+        save(path, "int4", changed(40))
+    save(other, "again", changed(1))
+    save(other, "again 1 of int4", changed(90))
+
+    for here, there in ((folder, other), (other, folder)):
+        found = check(read(here), read(there))
+        assert (found.failed, found.skipped, found.compared) == ([], [], 2)
 
 
 def test_the_noise_floor_is_the_sweep_s_own_baseline_s(folder):

@@ -32,7 +32,7 @@ def record(
     identity = {
         "model": model,
         "scheme": {
-            "dtype": "fp16" if dtype in ("canary", "again") else dtype,
+            "dtype": "fp16" if dtype in ("canary", "again") else dtype.rsplit(" ")[-1],
             "rotation": rotation,
             "destroyed": dtype == "canary",
         },
@@ -40,7 +40,7 @@ def record(
         "scoring": changes.get("scoring", "fused"),
         "seed": 0,
         "limit": limit,
-        **({"again": True} if dtype == "again" else {}),
+        **({"again": dtype == "again" or int(dtype.split()[1])} if dtype.startswith("again") else {}),
         **changes.pop("identity", {}),
     }
     fields = {
@@ -52,8 +52,8 @@ def record(
         "rotation": rotation,
         "task": task,
         "scoring": "fused",
-        "bits_per_value": BITS[dtype],
-        "kv_bytes_per_token": BITS[dtype] * 1536,
+        "bits_per_value": BITS[dtype.rsplit(" ")[-1]],
+        "kv_bytes_per_token": BITS[dtype.rsplit(" ")[-1]] * 1536,
         "limit": limit,
         "metrics": metrics if status == "done" else (),
         "environment": {"cpu": "Toy CPU", "cores": 2, "versions": {"torch": "2.11"}, "kvbench": "0.1", "device": "cpu"},
@@ -249,7 +249,7 @@ def test_the_canary_is_no_row(report):
 
 def test_verdicts_stand_beside_the_numbers(report):
     """
-    Each row counts its verdicts, each number has its own in CSV and JSON; the A/A cell is a row below the baseline.
+    Each row counts its verdicts, each number has its own in CSV and JSON; an A/A cell is a row below what it repeats.
     """
 
     def measured(dtype, right):
@@ -260,7 +260,9 @@ def test_verdicts_stand_beside_the_numbers(report):
         ]
         return record(dtype, task="qa", metrics=(metric,)), rows
 
+    repeats = [f"again {seed} of int4_per_token_head" for seed in (1, 2)]
     cells = [measured("int4_per_token_head", 100), measured("again", 150), measured("fp16", 150)]
+    cells += [measured(repeat, 110) for repeat in reversed(repeats)]
     schemes = [{"dtype": dtype, "rotation": "none"} for dtype in ("fp16", "int4_per_token_head")]
     found = report(*(cell for cell, _ in cells), baseline=schemes[0], schemes=schemes)
     for cell, rows in cells:
@@ -273,8 +275,9 @@ def test_verdicts_stand_beside_the_numbers(report):
         ("fp16", "-"),
         ("again", "-"),
         ("int4_per_token_head", "1 WORSE"),
+        *((repeat, "-") for repeat in repeats),
     ]
-    assert [row["verdict"] for row in json.loads(found.json())] == [None, None, "WORSE"]
+    assert [row["verdict"] for row in json.loads(found.json())] == [None, None, "WORSE", None, None]
     assert "1 comparisons (Holm over all): 1 WORSE" in found.summary()
     assert any("qa acc 0 of 200 flipped" in line for line in found.summary())
     assert found.markdown().count("1 WORSE") == 2

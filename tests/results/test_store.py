@@ -194,6 +194,7 @@ BREAKS = {
     "layers are no pairs": (set_to("model", "layers", value=[[1]]), "model.layers[0]: expected a list of 2"),
     "GPUs are text": (set_to("environment", value={"gpus": ["H100"]}), "environment.gpus[0]: expected a mapping"),
     "identity is a list": (set_to("identity", value=[]), "identity: expected a mapping, not []"),
+    "a repeat of what": (set_to("identity", "again", value="yes"), "identity.again: expected true or false, not 'yes'"),
     # it proves its name
     "another seed": (set_to("identity", "seed", value=1), "its name should end in -"),
     "another name": (set_to("cell", value="toy-9"), "its name should end in -"),
@@ -239,6 +240,27 @@ def test_a_broken_cell_costs_one_line_and_itself(tmp_path, damage, why):
 
     assert store.done() == {ONE, TWO}
     assert (tmp_path / f"cells/.broken-1-{ONE}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("again", "dtype"),
+    [(True, "again"), (1, "again 1 of int4_per_token_head"), (2, "again 2 of int4_per_token_head")],
+)
+def test_a_repeat_is_called_what_it_repeats(tmp_path, again, dtype):
+    """
+    That it is the baseline once more, or under which noise a scheme is, stands in the identity and in the label alike.
+    """
+    identity = {**record("one").identity, "again": again}
+    named = {"identity": identity, "dtype": dtype, "cell": name_of(f"toy-{dtype}-hadamard-one", identity)}
+    store = Store(tmp_path)
+
+    store.save(record("one", **named), SAMPLES)
+
+    (found,) = store.load().records.values()
+    assert found.again
+    assert found.identity["again"] is again
+    with pytest.raises(ValueError, match=f"where its identity has '{dtype}'"):
+        store.save(record("one", **{**named, "dtype": "int4_per_token_head"}), SAMPLES)
 
 
 def test_a_failed_cell_is_replaced_by_its_retry(tmp_path):

@@ -1,4 +1,4 @@
-"""The A/A cell measures noise, and nothing but."""
+"""The A/A cells measure noise, and nothing but."""
 
 from __future__ import annotations
 
@@ -86,13 +86,42 @@ def test_every_sweep_has_one_unless_it_is_turned_off(toy, tmp_path, again):
 
     store = Store(tmp_path / "run")
     found = [record for record in store.load().records.values() if record.again]
-    assert len(found) == again
+    of_low_bit = [record for record in found if record.identity["again"] is not True]
+    assert (len(found), len(of_low_bit)) == ((3, 2) if again else (0, 0))
     assert (("fp16", 1) in seeds) == again
     assert store.run()["config"]["again"] is again
     assert len(list(store.baselines.glob("*.safetensors"))) == 1
     for record in found:
-        assert record.identity["again"] is True
+        if record in of_low_bit:
+            continue
         assert {metric.name: metric.value for metric in record.metrics} == {"acc": 1.0, "kld": 0.0, "kld_max": 9.0}
+
+
+def test_a_low_bit_scheme_is_repeated_under_noise(toy, tmp_path):
+    """
+    Twice, each under its own noise, in the same order and under the sweep's seed, and never the baseline's tensors.
+    """
+    seen = []
+
+    class Task(toy.ToyTask):
+        def run(self, runner, context):
+            seen.append((runner.scheme.dtype_name, runner.nudge, context.seed))
+            return super().run(runner, context)
+
+        def _exact(self, runner):
+            assert runner.nudge == 0
+            return super()._exact(runner)
+
+    parts = toy.Parts(toy.find_model, toy.fetch_model, toy.open_model, lambda spec, data: Task("toy_a"))
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int4"], tasks=["toy_a"], canary=False)
+    assert run_sweep(config, Options(output=tmp_path / "run"), parts) == 0
+    # a folder without what it computed of the baseline, as committed ones are, gets repeats that it has not
+    store = Store(tmp_path / "run")
+    store.remove([name for name, record in store.load().records.items() if record.dtype.startswith("again ")])
+    assert run_sweep(config, Options(output=tmp_path / "run"), parts) == 0
+
+    repeats = [("int4_per_token_head", nudge, 0) for nudge in (1, 2)]
+    assert seen == [("fp16", 0, 0), ("fp16", 0, 1), ("int4_per_token_head", 0, 0), *repeats, *repeats]
 
 
 def test_a_timed_task_is_repeated_as_it_was(toy, tmp_path):

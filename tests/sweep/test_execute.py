@@ -115,7 +115,7 @@ def test_a_failed_cell_keeps_its_error_and_the_sweep_goes_on(config, run, store,
     )
     assert "Traceback" in failed.traceback
     assert "toy.py" in failed.traceback
-    assert sum(record.status == "done" for record in records) == 11
+    assert sum(record.status == "done" for record in records) == 15
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if "no int8 today" in line]
@@ -135,7 +135,7 @@ def test_failed_cells_are_run_again_when_asked(config, run, store, tmp_path):
     assert run(config(tasks=[{**tasks[0], "fails": ""}]), retry_failed=True) == 0
 
     assert logged(tmp_path / "log")[len(before) :] == ["toy_a int8_per_token_head"]
-    assert len(store.done()) == 6
+    assert len(store.done()) == 8
 
 
 def test_fresh_starts_over(config, run, store, tmp_path):
@@ -151,7 +151,7 @@ def test_fresh_starts_over(config, run, store, tmp_path):
     assert logged(log)[len(before) :] == ["toy_a int8_per_token_head"]
     run(path, fresh=True)
     assert len(logged(log)) == 2 * len(before) + 1
-    assert len(store.done()) == 6
+    assert len(store.done()) == 8
 
 
 def test_the_margin_stays_as_it_was_fixed(config, run, store):
@@ -165,7 +165,7 @@ def test_the_margin_stays_as_it_was_fixed(config, run, store):
         with pytest.raises(ConfigError, match=r"measured under margin 1pp, fixed before its first cell; .*--fresh"):
             run(path, settings=["margin=90pp"], **options)
     assert store.run()["config"]["margin"] == "1pp"
-    assert len(store.done()) == 6
+    assert len(store.done()) == 8
     assert run(path, settings=["margin=1.0pp"]) == 0
     assert run(path, settings=["margin=90pp"], fresh=True) == 0
     assert store.run()["config"]["margin"] == "90pp"
@@ -183,7 +183,7 @@ def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
 
     assert run(path) == 0
 
-    assert len(store.done()) == 6
+    assert len(store.done()) == 8
     lines = capsys.readouterr().err.splitlines()
     assert sum("not a whole record" in line for line in lines) == 1
     assert sum("1/1" in line for line in lines) == 1
@@ -380,9 +380,9 @@ def test_no_terminal_gets_a_line_a_cell(config, run, capsys):
     lines = captured.err.splitlines()
     assert captured.out == ""
     assert "\x1b" not in captured.err
-    assert lines[0].startswith("toys · 6 cells · ")
-    assert [line.split()[0] for line in lines[1:-1]] == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
-    assert lines[-1].startswith("6 of 6 cells done · kvbench report ")
+    assert lines[0].startswith("toys · 8 cells · ")
+    assert [line.split()[0] for line in lines[1:-1]] == [f"{i + 1}/8" for i in range(8)]
+    assert lines[-1].startswith("8 of 8 cells done · kvbench report ")
 
 
 # ---- stopped and killed
@@ -427,7 +427,7 @@ def test_a_stopped_sweep_says_that_it_can_go_on(config, tmp_path, toy, kind, cap
     assert 2 <= len(Store(output).done()) < 5
     assert Store(output).load().problems == []
     assert run_sweep(path, Options(output=output), toy.PARTS) == 0
-    assert len(Store(output).done()) == 6
+    assert len(Store(output).done()) == 8
 
 
 def test_a_stop_that_a_library_swallows_is_no_failure(config, tmp_path, toy):

@@ -31,6 +31,11 @@ def labels(cells):
     return [cell.label for cell in cells]
 
 
+def last(cells):
+    """The last one that is no control."""
+    return [cell for cell in cells if cell.role == "cell"][-1]
+
+
 def test_a_speed_is_that_of_a_machine(toy):
     """
     Device, attention and page size are part of a timed cell's identity and no part of another's.
@@ -51,7 +56,8 @@ def test_a_speed_is_that_of_a_machine(toy):
 
 def test_the_baseline_comes_first_then_the_controls(cells):
     """
-    A model's cells follow each other: the baseline's, the canary's, the A/A cell's, then the others as written, once.
+    A model's cells follow each other: the baseline's, the canary's, the A/A cell's, then the others as written, once;
+    last the first low-bit scheme's, twice more.
     """
     found = cells(TEXT.replace("model: toy", "models: [toy, other]"), "tasks=[toy_a]", "rotations=[default,none]")
 
@@ -62,9 +68,11 @@ def test_the_baseline_comes_first_then_the_controls(cells):
         "int8_per_token_head · none · toy_a",
         "int4_per_token_head · randomized_hadamard · toy_a",
         "int4_per_token_head · none · toy_a",
+        "again 1 of int4_per_token_head · randomized_hadamard · toy_a",
+        "again 2 of int4_per_token_head · randomized_hadamard · toy_a",
     ]
     assert labels(found) == one_model * 2
-    assert [cell.model.name for cell in found] == ["toy"] * 6 + ["other"] * 6
+    assert [cell.model.name for cell in found] == ["toy"] * 8 + ["other"] * 8
 
 
 def test_the_baseline_is_measured_though_no_one_lists_it(cells):
@@ -92,7 +100,7 @@ def test_a_name_is_the_same_tomorrow(cells):
     """
     A cell's name is fixed: a change of it would forget every finished cell. (Raise IDENTITY_VERSION when it must.)
     """
-    assert cells()[-1].name == "toy-int4_per_token_head-randomized_hadamard-toy_b-d5124f9395"
+    assert last(cells()).name == "toy-int4_per_token_head-randomized_hadamard-toy_b-d5124f9395"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_what_decides_the_numbers_decides_the_name(cells, settings):
     """
     Another model, precision, scheme, task option, scoring mode, seed or limit is another cell.
     """
-    assert cells(TEXT, *settings)[-1].name.rsplit("-", 1)[-1] != cells()[-1].name.rsplit("-", 1)[-1]
+    assert last(cells(TEXT, *settings)).name.rsplit("-", 1)[-1] != last(cells()).name.rsplit("-", 1)[-1]
 
 
 @pytest.mark.parametrize(
@@ -123,23 +131,54 @@ def test_what_does_not_decide_the_numbers_does_not(cells, settings):
     """
     The page size, the sweep's name, its note, its controls and its margin leave finished cells finished.
     """
-    assert cells(TEXT, *settings)[-1].name == cells()[-1].name
+    assert last(cells(TEXT, *settings)).name == last(cells()).name
 
 
 def test_a_control_is_no_baseline(cells):
     """
-    The destroyed cache of a scheme, its whole one, and that one once more are different cells.
+    The destroyed cache of a scheme, its whole one, and that one once more are different cells, and so are two repeats
+    under noise.
     """
     every = cells()
 
-    assert len({cell.name for cell in every}) == len(every) == 10
+    assert len({cell.name for cell in every}) == len(every) == 14
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "repeated"),
+    [
+        ("[fp16, int8, int2, int4]", "int2_per_token_head"),
+        ("[fp16, int8]", "int8_per_token_head"),
+        ("[fp16]", None),
+    ],
+)
+def test_the_first_low_bit_scheme_is_repeated(cells, dtypes, repeated):
+    """
+    The first of fewer than 8 bits; without one the first of fewer than 16; an exact cache has its own repeat.
+    """
+    found = [cell for cell in cells(TEXT, f"dtypes={dtypes}") if cell.nudge]
+
+    assert {cell.scheme.dtype_name for cell in found} == ({repeated} if repeated else set())
+    assert [(cell.nudge, cell.task.name, cell.identity["again"]) for cell in found] == [
+        (seed, task, seed) for seed in (1, 2) for task in ("toy_a", "toy_b") if repeated
+    ]
+
+
+def test_a_speed_has_no_noise_of_rounding(cells):
+    """
+    A timed task is not repeated under noise, nor is anything without A/A cells.
+    """
+    timed = cells(TEXT, "tasks=[{task: toy_a, timed: true}, toy_b]")
+
+    assert {cell.task.name for cell in timed if cell.nudge} == {"toy_b"}
+    assert not [cell for cell in cells(TEXT, "again=false") if cell.nudge]
 
 
 def test_sizes_are_the_models(cells):
     """
     Bits a value count every scale over all layers; bytes a token are of all layers, keys and values together.
     """
-    int4 = cells()[-1]
+    int4 = last(cells())
 
     assert int4.bits_per_value == 4.5
     assert int4.kv_bytes_per_token == 3 * 2 * 2 * (64 // 2 + 4)
@@ -166,12 +205,22 @@ def test_a_head_dim_that_does_not_fit_is_one_line(cells):
         ([], ["dtype=int*", "task=toy_a"], [f"{name} · none · toy_b" for name in ("fp16", "canary", "again")]),
         (["dtype=canary"], ["task=toy_b"], ["canary · none · toy_a"]),
         (["dtype=again"], ["task=toy_b"], ["again · none · toy_a"]),
-        (["rotation=randomized"], ["task=toy_b"], ["int4_per_token_head · randomized_hadamard · toy_a"]),
+        (
+            ["rotation=randomized"],
+            ["task=toy_b"],
+            [
+                f"{again}int4_per_token_head · randomized_hadamard · toy_a"
+                for again in ("", "again 1 of ", "again 2 of ")
+            ],
+        ),
+        (["rotation=randomized"], ["dtype=int4"], []),
+        (["rotation=randomized"], ["dtype=again", "task=toy_b"], ["int4_per_token_head · randomized_hadamard · toy_a"]),
     ],
 )
 def test_filters_choose_cells(cells, only, skip, expected):
     """
-    Filters of one key are alternatives, of several keys all hold; names may be short or patterns.
+    Filters of one key are alternatives, of several keys all hold; names may be short or patterns. A repeat under noise
+    is nothing without what it repeats.
     """
     assert labels(choose(cells(), only, skip)) == expected
 

@@ -56,7 +56,7 @@ def test_two_processes_give_the_table_of_one(sweep, tmp_path, toy):
     assert process.returncode == 0, errors
     assert json.loads(Report.read(tmp_path / "run").json()) == json.loads(Report.read(tmp_path / "alone").json())
     assert of_two.read_text().splitlines() == ["toy_a"]
-    assert sum("/6  " in line for line in errors.splitlines()) == 6
+    assert sum("/8  " in line for line in errors.splitlines()) == 8
 
 
 def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
@@ -70,7 +70,7 @@ def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
 
     assert process.returncode == 3, errors
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
-    assert len(records) == 12
+    assert len(records) == 16
     assert "1 of 12 cells failed" in errors
 
 
@@ -138,8 +138,8 @@ def test_a_fault_of_the_gpu_costs_one_cell(sweep, tmp_path):
     assert process.returncode == 3, errors
     assert statuses.pop("int8_per_token_head") == ("failed", "RuntimeError: device-side assert triggered")
     assert set(statuses.values()) == {("done", None)}
-    assert len(statuses) == 5
-    assert (tmp_path / "log of the processes").read_text().split() == [first] * 4 + [second] * 2
+    assert len(statuses) == 7
+    assert (tmp_path / "log of the processes").read_text().split() == [first] * 4 + [second] * 4
 
 
 def test_a_fault_while_a_model_is_loaded_costs_one_cell(toy, tmp_path, monkeypatch):

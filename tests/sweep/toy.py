@@ -33,6 +33,7 @@ class ToyRunner:
     destroyed: bool
     info: ModelInfo
     tokenizer: Any = None
+    nudge: int = 0
 
     @property
     def quality(self) -> float:
@@ -53,9 +54,17 @@ class ToyModel:
         return {"0.0.0.offset": torch.ones(1, 2, 64)}
 
     def runner(
-        self, scheme: Scheme, *, page_size: int, scoring: str, attention: str, destroyed: bool, learned: Any = None
+        self,
+        scheme: Scheme,
+        *,
+        page_size: int,
+        scoring: str,
+        attention: str,
+        destroyed: bool,
+        learned: Any = None,
+        nudge: int = 0,
     ) -> ToyRunner:
-        runner = ToyRunner(scheme, destroyed and self.reads_cache, self.info)
+        runner = ToyRunner(scheme, destroyed and self.reads_cache, self.info, nudge=nudge)
         self.runners.append(runner)
         return runner
 
