@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,6 +66,8 @@ def compare(
     else:
         as_json = as_format == ReportFormat.JSON
         print(table.rows_json(found.rows) if as_json else table.rows_csv(found.rows, verdicts.COLUMNS), end="")
+        for fault in [*first.faults, *(second.faults if second else [])]:
+            say(fault, to=sys.stderr)
     if found.invalid or not found.judged:
         raise typer.Exit(NOTHING_TO_COMPARE)
 

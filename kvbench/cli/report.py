@@ -38,12 +38,12 @@ def report(
         say(LEGEND, *found.summary())
     else:
         print({"md": found.markdown, "csv": found.csv, "json": found.json}[as_format.value](), end="")
-        for problem in found.problems:
-            say(problem, to=sys.stderr)
+        for fault in found.faults:
+            say(fault, to=sys.stderr)
     try:
         first, *others = found.write()
     except OSError as error:
-        say(f"not written: {error.filename}: {error.strerror}", to=sys.stderr)
+        say(f"not written: {error.filename2 or error.filename}: {error.strerror}", to=sys.stderr)
     else:
         names = " · ".join([str(first), *(path.name for path in others)])
         say(names, to=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)

@@ -15,6 +15,7 @@ from kvbench.measured.cells import Cell, Measured
 from kvbench.measured.series import Series
 from kvbench.results import Metric, NotARunError, describe, name_of
 from kvbench.results.metrics import Kind, exponential
+from kvbench.results.record import checksum, unsigned
 from kvbench.results.shapes import Run, read_as
 
 VERSION = 1  # of a baseline file
@@ -56,7 +57,8 @@ def write(measured: Measured, path: Path) -> None:
         + "\n}",
         '"metrics": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]",
     ]
-    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    digest = checksum(json.loads("{" + ",".join(parts) + "}"))
+    write_text(path, "{\n" + ",\n".join([*parts, f'"sha256": "{digest}"']) + "\n}\n")
 
 
 def _others(cell: Cell) -> list[str]:
@@ -163,7 +165,7 @@ def read_file(path: Path) -> Measured:
         NotARunError: it is no such file.
     """
     try:
-        data: BaselineFile = read_as(BaselineFile, read_json(path))
+        data: BaselineFile = read_as(BaselineFile, unsigned(read_json(path)))
         if data["kvbench_baseline"] != VERSION:
             raise ValueError(f"version {data['kvbench_baseline']}, this kvbench reads version {VERSION}")
         cells = {name: _cell(name, row, data["environments"]) for name, row in data["cells"].items()}

@@ -89,12 +89,21 @@ def prompt_forms(tasks: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Measured:
-    """The cells of a run folder or of a baseline file, and what the sweep said of them."""
+    """The cells of a run folder or of a baseline file, and what the sweep said of them.
+
+    problems: a line for each file that cannot be read. unrun: cells of the sweep of which there is no record.
+    """
 
     path: Path
     cells: list[Cell]
     run: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    unrun: list[str] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        """Lines of what is not there, which rows of numbers have no place for."""
+        return self.problems + unrun_line(self.unrun)
 
     @property
     def baseline(self) -> tuple[str, str] | None:
@@ -118,6 +127,12 @@ class Measured:
         return self.run.get("config", {}).get(control) is False
 
 
+def unrun_line(cells: Sequence[str]) -> list[str]:
+    """A line on cells of a sweep that have no record, if there are any."""
+    more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+    return [f"not run, of the sweep's cells: {cells[0]}{more}"] if cells else []
+
+
 def of_records(folder: Path, records: Sequence[Record], run: dict[str, Any], problems: Sequence[str] = ()) -> Measured:
     """The cells of records in the sweep's order, with their samples read from the folder."""
     store = Store(folder)
@@ -125,7 +140,8 @@ def of_records(folder: Path, records: Sequence[Record], run: dict[str, Any], pro
     # what a kernel took is no number a document
     measured = [one for one in records if one.status == "done" and not one.kernel]
     done = sorted(measured, key=lambda one: order.get(one.cell, len(order)))
-    return Measured(folder, [_cell(store, record) for record in done], run, [*problems])
+    unrun = sorted(order.keys() - {one.cell for one in records})
+    return Measured(folder, [_cell(store, record) for record in done], run, [*problems], unrun)
 
 
 def _cell(store: Store, record: Record) -> Cell:
@@ -144,7 +160,8 @@ def _cell(store: Store, record: Record) -> Cell:
             series[metric.name] = series_of(metric, samples)
         except NoSeriesError as error:
             absent[metric.name] = str(error)
-        except ValueError as error:  # text of a damaged file is decoded when it is first asked for
+        # text of a damaged file is decoded when it is first asked for, and columns may have any type
+        except (ValueError, TypeError, ArithmeticError, LookupError) as error:
             absent[metric.name] = f"its samples cannot be read: {describe(error)}"
     return Cell(
         record.cell,

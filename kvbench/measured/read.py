@@ -19,8 +19,12 @@ def read(path: Path) -> Measured:
     if path.is_dir():
         contents = Store(path).load()
         if not any(record.status == "done" for record in contents.records.values()):
-            raise NotARunError(f"nothing to compare: {path} has no finished cell (kvbench sweep makes them)")
-        return of_records(path, list(contents.records.values()), Store(path).run(), contents.problems)
+            broken = f"; {contents.problems[0]}" if contents.problems else ""
+            raise NotARunError(f"nothing to compare: {path} has no finished cell (kvbench sweep makes them){broken}")
+        run, records, problems = Store(path).run(), list(contents.records.values()), contents.problems
+        if not (path / "run.json").exists() and not all(record.kernel for record in records):
+            problems = [*problems, f"{path / 'run.json'}: missing, which names the baseline and the margin"]
+        return of_records(path, records, run, problems)
     if not path.exists():
         raise FileNotFoundError(f"no run folder or baseline file {path}")
     return read_file(path)

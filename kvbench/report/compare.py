@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvbench.measured import Cell, Measured, Series, comparable, paired
+from kvbench.measured import Cell, Measured, Series, comparable, paired, unrun_line
 from kvbench.report.verdicts import Comparison, Paired, at_floor, judge, scale_of
 from kvbench.results import NotARunError
 from kvbench.stats import parse_margin
@@ -83,6 +83,7 @@ def compare(
             # what the sweep's distances were measured from
             origin = base is not None and base.scheme == (measured.baseline or scheme)
             found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen), origin))
+    notes |= dict.fromkeys(unrun_line((other or measured).unrun))
     notes |= dict.fromkeys(f"not compared, {reason}: {', '.join(what)}" for reason, what in absent.items())
     notes |= dict.fromkeys(_margin_notes(measured, other, chosen))
     rows = judge(found)

@@ -56,6 +56,9 @@ def cost_table(title: str, records: Sequence[Record]) -> Table | None:
 
 def _rate(cells: Sequence[Record], what: str) -> str:
     """Tokens per second over all cells that measured them. Those of throughput began with a run that compiles."""
-    timed = [one.timings for one in cells if one.timings.get(f"{what}_seconds") and not one.throughput]
-    seconds = sum(timings[f"{what}_seconds"] for timings in timed)
-    return f"{sum(timings[f'{what}_tokens'] for timings in timed) / seconds:.0f}" if timed else "-"
+    tokens, seconds = f"{what}_tokens", f"{what}_seconds"
+    timed = [
+        one.timings for one in cells if one.timings.get(seconds, 0) > 0 and tokens in one.timings and not one.throughput
+    ]
+    spent = sum(timings[seconds] for timings in timed)
+    return f"{sum(timings[tokens] for timings in timed) / spent:.0f}" if timed else "-"

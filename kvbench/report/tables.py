@@ -104,8 +104,8 @@ class Report:
                 "dtype": record.dtype,
                 "rotation": record.rotation,
                 "task": record.task,
-                "bits_per_value": record.bits_per_value,
-                "kv_bytes_per_token": record.kv_bytes_per_token,
+                "bits_per_value": _finite(record.bits_per_value),
+                "kv_bytes_per_token": _finite(record.kv_bytes_per_token),
                 "scoring": record.scoring,
                 "compute_dtype": record.model.get("compute_dtype"),
                 "limit": record.limit,
@@ -259,10 +259,7 @@ class Report:
         left = set(self._planned()) - {record.cell for record in self.records}
         noun = "cell" if counts["done"] == 1 else "cells"
         lines = [f"{counts['done']} {noun} done, {counts['failed']} failed, {len(left)} of the sweep not run"]
-        if not self.run.get("baseline") and not all(record.kernel for record in self.records):
-            lines.append(
-                "no verdicts: run.json is missing or broken, which names the baseline; a sweep writes it again"
-            )
+        lines += self._without_verdicts()
         lines += list(self._agreement())
         lines += list(self._canary())
         if self._compared:
@@ -273,6 +270,17 @@ class Report:
                 label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"
                 lines.append(f"failed: {label}: {record.error}: {self.folder / 'cells' / record.cell / 'record.json'}")
         return lines + self.problems
+
+    @property
+    def faults(self) -> list[str]:
+        """Lines of what can't be read, which a table of numbers alone has no place for."""
+        unrun = sorted(set(self._planned()) - {record.cell for record in self.records})
+        return self._without_verdicts() + measured.unrun_line(unrun) + self.problems
+
+    def _without_verdicts(self) -> list[str]:
+        if self.run.get("baseline") or all(record.kernel for record in self.records):
+            return []
+        return ["no verdicts: run.json is missing or broken, which names the baseline; a sweep writes it again"]
 
     def _agreement(self) -> Iterator[str]:
         """A line a model, of how its exact cache agrees with transformers; none where that was not asked yet."""

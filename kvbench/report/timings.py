@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kvbench.files import read_json
 from kvbench.report.compare import DEFAULT_MARGIN
 from kvbench.report.find_scheme import find_scheme
-from kvbench.results import NotARunError, Store, kernel_task
+from kvbench.results import NotARunError, Record, Store, describe, kernel_task
+from kvbench.results.shapes import Environment, TimedRow, read_as
 from kvbench.stats import parse_margin, ratio_of_medians
 
 Verdict = Literal["FASTER", "SLOWER", "SAME", "AMBIGUOUS", "INVALID"]
@@ -61,12 +62,18 @@ class Timings:
     gpu: str | None
 
 
+class BrokenTimingsError(NotARunError):
+    """Timed rows that are not as `kvbench kernel` writes them; the message names the file and the place."""
+
+
 def is_timings(path: Path) -> bool:
     """Whether a path holds kernel timings, and no model's cells."""
     if any(not record.kernel for record in Store(path).load().records.values()):
         return False
     try:
         return bool(read(path).rows)
+    except BrokenTimingsError:
+        return True
     except (OSError, NotARunError):
         return False
 
@@ -76,34 +83,73 @@ def read(path: Path) -> Timings:
 
     Raises:
         FileNotFoundError: nothing is there.
-        NotARunError: no timed row is in it.
+        NotARunError: no timed row is in it, or a broken one.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}")
     store = Store(path)
     records = [one for one in store.load().records.values() if one.kernel and one.status == "done"]
-    rows = [{**one.facts, "samples_us": store.samples(one.cell)["us"].tolist()} for one in records if one.facts["us"]]
+    rows = [_row_of(store, one) for one in records if one.facts["us"]]
     gpus = {str(one.identity["device"]) for one in records}
     for file in sorted(path.glob("*.json")) if path.is_dir() and not rows else [path] if path.is_file() else []:
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        found = data.get("rows", []) if isinstance(data, dict) else data
-        if isinstance(data, dict):
-            gpus |= {gpu["name"] for gpu in (data.get("environment") or {}).get("gpus") or []}
-        if isinstance(found, list):
-            rows += [row for row in found if isinstance(row, dict) and row.get("samples_us") and "op" in row]
+        found, named = _rows_in(file)
+        rows += found
+        gpus |= named
     if not rows:
         raise NotARunError(f"{path} has no timed row: kvbench kernel --output DIR keeps them on a GPU")
     rows.sort(key=lambda row: [row.get(name) or 0 for name in SHAPE])  # "decode", 8, 32768, …
     return Timings(rows, ", ".join(sorted(gpus)) or None)
 
 
+def _row_of(store: Store, record: Record) -> dict[str, Any]:
+    """A kernel's row with its samples."""
+    file = store.cells / record.cell / "samples.parquet"
+    try:
+        samples = read_as(list[float], store.samples(record.cell)["us"].tolist(), "us")
+    except (OSError, ValueError, LookupError) as error:
+        raise BrokenTimingsError(f"{file} has no times ({describe(error)})") from None
+    if not samples or not np.isfinite(samples).all():
+        raise BrokenTimingsError(f"{file} has no times (us: expected numbers)")
+    return {**record.facts, "samples_us": samples}
+
+
+def _rows_in(file: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """The timed rows of a JSON file and the GPUs that it names; none of a file of other things."""
+    try:
+        data = read_json(file)
+    except (OSError, ValueError):
+        return [], set()
+    found = data.get("rows", []) if isinstance(data, dict) else data
+    timed = [
+        (number, row)
+        for number, row in enumerate(found if isinstance(found, list) else [])
+        if isinstance(row, dict) and row.get("samples_us") and "op" in row
+    ]
+    if not timed:
+        return [], set()
+    try:
+        environment = read_as(
+            Environment, (data.get("environment") or {}) if isinstance(data, dict) else {}, "environment"
+        )
+        rows: list[dict[str, Any]] = [read_as(TimedRow, row, f"rows[{number}]") for number, row in timed]
+        for (number, _), row in zip(timed, rows, strict=True):
+            if not np.isfinite(row["samples_us"]).all():
+                raise ValueError(f"rows[{number}].samples_us: expected numbers")
+    except ValueError as error:
+        raise BrokenTimingsError(f"{file} holds a broken timing ({describe(error)})") from None
+    return rows, {gpu["name"] for gpu in environment.get("gpus") or []}
+
+
 def find(path: Path) -> Timings:
-    """What `read` gives, or no row where there is none."""
+    """What `read` gives, or no row where there is none.
+
+    Raises:
+        BrokenTimingsError: a broken row.
+    """
     try:
         return read(path)
+    except BrokenTimingsError:
+        raise
     except (OSError, NotARunError):
         return Timings([], None)
 

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.results.metrics import Metric, upgrade
-from kvbench.results.shapes import CellIdentity, Environment, KernelIdentity, KernelRow, MetricOfBefore, Model, read_as
+from kvbench.results.shapes import (
+    CellIdentity,
+    Environment,
+    Facts,
+    KernelIdentity,
+    KernelRow,
+    MetricOfBefore,
+    Model,
+    read_as,
+)
 
 # of a kernel's row: the first is not shown without the others
 SHOWN_TOGETHER = (
@@ -126,6 +135,8 @@ class Record:
         """Raises ValueError where the name is not that of the identity, or what tables show is not the identity's."""
         read_as(Model, self.model, "model")
         read_as(Environment, self.environment, "environment")
+        if not self.kernel:
+            read_as(Facts, self.facts, "facts")
         read_as(KernelIdentity if self.kernel else CellIdentity, self.identity, "identity")
         proven = name_of("", self.identity)
         if not self.cell.endswith(proven):
@@ -194,6 +205,20 @@ def checksum(value: Any) -> str:
     """The SHA-256 of a value's canonical JSON."""
     canonical = json.dumps(plain_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def unsigned(row: Any) -> Any:
+    """What a file says without the checksum of it; one of before checksums as it is.
+
+    Raises:
+        ValueError: it was changed after it was written.
+    """
+    if not isinstance(row, dict) or "sha256" not in row:
+        return row
+    rest = {name: value for name, value in row.items() if name != "sha256"}
+    if row["sha256"] != checksum(rest):
+        raise ValueError("it was changed after it was written: its checksum is another")
+    return rest
 
 
 def plain_json(value: Any) -> Any:

@@ -1,12 +1,14 @@
 """Plain JSON read as the types that fields have: a wrong type is one line that names the place. Imports no torch."""
 
 # without `annotations` of __future__, under which a TypedDict does not know its optional keys
+import sys
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+LARGEST = int(sys.float_info.max)
 NON_FINITE = ("inf", "-inf", "nan")  # what JSON has instead of these numbers
 
 
@@ -46,6 +48,8 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
             return {key: read_as(inner[1], item, f"{prefix}{key}") for key, item in value.items()}
         return _read_keys(hint, value, prefix)
     if hint is float and (value in NON_FINITE or (isinstance(value, (int, float)) and not isinstance(value, bool))):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise _wrong(where, WORDS[float], value)
         return value if isinstance(value, (int, float)) else float(value)
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
@@ -177,6 +181,23 @@ class KernelRow(Kernel):
     gate: str
 
 
+class TimedRow(TypedDict):
+    """A row of `kvbench kernel` with its samples, as a file of JSON may have it."""
+
+    op: str
+    dtype: str
+    rotation: str
+    batch: int
+    context: int | None
+    samples_us: list[float]
+    us: NotRequired[float | None]
+    prefix: NotRequired[int | None]
+    query_heads: NotRequired[int | None]
+    kv_heads: NotRequired[int | None]
+    head_dim: NotRequired[int | None]
+    page_size: NotRequired[int | None]
+
+
 class CellIdentity(TypedDict):
     """All that decides the numbers of a sweep's cell, as far as a report reads it."""
 
@@ -187,6 +208,36 @@ class CellIdentity(TypedDict):
     seed: int
     limit: int | None
     again: NotRequired[bool | int]
+    generation: NotRequired[dict[str, Any] | None]
+
+
+class Agreement(TypedDict):
+    """How a model under an exact cache agreed with the model."""
+
+    largest: float
+    noise: float
+    tokens: int
+    unreached: list[int]
+
+
+class Learned(TypedDict):
+    """What a scheme learned of its text."""
+
+    means: str
+    tokens: int
+    text_sha256: str
+    sha256: str
+    seconds: NotRequired[float]
+
+
+class Facts(TypedDict):
+    """What explains a cell's numbers, as far as a report reads it; tasks have more."""
+
+    agreement: NotRequired[Agreement | None]
+    learned: NotRequired[Learned | None]
+    longest_context_limit: NotRequired[str | None]
+    attention: NotRequired[str | None]
+    kernels_lack: NotRequired[str | None]
 
 
 class KernelIdentity(TypedDict):

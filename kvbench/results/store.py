@@ -34,7 +34,7 @@ from kvbench.files import (
     set_aside,
     write_text,
 )
-from kvbench.results.record import Record, checksum, describe, name_of, plain_json, scalar
+from kvbench.results.record import Record, checksum, describe, name_of, plain_json, scalar, unsigned
 from kvbench.results.shapes import Run, Sums, read_as
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class Store:
                 problems.append(f"{path}: not a whole record ({describe(error)}); the cell counts as not done")
         if self.cells.is_symlink():
             problems.append(f"{self.cells}: a symbolic link, which is not followed")
+        elif self.cells.exists() and not self.cells.is_dir():
+            problems.append(f"{self.cells}: no folder, so it holds no cell")
         try:
             self._read_run()
         except FileNotFoundError:
@@ -140,10 +142,19 @@ class Store:
         return {name for name, record in self.load().records.items() if record.status == "done"}
 
     def samples(self, cell: str) -> pd.DataFrame:
-        """A row a document (and filter) of a cell."""
+        """A row a document (and filter) of a cell.
+
+        Raises:
+            OSError, ValueError: they can't be read.
+        """
         import pandas as pd
 
-        return pd.read_parquet(self.cells / cell / "samples.parquet")
+        try:
+            return pd.read_parquet(self.cells / cell / "samples.parquet")
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # its readers raise what they like at a damaged file
+            raise ValueError(f"samples.parquet: {describe(error)}") from error
 
     def run(self) -> dict[str, Any]:
         """What `write_run` wrote; empty where it is missing or broken, which `load` says."""
@@ -153,7 +164,7 @@ class Store:
             return {}
 
     def _read_run(self) -> dict[str, Any]:
-        row: dict[str, Any] = read_as(Run, read_json(self.folder / "run.json", follow=False))
+        row: dict[str, Any] = read_as(Run, unsigned(read_json(self.folder / "run.json", follow=False)))
         return row
 
     # ---- writing
@@ -195,7 +206,8 @@ class Store:
     def write_run(self, row: dict[str, Any]) -> None:
         """Keep what was asked for, for the report."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "run.json", json.dumps(plain_json(row), indent=1, allow_nan=False) + "\n")
+        signed = {**plain_json(row), "sha256": checksum(row)}
+        write_text(self.folder / "run.json", json.dumps(signed, indent=1, allow_nan=False) + "\n")
 
     def remove(self, cells: Sequence[str] | None = None) -> None:
         """Forget these cells, or all results of this run folder; nothing else in it, and the baseline's tensors too."""

@@ -528,7 +528,7 @@ def test_what_is_not_comparable_is_named(folder, tmp_path):
 
 def test_a_baseline_file_is_a_line_a_metric(folder, tmp_path):
     """
-    It can be read in a diff: one line changes where one number does; and what is no such file is refused.
+    It can be read in a diff: one line changes where one number does, and the checksum; what is no such file is refused.
     """
     save(folder, "int4")
     write(read(folder), tmp_path / "before.json")
@@ -536,7 +536,7 @@ def test_a_baseline_file_is_a_line_a_metric(folder, tmp_path):
     write(read(folder), tmp_path / "after.json")
 
     before, after = ((tmp_path / name).read_text().splitlines() for name in ("before.json", "after.json"))
-    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 2
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(NotARunError, match=r"is no baseline file .*kvbench check DIR --write"):
         read(tmp_path / "other.json")

@@ -226,7 +226,8 @@ def test_a_broken_baseline_file_is_one_line(run, tmp_path, change, why):
     """
     path = tmp_path / "before.json"
     write(read(run("before")), path)
-    content = change(json.loads(path.read_text()))
+    unsigned = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    content = change(unsigned)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
 
     with pytest.raises(NotARunError) as error:
@@ -236,3 +237,29 @@ def test_a_broken_baseline_file_is_one_line(run, tmp_path, change, why):
     assert f"{path} is no baseline file (" in str(error.value)
     assert why in str(error.value)
     assert "kvbench check DIR --write FILE makes one" in str(error.value)
+
+
+def test_a_baseline_file_that_was_changed_is_refused(run, tmp_path):
+    """
+    Two answers that changed places leave every mean as it was: the file's checksum is another, and it is not believed.
+    """
+    path = tmp_path / "before.json"
+    write(read(run("before")), path)
+    data = json.loads(path.read_text())
+    values = data["metrics"][0]["values"]
+    data["metrics"][0]["values"] = values[::-1]
+    assert values != values[::-1]
+    path.write_text(json.dumps(data))
+
+    with pytest.raises(NotARunError, match=r"before\.json is no baseline file \(it was changed after it was written"):
+        read(path)
+
+
+def test_a_lost_run_json_is_said(run):
+    """
+    It held the baseline and the margin: where it is gone, a line says so.
+    """
+    folder = run("before", cell())
+    (folder / "run.json").unlink()
+
+    assert read(folder).problems == [f"{folder / 'run.json'}: missing, which names the baseline and the margin"]

@@ -318,3 +318,14 @@ def test_nothing_to_report_is_an_error(tmp_path):
     (tmp_path / "cells").mkdir()
     with pytest.raises(NotARunError, match="has no finished cell"):
         Report.read(tmp_path)
+
+
+def test_tokens_or_seconds_that_are_missing_are_a_dash(report):
+    """
+    A speed needs both; a record that lost one of them costs its own number and no traceback.
+    """
+    half = record("int4_per_token_head", timings={"seconds": 1.0, "prefill_seconds": 0.5})
+
+    cost = report(half).tables()[1]
+
+    assert cost.rows[0][5:] == ["-", "-", "1.0"]

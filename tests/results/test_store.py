@@ -193,6 +193,15 @@ BREAKS = {
     "a model without a name": (lose("model", "name"), "model.name is missing"),
     "layers are no pairs": (set_to("model", "layers", value=[[1]]), "model.layers[0]: expected a list of 2"),
     "GPUs are text": (set_to("environment", value={"gpus": ["H100"]}), "environment.gpus[0]: expected a mapping"),
+    "half an agreement": (set_to("facts", value={"agreement": {"key": "a"}}), "facts.agreement.largest is missing"),
+    "a text that was learned": (
+        set_to("facts", value={"learned": "all"}),
+        "facts.learned: expected a mapping, not 'all'",
+    ),
+    "bytes beyond every float": (
+        set_to("kv_bytes_per_token", value=10**400),
+        "kv_bytes_per_token: expected a number, not 1000",
+    ),
     "identity is a list": (set_to("identity", value=[]), "identity: expected a mapping, not []"),
     "a repeat of what": (set_to("identity", "again", value="yes"), "identity.again: expected true or false, not 'yes'"),
     # it proves its name
@@ -509,6 +518,7 @@ RUN_BREAKS = {
     "cells that are text": ('{"cells": "all"}', "cells: expected a list, not 'all'"),
     "a baseline without a rotation": ('{"baseline": {"dtype": "fp16"}}', "baseline.rotation is missing"),
     "a verdict of its own": ('{"canary": [{"verdict": "fine"}]}', "canary[0].model is missing"),
+    "a note that was changed": (f'{{"note": "x", "sha256": "{checksum({"note": "y"})}"}}', "its checksum is another"),
     "a margin that is a number": ('{"config": {"margin": 1}}', "config.margin: expected text, not 1"),
 }
 
