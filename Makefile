@@ -5,7 +5,7 @@
 #   make model MODEL=NAME      a model that `kvbench ls models` lists, from its packages
 #   make check                 format, lint, types, import contracts
 #   make test-gpu              the kernels' tests, compiled, with the python that has the GPU: GPU_PYTHON=...
-#   make fuzz                  damaged inputs by the thousand, minutes; ARGS="--seed 2" for others
+#   make fuzz                  damaged inputs by the thousand and killed sweeps; ARGS="--seed 2" for others
 #   make architectures         every causal language model of transformers, tiny: right or refused; minutes
 #   make bench                 the benchmark scripts
 #   make docs                  what is generated in docs/

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 SECONDS = 2.0  # more than this is a hang
 
@@ -106,3 +110,15 @@ def refusal(code: int, stdout: str, stderr: str, exception: BaseException | None
     if not re.search(place, stderr):
         raise Broken("refusal without a place", stderr[:2000])
     return f"refused ({code})"
+
+
+def toy_sweeps() -> Any:
+    """tests/sweep/toy.py: a model and tasks that take no time."""
+    path = Path(__file__).parents[1] / "sweep/toy.py"
+    spec = importlib.util.spec_from_file_location("kvbench_toy_sweep", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

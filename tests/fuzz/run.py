@@ -8,9 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import damage_folders
 import damage_models
+import kill_sweeps
 import mutate_yaml
 from campaign import campaign
+
+import kvbench.sweep.command
 
 
 def main() -> int:
@@ -19,17 +23,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--yamls", type=int, default=10_000)
     parser.add_argument("--models", type=int, default=300)
+    parser.add_argument("--folders", type=int, default=300)
+    parser.add_argument("--kills", type=int, default=60)
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    # toys have no use for a GPU, where a sweep would run them in a process that can't import them
+    kvbench.sweep.command.default_device = lambda: "cpu"
     broken = 0
     with tempfile.TemporaryDirectory(prefix="kvbench-fuzz-") as name:
         folder = Path(name)
         os.chdir(folder)
+        for place in ("folders", "kills"):
+            (folder / place).mkdir()
         mutate_yaml.planned(folder / "first.yaml", "")  # imports what all need
         for one, cases, seconds in (
             ("YAMLs", mutate_yaml.cases(options.yamls, options.seed, folder), 2.0),
             # a configuration that only transformers understands takes it seconds to import, once
             ("models", damage_models.cases(options.models, options.seed, folder), 15.0),
+            # each is read by four commands, in a few cases by processes of their own
+            ("folders", damage_folders.cases(options.folders, options.seed, folder / "folders"), 60.0),
+            ("kills", kill_sweeps.cases(options.kills, options.seed, folder / "kills"), 60.0),
         ):
             tally = campaign(one, cases, seconds)
             print(tally, flush=True)
