@@ -331,6 +331,7 @@ def test_a_row_has_its_peers(installed, timer, monkeypatch):
     monkeypatch.setattr("kvbench.timing.grid.cold_copies", lambda nbytes: 2)
     monkeypatch.setattr("kvbench.timing.grid.throttle_reasons", lambda: ())
     monkeypatch.setattr("kvbench.timing.grid.make_work", lambda *args: make_work(*args[:-1], ON_GPU))
+    monkeypatch.setattr("kvbench.timing.grid.triton.lacking", lambda *_: "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
 

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 from kvbench_kernels.layout import Layout
-from kvbench_kernels.unpack import UNSIGNED, halves_base, masked, masked_unit, unpack, unpack_halves
+from kvbench_kernels.unpack import HALVES_BASES, UNSIGNED, masked, masked_unit, unpack, unpack_halves
 
 from kvbench.attention import triton as kernels
 from kvbench.dtypes import Affine, Codebook, Rows, all_dtypes
@@ -32,7 +32,7 @@ def _unpack_kernel(
             value = masked(words, stream, BITS, FORM == "upper", ASSEMBLY)
         elif FORM == "halves":
             lower, upper = unpack_halves(words, stream, ASSEMBLY)
-            value = (lower.to(tl.float32) - halves_base(stream) + 16 * upper.to(tl.float32)).to(tl.float16)
+            value = (lower.to(tl.float32) - HALVES_BASES[stream] + 16 * upper.to(tl.float32)).to(tl.float16)
         else:
             value = unpack(words, tl.full([1], step, tl.float16), stream, KIND, BITS, CODEBOOK, ASSEMBLY)
         tl.store(out_ptr + stream * N * tl.num_programs(0) + at, value)
