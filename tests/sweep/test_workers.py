@@ -71,7 +71,7 @@ def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
     assert process.returncode == 3, errors
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
     assert len(records) == 16
-    assert "1 of 12 cells failed" in errors
+    assert "1 of 16 cells failed" in errors
 
 
 def test_a_full_disk_is_no_cell_s_fault(sweep, tmp_path):
