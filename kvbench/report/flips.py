@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.measured import Cell, Measured, Series, read
 from kvbench.report.compare import reasons
-from kvbench.results import NotARunError, Store, shown_number
+from kvbench.results import NotARunError, Store, describe, shown_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,11 @@ def _answers(store: Store, cell: Cell) -> dict[tuple[str, str, str], str]:
     """What the model said of each document: its text, or the log-likelihoods of the choices."""
     samples: pd.DataFrame = store.samples(cell.name)
     rows: list[dict[str, Any]] = samples.to_dict("records")  # type: ignore[assignment]
-    return {(str(row.get("task", "")), str(row["doc_id"]), str(row["filter"])): answer(row) for row in rows}
+    try:
+        return {(str(row.get("task", "")), str(row["doc_id"]), str(row["filter"])): answer(row) for row in rows}
+    except (TypeError, ValueError, LookupError) as error:
+        file = store.cells / cell.name / "samples.parquet"
+        raise NotARunError(f"{file} holds answers that cannot be read ({describe(error)})") from None
 
 
 def answer(row: dict[str, Any]) -> str:

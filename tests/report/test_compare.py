@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kvbench.measured import read, write
@@ -17,6 +19,7 @@ from kvbench.report.gate import check
 from kvbench.report.table import rows_csv
 from kvbench.report.verdicts import COLUMNS
 from kvbench.results import Metric, NotARunError, Record, Store, name_of
+from kvbench.results.store import file_checksum
 
 N = 400
 BASE = np.arange(N) % 10 < 7  # 70 % right
@@ -573,6 +576,21 @@ def test_flips_are_listed_with_both_answers(folder):
         ("1", 1.0, 0.0, "'answer 1'", "'answer 0'"),
         ("7", 0.0, 1.0, "'answer 0'", "'answer 1'"),
     ]
+
+
+def test_answers_of_another_type_are_one_line(folder):
+    """
+    Samples whose answers are numbers, as none of kvbench's are, end in their file's name.
+    """
+    save(folder, "int4", changed(2, 1))
+    path = cell(folder, "int4")
+    pd.read_parquet(path / "samples.parquet").assign(resps=5).to_parquet(path / "samples.parquet")
+    row = json.loads((path / "record.json").read_text())
+    row["sha256"]["samples"] = file_checksum(path / "samples.parquet")
+    (path / "record.json").write_text(json.dumps(row))
+
+    with pytest.raises(NotARunError, match=r"samples\.parquet holds answers that cannot be read \('int' object"):
+        flips(path)
 
 
 def test_the_baseline_itself_has_no_flips(folder):
