@@ -15,10 +15,13 @@ from kvbench.report.compare import compare
 
 ROOT = Path(__file__).parents[1]
 MATRIX = {"SmolLM2": "matrix-smollm2", "Gemma": "matrix-gemma3"}
+RUNS = MATRIX | {"Qwen": "qwen"}
 SIGNS = {"▼": "WORSE", "=": "EQUIVALENT", "?": "INCONCLUSIVE"}
 METRICS = {
     "KLD": ("divergence", "kld"),
     "ppl ×": ("divergence", "ppl_ratio"),
+    "GSM8K": ("gsm8k", "exact_match,strict-match"),
+    "GSM8K, as a chat": ("gsm8k-chat", "exact_match,strict-match"),
     "LAMBADA": ("lambada_openai", "acc"),
     "needle": ("needle", "acc"),
 }
@@ -53,21 +56,23 @@ def agrees(shown, value):
 
 
 def main_rows():
-    head, *rows = table("README.md", "| dtype | rotation | smaller |")
-    dtype = ""
-    for row in rows:
-        dtype = row[0] or dtype
-        for name, cell in zip(head[3:], row[3:], strict=True):
-            model, _, metric = name.partition("<br>")
-            yield dtype, row[1], model, metric, cell
+    for first in ("SmolLM2", "Qwen"):
+        head, *rows = table("README.md", f"| dtype | rotation | smaller | {first}")
+        dtype = ""
+        for row in rows:
+            dtype = row[0] or dtype
+            for name, cell in zip(head[3:], row[3:], strict=True):
+                model, _, metric = name.partition("<br>")
+                if cell != "–":
+                    yield dtype, row[1], model, metric, cell
 
 
 @pytest.mark.parametrize(("dtype", "rotation", "model", "metric", "cell"), list(main_rows()))
-def test_the_first_table_is_that_of_the_records(dtype, rotation, model, metric, cell):
+def test_the_tables_of_caches_are_those_of_the_records(dtype, rotation, model, metric, cell):
     """
     Each number to the place it is shown to, each sign its verdict.
     """
-    found = comparisons(MATRIX[model])
+    found = comparisons(RUNS[model])
     place = (*METRICS[metric], dtype, rotation)
     value, _, sign = cell.partition(" %" if "%" in cell else " ")
     row = next((row for row in found.rows if (row.task, row.metric, row.dtype, row.rotation) == place), None)
@@ -202,8 +207,8 @@ def test_the_other_shapes_are_those_of_the_records():
 def test_the_noise_of_keys_is_the_committed_one():
     """docs/method.md's int4 noise is the worst layer's of results/keys, the perplexity the reports'."""
     models = {"SmolLM2-135M": "smollm2-135m-instruct", "Gemma-3-270M": "gemma3-270m"}
-    models |= {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b-instruct"}
-    runs = dict(zip(models, ("matrix-smollm2", "matrix-gemma3", "keys-int4-qwen0.5b"), strict=True))
+    models |= {f"Qwen2.5-Coder-{size}B": f"qwen2.5-coder-{size.lower()}b-instruct" for size in ("0.5", "1.5")}
+    runs = dict(zip(models, ("matrix-smollm2", "matrix-gemma3", "keys-int4-qwen0.5b", "qwen"), strict=True))
     rows = table("docs/method.md", "| | noise | rotated | centred |")[1:]
 
     assert [row[0] for row in rows] == list(models)
@@ -212,10 +217,36 @@ def test_the_noise_of_keys_is_the_committed_one():
         noise = ("int4_noise", "int4_noise_rotated", "int4_noise_centred")
         assert shown[:3] == [f"{max(layer['keys'][field] for layer in layers):.2f}" for field in noise]
         report = json.loads((ROOT / "results" / runs[name] / "report.json").read_text(encoding="utf-8"))
-        for text, rotation in zip(shown[3:], ("none", "hadamard"), strict=True):
+        rotated = "randomized_hadamard" if name == "Qwen2.5-Coder-1.5B" else "hadamard"
+        for text, rotation in zip(shown[3:], ("none", rotated), strict=True):
             (value,) = (
                 row["value"]
                 for row in report
                 if (row["dtype"], row["rotation"], row["metric"]) == ("int4_per_token_head", rotation, "ppl_ratio")
             )
             assert float(text) == pytest.approx(value, abs=digits(text)[1])
+
+
+def test_the_answers_beside_hflm_are_the_committed_ones():
+    """docs/method.md's seconds, ratios and scores of GSM8K are those of results/hflm, its counts of texts too."""
+    found = json.loads((ROOT / "results/hflm/answers-h100.json").read_text(encoding="utf-8"))
+    rows = table("docs/method.md", "| | seconds | × HFLM |")[1:]
+    sides = [found["sides"][name] for name in ("HFLM", "HFLM again", "fp16", "fp16 A/A", "int8")]
+    for (_, seconds, times, *scores), side in zip(rows, sides, strict=True):
+        assert agrees(seconds, side["seconds"])
+        assert agrees(times, side["times_hflm"])
+        for shown, value in zip(scores, side["metrics"].values(), strict=True):
+            assert agrees(shown, value)
+    texts = [found["apart"][pair]["texts"] for pair in ("HFLM - fp16", "HFLM - HFLM again", "fp16 - fp16 A/A")]
+    assert texts == [63, 53, 59]
+    for gap in ("gap_kvbench", "gap_plain"):
+        assert found["gaps"][gap]["within_2_bfloat16_steps"] == 63
+
+
+def test_the_bias_of_qwens_keys_is_the_measured_one():
+    """README's mean of 354 and 239 spreads are layer 0's in results/keys."""
+    record = json.loads((ROOT / "results/keys/qwen2.5-coder-1.5b-instruct.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "mean is 354, 239 times its spread" in text
+    assert round(record["layers"][0]["keys"]["mean"]) == 354
+    assert "up to 239.4 times the spread (layer 0)" in record["prediction"]

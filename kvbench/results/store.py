@@ -305,7 +305,7 @@ def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
         if len(kinds) > 1 or "other" in kinds:
             values = [None if value is None else json.dumps(plain_json(value)) for value in values]
         columns[name] = values
-    pd.DataFrame(columns).to_parquet(path, index=False)
+    pd.DataFrame(columns).to_parquet(path, index=False, compression="zstd")
     flush(path)
 
 
