@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench_kernels.center import row_center_scores
 from kvbench_kernels.layout import Layout, Side
 from kvbench_kernels.tiles import by_column, every_eighth
 from kvbench_kernels.unpack import FLOAT, exp2
@@ -226,8 +225,6 @@ def attend_exact_rows(
     l,
     acc,
     q,  # [BLOCK_M, BLOCK_KD] of the exact rows' type
-    q_upper,
-    q_lower,
     k_ptr,  # [P, HKV, S, D] 16 bits; LINEAR: a descriptor of fp16 [rows, D]
     k_unit_ptr,  # LINEAR: [B, HKV, length_all / BLOCK_N] float32
     v_ptr,
@@ -235,9 +232,11 @@ def attend_exact_rows(
     table,
     slope,
     bias_ptr,
-    turned_ptr,
     center,  # [BLOCK_M], or None
+    center_at,  # pointers [BLOCK_M] to rows' products with the centre of page 0, pages center_rows apart; or None
     center_last,
+    center_rows,
+    center_scale,
     kv_head,
     linear,  # the pair's first row
     start,  # tokens that some row sees: from here on
@@ -293,9 +292,9 @@ def attend_exact_rows(
             k = tl.load(k_ptr + row[:, None] * D + k_channel[None, :], mask=is_k_channel[None, :], other=0.0)
         score = tl.dot(q, tl.trans(k)) * factor
         if CENTER == 2:
-            page = tl.minimum(tile // CENTER_PAGE, center_last)
-            of_rows = row_center_scores(turned_ptr, page, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D)
-            score += (of_rows * scale)[:, None]
+            page = tl.minimum(tile // CENTER_PAGE, center_last).to(tl.int64)
+            of_rows = tl.load(center_at + page * center_rows, mask=is_row, other=0.0)
+            score += (of_rows * center_scale)[:, None]
         if center is not None:
             score += center[:, None]
         if HAS_SOFTCAP:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kvbench_kernels.center import Center, row_center_scores, upper_and_lower
+from kvbench_kernels.center import Center, row_center_scores, scores_by_page, upper_and_lower
 from kvbench_kernels.exact import TYPES, Exact, attend_exact_rows, exact_start
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side, check
@@ -234,7 +234,11 @@ def _spread_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sequences", "window", "stride_table", "stride_bias", "length_all"])
+@triton.jit(
+    do_not_specialize=[
+        "sequences", "window", "stride_table", "stride_bias", "length_all", "center_last", "center_rows",
+    ]
+)  # fmt: skip
 def _prefill_kernel(
     q_ptr,  # [T, HQ, D] any float
     k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; LINEAR: a descriptor of fp16 [rows, D]
@@ -262,8 +266,10 @@ def _prefill_kernel(
     k_exact_unit_ptr,  # LINEAR: [B, HKV, length_all / BLOCK_N] float32
     v_exact_ptr,
     v_exact_unit_ptr,
-    turned_ptr,  # [N, HKV, D] float32: the keys' centres, turned; or None
+    turned_ptr,  # [1, HKV, D] float32: the keys' one centre, turned; or None
+    center_ptr,  # [HKV, N, T, GROUP] float32: queries times a page's centre; or None
     center_last,  # N - 1
+    center_rows,  # T * GROUP
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -357,9 +363,7 @@ def _prefill_kernel(
     q = tl.load(q_at + (k_channel * stride_qd)[None, :], mask=q_mask, other=0.0).to(tl.float32)
     exponent = tl.minimum(tl.maximum((tl.max(tl.abs(q)).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    q_upper = None
-    q_lower = None
-    if CENTER > 0:
+    if CENTER == 1:
         q_upper, q_lower = upper_and_lower(q)
     if EXACT:
         q_exact = q.to(K_EXACT_TYPE)
@@ -370,10 +374,17 @@ def _prefill_kernel(
         score_scale *= _LOG2E
     exact_scale = score_scale  # of products with 16-bit rows
     center = None
+    center_at = None
+    center_scale = scale
+    if not HAS_SOFTCAP:
+        center_scale *= _LOG2E
     is_k_channel = kd % BLOCK_KW < K_WORDS
     if CENTER == 1:
         center = row_center_scores(turned_ptr, 0, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D)
         center *= exact_scale
+    if CENTER == 2:
+        pages = kv_head.to(tl.int64) * (center_last + 1)
+        center_at = center_ptr + pages * center_rows + ((query_start + query) * GROUP + g)  # of page 0
     if K_SCALE == 0:
         score_scale *= tl.load(k_scale_ptr)
     slope = None
@@ -484,11 +495,9 @@ def _prefill_kernel(
                 if CENTER == 1:
                     score += center[:, None]
                 if CENTER == 2:
-                    center_page = tl.minimum(tile // CENTER_PAGE, center_last)
-                    of_rows = row_center_scores(
-                        turned_ptr, center_page, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D
-                    )
-                    score += (of_rows * exact_scale)[:, None]
+                    center_page = tl.minimum(tile // CENTER_PAGE, center_last).to(tl.int64)
+                    of_rows = tl.load(center_at + center_page * center_rows, mask=is_row, other=0.0)
+                    score += (of_rows * center_scale)[:, None]
                 if HAS_SOFTCAP:
                     score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
                 if slopes_ptr is not None:
@@ -560,9 +569,9 @@ def _prefill_kernel(
         if V_SCALE == 0:
             acc *= tl.load(v_scale_ptr)
         m, l, acc = attend_exact_rows(
-            m, l, acc, q_exact, q_upper, q_lower, k_exact_ptr, k_exact_unit_ptr, v_exact_ptr, v_exact_unit_ptr, table,
-            slope, bias_ptr, turned_ptr, center, center_last, kv_head, linear, start, end_exact,
-            end_exact if RECENT < 0 else newest, starts,
+            m, l, acc, q_exact, k_exact_ptr, k_exact_unit_ptr, v_exact_ptr, v_exact_unit_ptr, table,
+            slope, bias_ptr, center, center_at, center_last, center_rows, center_scale, kv_head, linear, start,
+            end_exact, end_exact if RECENT < 0 else newest, starts,
             position, query, is_row, length, queries, k_channel, is_k_channel, v_channel, is_v_channel, exact_scale,
             softcap, window, stride_bias, HKV, D, S, SINKS, HAS_SOFTCAP, HAS_WINDOW, CENTER, CENTER_PAGE, LINEAR,
             BLOCK_N, STAGES, ASSEMBLY,
@@ -694,6 +703,9 @@ def prefill(
     if exact is not None:
         exact.check(k, head_dim)
         exact_args = (exact.k, None, exact.v, None)
+    by_page = None
+    if center is not None and center.last > 0 and not spread:
+        by_page = scores_by_page(q, center, page_table.shape[1] * page_size)
     block_g = triton.next_power_of_2(group)
     block_m = max(block_g, tuning.block_m)
     block_t = block_m // block_g
@@ -748,8 +760,10 @@ def prefill(
         0 if qq_bias is None else qq_bias.stride(0),
         length,
         *exact_args,
-        None if center is None else center.turned,
-        None if center is None else center.last,
+        None if center is None or by_page is not None else center.turned,
+        by_page,
+        0 if by_page is None else by_page.shape[1] - 1,
+        0 if by_page is None else tokens * group,
         kv_heads,
         group,
         head_dim,
@@ -769,7 +783,7 @@ def prefill(
         EXACT=exact is not None,
         **({} if exact is None else exact.constants),
         K_EXACT_TYPE=None if exact is None else tl.float16 if spread else TYPES[exact.k.dtype],
-        CENTER=0 if center is None else 1 if center.last == 0 else 2,
+        CENTER=0 if center is None else 1 if by_page is None else 2,
         CENTER_PAGE=64 if center is None else center.page,
         num_warps=tuning.warps,
     )

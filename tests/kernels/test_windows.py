@@ -23,10 +23,18 @@ DTYPES = [name for name in all_dtypes() if name != "auto" and (GPU or name != "b
 POSITIONS = 64  # of a page of centres
 
 
+def guarded(x, fill=math.nan):
+    """x between two further rows of `fill`, in one piece of memory: what is read beside x shows in the outputs."""
+    room = torch.full((x.shape[0] + 2, *x.shape[1:]), fill, dtype=x.dtype, device=x.device)
+    room[1:-1] = x
+    return room[1:-1]
+
+
 class Case:
     """Packed and exact rows of the same tokens, written by one launch, and queries at the ends of sequences.
 
-    What was never written is NaN, in the packed pages and in the exact ones.
+    What was never written is NaN, in the packed pages and in the exact ones, and so is what lies beside the centres;
+    beside the page table lies a page that was never written.
     """
 
     def __init__(
@@ -52,13 +60,17 @@ class Case:
         self.turn = kernels.turn(self.rule, head_dim, device)
         width = max(-(-n // page_size) for n, _ in seqs)
         pages = len(seqs) * width + 2
-        self.table = torch.randperm(pages)[: len(seqs) * width].view(-1, width).to(device, torch.int32)
+        *used, _, spare = torch.randperm(pages).tolist()
+        self.table = guarded(torch.tensor(used, dtype=torch.int32, device=device).view(-1, width), spare)
         hkv = heads[1]
         self.sides = [self._side(dtype, pages) for dtype in self.dtypes]
         exact = torch.full((2, pages, hkv, page_size, head_dim), math.nan, dtype=model, device=device)
         self.exact = None if window is None else Exact(exact[0], exact[1], *window)
         offset = torch.randn(centers, hkv, head_dim, device=device) * 5 if centers else None
-        self.center = Center.make(offset, self.turn, POSITIONS) if centers else None
+        self.center = None
+        if centers:
+            center = Center.make(offset, self.turn, POSITIONS)
+            self.center = Center(guarded(center.offset), guarded(center.turned), POSITIONS)
         self.rows = []
         for b, (length, _) in enumerate(seqs):
             shape = (2, length, hkv, head_dim)
@@ -332,6 +344,28 @@ def test_prompts_over_centred_keys(centers, window, options, prefill_way, device
     # a spread key has its centre again, five times as wide, and is rounded to 16 bits with it
     case = Case(device, "int8_per_token_head", centers=centers, window=window, seqs=MIXED)
     case.check(budget=8e-4 if prefill_way == "paged" else 2e-3, **options)
+
+
+@pytest.mark.parametrize("window", [None, (4, 0, 64)], ids=str)
+@pytest.mark.parametrize("centers", [2, 6])
+def test_prompts_over_fewer_or_more_centres_than_pages(centers, window, prefill_way, device):
+    """
+    The last centre is that of all later pages, and those are left out that no page has; three query heads a KV head.
+    """
+    case = Case(device, "int8_per_token_head", heads=(6, 2), centers=centers, window=window, seqs=((230, 9), (70, 2)))
+    case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)  # strides of another order
+    case.check(budget=8e-4 if prefill_way == "paged" else 2e-3)
+
+
+@pytest.mark.parametrize("window", [None, (4, 0, 64)], ids=str)
+def test_prompts_keep_the_digits_of_large_centres(window, device, monkeypatch):
+    """
+    Scores of ±1000 from centres a hundred times wider than the keys: their differences from page to page are exact.
+    """
+    monkeypatch.setattr("kvbench_kernels.prefill.SPREAD_ROWS", 10**9)
+    case = Case(device, "int8_per_token_head", heads=(2, 1), centers=4, seqs=((230, 20),), window=window)
+    case.center = Center.make(case.center.offset * 40, case.turn)
+    case.check()
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter's bf16 casts truncate")
