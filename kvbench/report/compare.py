@@ -83,7 +83,8 @@ def compare(
             # what the sweep's distances were measured from
             origin = base is not None and base.scheme == (measured.baseline or scheme)
             found.append(_compared(cell, base, wrong, metric, floor, parse_margin(chosen), origin))
-    notes |= dict.fromkeys(unrun_line((other or measured).unrun))
+    for one in filter(None, (measured, other)):
+        notes |= dict.fromkeys(unrun_line(one.unrun))
     notes |= dict.fromkeys(f"not compared, {reason}: {', '.join(what)}" for reason, what in absent.items())
     notes |= dict.fromkeys(_margin_notes(measured, other, chosen))
     rows = judge(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -263,3 +264,19 @@ def test_a_lost_run_json_is_said(run):
     (folder / "run.json").unlink()
 
     assert read(folder).problems == [f"{folder / 'run.json'}: missing, which names the baseline and the margin"]
+
+
+def test_a_cell_that_the_baseline_lost_is_named(run):
+    """
+    What its sweep planned and has no record of is a line, beside the cell that has nothing to be compared with.
+    """
+    before, after = run("before", cell()), run("after", cell())
+    lost = cell()[0].cell
+    for folder in (before, after):
+        Store(folder).write_run({**Store(folder).run(), "cells": [path.name for path in (folder / "cells").iterdir()]})
+    shutil.rmtree(before / "cells" / lost)
+
+    found = check(read(after), read(before))
+
+    assert f"not run, of the sweep's cells: {lost}" in found.notes
+    assert len(found.skipped) == 1
