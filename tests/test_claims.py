@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvbench.dtypes import all_dtypes
 from kvbench.measured import read
 from kvbench.report.compare import compare
+from kvbench.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 MATRIX = {"SmolLM2": "matrix-smollm2", "Gemma": "matrix-gemma3"}
@@ -250,3 +252,62 @@ def test_the_bias_of_qwens_keys_is_the_measured_one():
     assert "mean is 354, 239 times its spread" in text
     assert round(record["layers"][0]["keys"]["mean"]) == 354
     assert "up to 239.4 times the spread (layer 0)" in record["prediction"]
+
+
+SCHEMES = {
+    "int8_per_token_head": ("int8_per_token_head", "none"),
+    "`int8_centered`": ("int8_per_token_head", "center:none"),
+    "int4_per_token_head, randomized_hadamard": ("int4_per_token_head", "randomized_hadamard"),
+    "`int4_centered`": ("int4_per_token_head", "center+randomized_hadamard:randomized_hadamard"),
+    "`int4_centered_window`": ("int4_per_token_head+w64s4", "center+randomized_hadamard:randomized_hadamard"),
+    "the same, one mean for all positions": (
+        "int4_per_token_head+w64s4",
+        "center_constant+randomized_hadamard:randomized_hadamard",
+    ),
+    "int2_per_token_head, hadamard": ("int2_per_token_head", "hadamard"),
+    "`int2_centered_window`": ("int2_per_token_head+w64s4", "center+randomized_hadamard:randomized_hadamard"),
+}
+
+
+def test_the_schemes_that_survive_are_those_of_the_records():
+    """README's bits are Scheme.nbytes' over 8192 tokens, its divergences and scores those of results/schemes-qwen."""
+    values = {(row.task, row.metric, row.dtype, row.rotation): row.value for row in comparisons("schemes-qwen").rows}
+    layers = ((2, 128),) * 28
+    rows = table("README.md", "| scheme | bits, at 8k tokens |")[1:]
+    assert [row[0] for row in rows] == list(SCHEMES)
+    for name, bits, near, far, score in rows:
+        scheme = Scheme.parse(*SCHEMES[name])
+        assert agrees(bits, 8 * scheme.nbytes(layers, 8192, torch.bfloat16) / (8192 * 28 * 2 * 2 * 128)), name
+        assert agrees(near, values["divergence", "kld@1536-2048", *SCHEMES[name]]), name
+        assert agrees(far, values["divergence-32k", "kld@24576-32768", *SCHEMES[name]]), name
+        if score != "–":
+            assert agrees(score, 100 * values["gsm8k", "exact_match,strict-match", *SCHEMES[name]]), name
+    small = {(row.metric, row.dtype, row.rotation): row.value for row in comparisons("schemes-smollm2").rows}
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    shown = re.search(r"does most of it: ([\d.]+), ([\d.]+) centred, ([\d.]+) with the window", text).groups()
+    order = ("int4_per_token_head, randomized_hadamard", "`int4_centered`", "`int4_centered_window`")
+    for figure, name in zip(shown, order, strict=True):
+        assert agrees(figure, small["kld@1536-2048", *SCHEMES[name]]), name
+
+
+def test_what_windows_and_centres_cost_is_the_measured_time():
+    """docs/kernels.md's times are those of results/windows-h100.json, each behind its gate."""
+    rows = json.loads((ROOT / "results/windows-h100.json").read_text(encoding="utf-8"))
+    assert {row["gate"] for row in rows} == {"ok"}
+    times = {(row["op"], row["batch"], row["context"], row["dtype"], row["rotation"]): row["us"] for row in rows}
+    sizes = (("decode", 8, 8192), ("decode", 32, 8192), ("decode", 1, 32768), ("write", 4096, 0))
+    forms = (
+        ("int4_per_token_head", "hadamard"),
+        ("int4_per_token_head", "center_constant+hadamard:hadamard"),
+        ("int4_per_token_head", "center+hadamard:hadamard"),
+        ("int4_per_token_head+w64s4", "hadamard"),
+        ("int4_per_token_head+w64s4", "center+hadamard:hadamard"),
+    )
+    for (_, *cells), form in zip(table("docs/kernels.md", "| `hadamard` | 8×8k |")[1:], forms, strict=True):
+        for cell, size in zip(cells, sizes, strict=True):
+            if cell != "–":
+                found = [
+                    times[key] for key in times if key[:2] == size[:2] and key[3:] == form and key[2] in (size[2], None)
+                ]
+                assert len(found) == 1
+                assert agrees(cell, found[0]), (form, size, found)

@@ -17,15 +17,23 @@ Implementation = Literal["reference", "triton"]
 __all__ = ["Batch", "Implementation", "append", "attend", "choose", "kernels_lack"]
 
 
+# transforms whose kernels were changed since all of their tests passed on a GPU; see results/README.md
+UNPROVEN = {"center"}
+
+
 def choose(
     wanted: Literal["auto"] | Implementation, scheme: Scheme, compute_dtype: torch.dtype, device: torch.device
 ) -> Implementation:
     """What "auto" is: the kernels on a GPU wherever they can serve, else the reference. Any other choice is kept.
 
+    A scheme with an unproven transform is computed by the reference unless "triton" is asked for.
+
     Raises:
         ValueError: "triton" for what the kernels can't serve.
     """
     if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return "reference"
+    if wanted == "auto" and any(one.name in UNPROVEN for side in scheme.sides for one in side.transforms):
         return "reference"
     lacking = kernels_lack(scheme, compute_dtype, device)
     if lacking and wanted == "triton":

@@ -53,7 +53,8 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
         raise NoSeriesError(f"the samples lack {', '.join(sorted(lacking))}")
     leaf, _, name = metric.name.rpartition("/")
     name, _, filter_name = name.partition(",")
-    name, _, context = name.partition("@")
+    # acc@1024 is acc of the documents of that context; kld@1024-2048 is a number of every document
+    name, _, context = (name, "", "") if name in samples else name.partition("@")
     rows = samples[samples["filter"] == (filter_name or "none")]
     if leaf:
         rows = rows[rows["task"] == leaf]

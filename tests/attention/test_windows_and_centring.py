@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvbench.attention import Batch, append, attend
+from kvbench.attention import Batch, append, attend, choose
 from kvbench.cache import PagedCache, PagePool, PageTable
 from kvbench.schemes import Scheme, Window
 
@@ -148,3 +148,16 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token(drawn, window):
     whole = run(scheme, known, *drawn, [LENGTH])
     torch.testing.assert_close(run(scheme, known, *drawn, [1] * LENGTH), whole, rtol=0, atol=1e-10)
     torch.testing.assert_close(run(scheme, known, *drawn, [100, 1, 63, 46]), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("int4_centered_window", "reference"), ("int4+w64s4", "triton")])
+def test_an_unproven_kernel_is_taken_only_by_name(monkeypatch, preset, expected):
+    """
+    On a GPU "auto" computes keys centred by page by the reference, and what kernels were proven on by them.
+    """
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr("kvbench.attention.triton.turn", lambda *_: None)
+    scheme, device = Scheme.parse(preset), torch.device("cuda")
+
+    assert choose("auto", scheme, torch.bfloat16, device) == expected
+    assert choose("triton", scheme, torch.bfloat16, device) == "triton"

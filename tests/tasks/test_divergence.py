@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import entropy, sem
 
+from kvbench.measured.series import series_of
 from kvbench.results import headline
 from kvbench.runners.toy import ToyRunner
 from kvbench.tasks import RunContext, make_task, text
@@ -72,8 +74,8 @@ def test_every_number_is_the_textbooks(small, context):
 
 def test_positions_are_stated_alone_where_asked_for(small, context):
     """
-    kld@FIRST-LAST is the mean over the documents of the KL at those positions, a number a document too; the rest of the
-    outcome and, without positions, the identity stay as they were.
+    kld@FIRST-LAST is the mean over the documents of the KL at those positions, a number a document too, and compared as
+    such; the rest of the outcome and, without positions, the identity stay as they were.
     """
     plain = make_task(small).run(ToyRunner(noise=0.1), context)
     task = make_task(small | {"positions": [0, 8, 40]})
@@ -85,6 +87,9 @@ def test_positions_are_stated_alone_where_asked_for(small, context):
     assert got["kld@0-8"] == pytest.approx(np.mean([sample["kld@0-8"] for sample in outcome.samples]))
     assert errors(outcome)["kld@0-8"] == pytest.approx(sem([sample["kld@0-8"] for sample in outcome.samples]))
     assert {*task.metrics(), "ppl"} == {one.name for one in headline(outcome.metrics)}
+    (metric,) = (one for one in outcome.metrics if one.name == "kld@0-8")
+    series = series_of(metric, pd.DataFrame(outcome.samples))
+    assert sorted(series.values) == pytest.approx(sorted(sample["kld@0-8"] for sample in outcome.samples))
     assert "positions" not in make_task(small).identity()
 
 
