@@ -43,3 +43,28 @@ def mirror(tmp_path):
 def context():
     """A run's context whose baseline is the toy model without noise."""
     return RunContext(baseline=lambda key, compute: compute(ToyRunner()), progress=lambda done, total: None)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Makes a random Llama of two layers, 4 query and 2 KV heads of 8, for a tokenizer's vocabulary."""
+
+    import transformers
+
+    def made(tokenizer, positions):
+        config = transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=positions,
+            initializer_range=0.5,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    return made

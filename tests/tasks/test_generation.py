@@ -42,25 +42,12 @@ def tokenizer():
 
 
 @pytest.fixture
-def make(tokenizer):
+def make(tokenizer, tiny_llama):
     """HFLM and our model over the same weights in float64, under these generation settings."""
 
     def made(**settings):
         torch.manual_seed(1)
-        config = transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=MAX_LENGTH,
-            initializer_range=0.5,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        model = transformers.LlamaForCausalLM(config).eval().double()
+        model = tiny_llama(tokenizer, MAX_LENGTH).double()
         model.generation_config.update(**settings)
         theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=MAX_LENGTH)
         info = ModelInfo("tiny", "random", "float64", ((2, 8), (2, 8)), MAX_LENGTH)

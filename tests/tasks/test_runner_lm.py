@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 
@@ -46,25 +45,12 @@ def tokenizer(adds_bos):
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "adds-bos"])
-def models(request):
+def models(request, tiny_llama):
     """HFLM and our model over the same weights and tokenizer."""
     from lm_eval.models.huggingface import HFLM
 
     spelled = tokenizer(request.param)
-    config = transformers.LlamaConfig(
-        vocab_size=len(spelled),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=0.5,
-        bos_token_id=spelled.bos_token_id,
-        eos_token_id=spelled.eos_token_id,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = tiny_llama(spelled, MAX_LENGTH)
     theirs = HFLM(pretrained=model, tokenizer=spelled, batch_size=4, max_length=MAX_LENGTH)
     info = ModelInfo("tiny", "random", "float32", ((2, 8), (2, 8)), MAX_LENGTH)
     ours = RunnerLM(TransformersModel(model, spelled, info).runner(Scheme.parse("auto")))
