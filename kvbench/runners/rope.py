@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-MOVING = {
-    "dynamic",
-    "longrope",
-}  # rope types of transformers, which a model may have for all layers or for a kind alone
+# rope types of transformers, which a model may have for all layers or for a kind alone
+MOVING = {"dynamic", "longrope"}
 
 
 class Frequencies:
