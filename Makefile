@@ -50,7 +50,7 @@ env: .venv/installed
 	@echo "environment in .venv: done"
 
 quickstart: env
-	$(BIN)/kvbench sweep configs/quickstart.yaml --output out/quickstart
+	$(BIN)/kvbench sweep configs/quickstart.yaml
 	$(BIN)/kvbench report out/quickstart
 
 # a requirements file each, with hashes

@@ -1,6 +1,8 @@
 """What every test runs under: no hub, no other person's settings, and one process's share of the cores."""
 
 import os
+import sys
+from pathlib import Path
 
 # before anything imports torch or transformers
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -23,3 +25,33 @@ if not torch.cuda.is_available():
 def _seed():
     """Fresh and repeatable random numbers in each test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """tests/sweep/toy.py: a model and tasks that take no time."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("kvbench_toy", Path(__file__).parent / "sweep" / "toy.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kvbench(tmp_path, monkeypatch, toy):
+    """`kvbench ARGUMENTS` over the toy model, in an empty folder."""
+    from typer.testing import CliRunner
+
+    from kvbench.cli import app
+    from kvbench.sweep import command
+
+    monkeypatch.setattr(command, "REAL", toy.PARTS)
+    monkeypatch.setattr(command, "default_device", lambda: "cpu")  # a process of its own could not import the toys
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, **options):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+    return run

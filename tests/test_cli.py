@@ -9,39 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from kvbench.cli import app, main
+from kvbench.cli import main
 from kvbench.results import Store
 from kvbench.sweep import command
 from kvbench.tasks import make_task
 
 ROOT = Path(__file__).parents[1]
 TOY = Path(__file__).parent / "sweep" / "toy.py"
-
-
-@pytest.fixture(scope="module")
-def toy():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("kvbench_toy_cli", TOY)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def kvbench(tmp_path, monkeypatch, toy):
-    """`kvbench ARGUMENTS` over the toy model, in an empty folder."""
-    monkeypatch.setattr(command, "REAL", toy.PARTS)
-    monkeypatch.setattr(command, "default_device", lambda: "cpu")  # a process of its own could not import the toys
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return run
 
 
 def one_error(result, code):
@@ -114,14 +89,14 @@ def test_help_says_what_an_option_takes(kvbench):
 
 def test_a_session(kvbench, toy, tmp_path):
     """
-    plan, sweep, plan, report: results on stdout, progress on stderr, everything in results/<name>.
+    plan, sweep, plan, report: results on stdout, progress on stderr, everything in out/<name>.
     """
     config = toy.write_config(tmp_path / "toys.yaml")
 
     before = kvbench("plan", config)
     assert before.exit_code == 0
     assert "16 cells: 0 done, 0 failed, 16 to run" in before.stdout
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "out").exists()
 
     swept = kvbench("sweep", config)
     assert swept.exit_code == 0
@@ -130,11 +105,11 @@ def test_a_session(kvbench, toy, tmp_path):
 
     assert "16 cells: 16 done, 0 failed, 0 to run" in kvbench("plan", config).stdout
 
-    report = kvbench("report", "results/toys")
+    report = kvbench("report", "out/toys")
     assert report.exit_code == 0
     assert report.stderr == ""
-    assert report.stdout.splitlines()[-1] == "results/toys/report.md · report.csv · report.json"
-    assert all((tmp_path / "results/toys" / f"report.{kind}").is_file() for kind in ("md", "csv", "json"))
+    assert report.stdout.splitlines()[-1] == "out/toys/report.md · report.csv · report.json"
+    assert all((tmp_path / "out/toys" / f"report.{kind}").is_file() for kind in ("md", "csv", "json"))
 
 
 def test_a_comparison(kvbench, toy, tmp_path):
@@ -145,11 +120,11 @@ def test_a_comparison(kvbench, toy, tmp_path):
     assert kvbench("sweep", config).exit_code == 0
     assert kvbench("sweep", config, "--output", "again").exit_code == 0
 
-    compared = kvbench("compare", "results/toys", "--baseline", "fp16", "--margin", "2pp")
+    compared = kvbench("compare", "out/toys", "--baseline", "fp16", "--margin", "2pp")
     assert compared.exit_code == 0
     assert "WORSE" in compared.stdout
     assert "toy_a acc 0 of 200 flipped" in compared.stdout
-    rows = json.loads(kvbench("compare", "results/toys", "--format", "json").stdout)
+    rows = json.loads(kvbench("compare", "out/toys", "--format", "json").stdout)
     promised = "model dtype rotation task metric baseline value difference ci_low ci_high n test p_holm verdict"
     assert all(set(promised.split()) <= set(row) for row in rows)
     assert {row["dtype"] for row in rows} == {
@@ -160,12 +135,12 @@ def test_a_comparison(kvbench, toy, tmp_path):
 
     assert kvbench("check", "again", "--write", "baseline.json").exit_code == 0
     for against in ("again", "baseline.json"):
-        equal = kvbench("check", "results/toys", "--against", against)
+        equal = kvbench("check", "out/toys", "--against", against)
         assert equal.exit_code == 0
         assert equal.stdout.endswith("4 compared, 0 failed, 0 skipped\n")
-    (cell,) = Path("results/toys/cells").glob("toy-int8*")
+    (cell,) = Path("out/toys/cells").glob("toy-int8*")
     tamper(cell, points=3)
-    failed = kvbench("check", "results/toys", "--against", "baseline.json")
+    failed = kvbench("check", "out/toys", "--against", "baseline.json")
     assert failed.exit_code == 1
     assert failed.stdout.startswith("FAILED toy int8_per_token_head none toy_a acc: 0.535 -> 0.505 (−3.0 pp, 6 of 200")
 
@@ -193,10 +168,10 @@ def test_what_cannot_be_compared_is_5(kvbench, toy, tmp_path):
     kvbench("sweep", config)
     kvbench("sweep", config, "--limit", "150", "--output", "short")
 
-    compared = kvbench("compare", "results/toys", "short")
+    compared = kvbench("compare", "out/toys", "short")
     assert compared.exit_code == 5
     assert "INVALID: 150 documents here, 200 in the baseline, 150 in both" in compared.stdout
-    checked = kvbench("check", "short", "--against", "results/toys")
+    checked = kvbench("check", "short", "--against", "out/toys")
     assert checked.exit_code == 5
     assert "FAILED toy fp16 none toy_a acc, kld: 150 documents here" in checked.stdout
     assert checked.stdout.endswith("0 compared, 2 failed, 0 skipped\n")
@@ -211,7 +186,7 @@ def test_only_a_baseline_file_is_written_over(kvbench, toy, tmp_path):
     kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
     Path("thesis.txt").write_text("mine")
 
-    refused = one_error(kvbench("check", "results/toys", "--write", "thesis.txt"), 2)
+    refused = one_error(kvbench("check", "out/toys", "--write", "thesis.txt"), 2)
 
     assert "cannot write thesis.txt: it is no baseline file of kvbench, and stays as it is" in refused
     assert Path("thesis.txt").read_text() == "mine"
@@ -245,25 +220,25 @@ def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):
     """
     kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
 
-    missing = one_error(kvbench("check", "results/toys", "--write", "absent/baseline.json"), 2)
-    taken = one_error(kvbench("check", "results/toys", "--write", "results"), 2)
+    missing = one_error(kvbench("check", "out/toys", "--write", "absent/baseline.json"), 2)
+    taken = one_error(kvbench("check", "out/toys", "--write", "out"), 2)
 
     assert "cannot write absent/baseline.json: there is no folder absent; --write takes a file in a folder" in missing
-    assert "cannot write results: Is a directory; --write takes a file" in taken
+    assert "cannot write out: Is a directory; --write takes a file" in taken
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("compare", "absent"), "no run folder or baseline file absent"),
-        (("compare", "results/toys", "--margin", "1"), "expected a margin in percentage points, such as 1pp"),
+        (("compare", "out/toys", "--margin", "1"), "expected a margin in percentage points, such as 1pp"),
         (
-            ("compare", "results/toys", "--baseline", "int9"),
+            ("compare", "out/toys", "--baseline", "int9"),
             "--baseline int9: unknown dtype 'int9': did you mean int8?",
         ),
-        (("check", "results/toys"), "give either --against BASELINE or --write FILE"),
-        (("check", "results/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
-        (("show", "results/toys"), "is no cell"),
+        (("check", "out/toys"), "give either --against BASELINE or --write FILE"),
+        (("check", "out/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
+        (("show", "out/toys"), "is no cell"),
     ],
 )
 def test_wrong_comparisons_are_2(kvbench, toy, tmp_path, arguments, message):
@@ -354,12 +329,12 @@ def test_a_baseline_file_gates_no_kernel_times(kvbench, toy, tmp_path):
     """
     kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
     row = {"op": "decode", "rotation": "none", "batch": 1, "context": 8192, "head_dim": 128, "dtype": "fp16"}
-    keep("results/toys", [{**row, "us": 20.0, "samples_us": [20.0, 20.1]}], "H100")
+    keep("out/toys", [{**row, "us": 20.0, "samples_us": [20.0, 20.1]}], "H100")
 
-    written = kvbench("check", "results/toys", "--write", "base.json")
+    written = kvbench("check", "out/toys", "--write", "base.json")
     assert written.exit_code == 0
     assert "kernel times are not kept in it" in written.stderr
-    checked = kvbench("check", "results/toys", "--against", "base.json").stdout
+    checked = kvbench("check", "out/toys", "--against", "base.json").stdout
     assert "skipped 1 kernel times: the baseline has none" in checked
     assert checked.endswith("4 compared, 0 failed, 1 skipped\n")
 
@@ -419,7 +394,7 @@ def test_a_table_is_never_cut(kvbench, toy, tmp_path, monkeypatch):
     config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int4:int2"])
     kvbench("sweep", config)
 
-    for output in (kvbench("report", "results/toys").stdout, kvbench("plan", config).stdout):
+    for output in (kvbench("report", "out/toys").stdout, kvbench("plan", config).stdout):
         assert "int4_per_token_head:int2_per_token_head" in output
         assert "randomized_hadamard:hadamard" in output
         assert "…" not in output
@@ -432,10 +407,10 @@ def test_other_formats_are_pure(kvbench, toy, tmp_path, kind):
     """
     kvbench("sweep", toy.write_config(tmp_path / "toys.yaml"))
 
-    result = kvbench("report", "results/toys", "--format", kind)
+    result = kvbench("report", "out/toys", "--format", kind)
 
-    assert result.stdout == (tmp_path / f"results/toys/report.{kind}").read_text()
-    assert result.stderr.startswith("results/toys/report.md")
+    assert result.stdout == (tmp_path / f"out/toys/report.{kind}").read_text()
+    assert result.stderr.startswith("out/toys/report.md")
 
 
 def test_a_dry_run_runs_nothing(kvbench, toy, tmp_path):
@@ -448,7 +423,7 @@ def test_a_dry_run_runs_nothing(kvbench, toy, tmp_path):
 
     assert result.exit_code == 0
     assert "2 cells: 0 done, 0 failed, 2 to run" in result.stdout
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_as_json(kvbench, toy, tmp_path):
@@ -499,7 +474,7 @@ def test_a_quick_look_is_marked(kvbench, toy, tmp_path):
 
     assert "NOT A REAL SCORE" in kvbench("sweep", config, "--limit", 5).stderr
     assert "NOT A REAL SCORE" in kvbench("plan", config, "--limit", 5).stdout
-    assert "NOT A REAL SCORE" in kvbench("report", "results/toys").stdout
+    assert "NOT A REAL SCORE" in kvbench("report", "out/toys").stdout
 
 
 @pytest.mark.parametrize(
@@ -522,7 +497,7 @@ def test_bad_input_is_one_message(kvbench, toy, tmp_path, changes, options, code
     config = toy.write_config(tmp_path / "toys.yaml", **changes)
 
     assert message in one_error(kvbench("sweep", config, *options), code)
-    assert not (tmp_path / "results/toys/cells").exists()
+    assert not (tmp_path / "out/toys/cells").exists()
 
 
 def test_a_gpu_is_named_once(kvbench, toy, tmp_path):
@@ -561,10 +536,10 @@ def test_a_run_folder_is_of_one_sweep(kvbench, toy, tmp_path):
     """
     config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
     assert kvbench("sweep", config).exit_code == 0
-    other = ("sweep", config, "--set", "name=other", "--output", "results/toys")
+    other = ("sweep", config, "--set", "name=other", "--output", "out/toys")
 
     assert "is a run of the sweep 'toys', and this is 'other'" in one_error(kvbench(*other), 2)
-    assert Store(Path("results/toys")).run()["sweep"] == "toys"
+    assert Store(Path("out/toys")).run()["sweep"] == "toys"
     assert kvbench(*other, "--set", "name=toys", "--set", "dtypes=[int4]").exit_code == 0
     assert kvbench(*other, "--fresh").exit_code == 0
 
@@ -596,15 +571,15 @@ def test_a_lost_run_json_is_no_verdict(kvbench, toy, tmp_path):
     """
     config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
     assert kvbench("sweep", config).exit_code == 0
-    assert kvbench("check", "results/toys", "--write", "base.json").exit_code == 0
-    (tmp_path / "results/toys/run.json").write_text("{")
+    assert kvbench("check", "out/toys", "--write", "base.json").exit_code == 0
+    (tmp_path / "out/toys/run.json").write_text("{")
 
-    assert "names no baseline" in one_error(kvbench("compare", "results/toys"), 5)
-    assert "no verdicts: run.json is missing or broken" in kvbench("report", "results/toys").stdout
-    assert "int8_per_token_head" in kvbench("compare", "results/toys", "--baseline", "fp16").stdout
-    assert "0 failed, 0 skipped" in kvbench("check", "results/toys", "--against", "base.json").stdout
-    broken = kvbench("check", "results/toys", "--against", "results/toys")
-    assert broken.stdout.startswith("FAILED in the baseline: results/toys/run.json: not read")
+    assert "names no baseline" in one_error(kvbench("compare", "out/toys"), 5)
+    assert "no verdicts: run.json is missing or broken" in kvbench("report", "out/toys").stdout
+    assert "int8_per_token_head" in kvbench("compare", "out/toys", "--baseline", "fp16").stdout
+    assert "0 failed, 0 skipped" in kvbench("check", "out/toys", "--against", "base.json").stdout
+    broken = kvbench("check", "out/toys", "--against", "out/toys")
+    assert broken.stdout.startswith("FAILED in the baseline: out/toys/run.json: not read")
 
 
 def test_a_broken_record_is_named(kvbench, toy, tmp_path):
@@ -613,15 +588,15 @@ def test_a_broken_record_is_named(kvbench, toy, tmp_path):
     """
     config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
     assert kvbench("sweep", config).exit_code == 0
-    (cell,) = Path("results/toys/cells").glob("toy-int8*")
+    (cell,) = Path("out/toys/cells").glob("toy-int8*")
     (cell / "record.json").write_text((cell / "record.json").read_text()[:200])
 
     for verb in ("report", "compare"):
-        assert f"{cell.name}: not a whole record" in kvbench(verb, "results/toys").stdout
+        assert f"{cell.name}: not a whole record" in kvbench(verb, "out/toys").stdout
     assert f"{cell.name}: not a whole record" in one_error(kvbench("show", cell), 5)
-    for record in Path("results/toys/cells").glob("*/record.json"):
+    for record in Path("out/toys/cells").glob("*/record.json"):
         record.write_text("")
-    assert "has no finished cell; results/toys/cells/" in one_error(kvbench("report", "results/toys"), 5)
+    assert "has no finished cell; out/toys/cells/" in one_error(kvbench("report", "out/toys"), 5)
 
 
 def test_kernels_alone_are_no_scores(kvbench, toy, tmp_path):
@@ -634,7 +609,7 @@ def test_kernels_alone_are_no_scores(kvbench, toy, tmp_path):
     assert kvbench("kernel", "--dtype", "fp16", *small, "--output", "kernels").exit_code == 0
     (cell,) = Path("kernels/cells").iterdir()
 
-    for folders in (["kernels"], ["results/toys", "kernels"], ["kernels", "results/toys"]):
+    for folders in (["kernels"], ["out/toys", "kernels"], ["kernels", "out/toys"]):
         assert "kernels holds no cell of a model" in one_error(kvbench("compare", *folders), 5)
     assert "holds kernel times alone" in one_error(kvbench("check", "kernels", "--write", "base.json"), 5)
     assert "is of a kernel, which reads no documents" in one_error(kvbench("show", cell), 5)

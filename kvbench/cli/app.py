@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, show, sweep
+from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, runs, show, sweep
 from kvbench.cli.shared import CRASHED, INTERRUPTED, UNUSABLE
 
 EPILOG = (
@@ -36,6 +36,7 @@ for verb in (
     compare.compare,
     check.check,
     show.show,
+    runs.runs,
     kernel.kernel,
     doctor.doctor,
 ):

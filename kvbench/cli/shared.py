@@ -58,7 +58,7 @@ Limit = Annotated[
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: results/<sweep name>]")
+    Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: out/<sweep name>]")
 ]
 AsList = Annotated[ListFormat, typer.Option("--format", help="A table, or JSON.")]
 

@@ -21,9 +21,10 @@ from kvbench.results.record import (
     name_of,
     plain_json,
 )
-from kvbench.results.store import Contents, NotARunError, Store, Tensors, write_samples
+from kvbench.results.store import DEFAULT_FOLDER, Contents, NotARunError, Store, Tensors, write_samples
 
 __all__ = [
+    "DEFAULT_FOLDER",
     "LM_EVAL",
     "Contents",
     "Kind",

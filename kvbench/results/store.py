@@ -2,7 +2,7 @@
 
 A run folder holds one folder a cell, written whole or not at all, and the baseline's tensors that cells share:
 
-    results/quickstart/
+    out/quickstart/
       run.json                          the sweep that was asked for, and its cells
       cells/<slug>-<hash>/record.json   the cell's numbers, or its error
       cells/<slug>-<hash>/samples.parquet
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Tensors = dict[str, Any]  # of torch tensors
+
+DEFAULT_FOLDER = Path("out")  # of run folders: a person's own, which git ignores; results/ is committed evidence
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 
 from kvbench.environment import describe, device_name
 from kvbench.measured import of_records, prompt_forms
-from kvbench.results import Contents, Record, Store
+from kvbench.results import DEFAULT_FOLDER, Contents, Record, Store
 from kvbench.runners.model_files import RefusedError
 from kvbench.stats import parse_margin
 from kvbench.sweep import estimate
@@ -80,7 +80,7 @@ def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned
     cells = choose(every, options.only, options.skip)
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")
-    store = Store(options.output or Path("results") / sweep.name)
+    store = Store(options.output or DEFAULT_FOLDER / sweep.name)
     if store.foreign:
         raise ConfigError(f"{store.folder} {store.foreign}; --output takes a run folder, or a new one")
     return Planned(sweep, every, cells, store)
@@ -251,8 +251,7 @@ def _write_run(planned: Planned, judgements: list[dict[str, Any]]) -> None:
             "schemes": [scheme.columns() for scheme in schemes.values()],
             "cells": [cell.name for cell in planned.every],
             "canary": judgements if judgements or sweep.canary else None,
-            # without `data`: a run folder may be committed, and names no path of this machine
-            "config": sweep.model_dump(mode="json", exclude_none=True, exclude={"data"}),
+            "config": sweep.config(),
         }
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from kvbench.calibration import Calibration
@@ -19,6 +19,7 @@ from kvbench.registry import find_name
 from kvbench.schemes import Scheme, split_pair
 from kvbench.stats import parse_margin
 from kvbench.sweep.parts import REAL, Parts
+from kvbench.sweep.paths import anchor
 from kvbench.sweep.spec import ComputeDtype, ModelSpec, Strict
 from kvbench.tasks import OURS, OptionError
 from kvbench.tasks.base import Count, Task
@@ -158,6 +159,7 @@ class Sweep(Strict):
     apply_chat_template: bool | None = None
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)  # of paths in the YAML, by what they mean here
 
     @model_validator(mode="after")
     def _one_or_many_models(self) -> Self:
@@ -170,6 +172,22 @@ class Sweep(Strict):
         if self.dtypes is None and self.schemes is None:
             raise ValueError("give 'dtypes', 'schemes' or both: one at least")
         return self
+
+    def config(self) -> dict[str, Any]:
+        """The YAML with all defaults, as a run folder keeps it: paths as they were written, and no data folder.
+
+        A run folder may be committed, and names no path of this machine.
+        """
+
+        def as_written(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: as_written(item) for name, item in value.items()}
+            if isinstance(value, list):
+                return [as_written(item) for item in value]
+            return self._written.get(value, value) if isinstance(value, str) else value
+
+        config: dict[str, Any] = as_written(self.model_dump(mode="json", exclude_none=True, exclude={"data"}))
+        return config
 
     @property
     def all_models(self) -> list[ModelSpec]:
@@ -240,20 +258,26 @@ def load_sweep(path: Path, settings: Sequence[str] = (), *, parts: Parts = REAL)
     Raises:
         ConfigError: with one message for each thing that is wrong.
     """
-    return parse_sweep(read_file(path), str(path), settings, parts=parts)
+    return parse_sweep(read_file(path), str(path), settings, parts=parts, folder=path.parent)
 
 
-def parse_sweep(text: str, name: str, settings: Sequence[str] = (), *, parts: Parts = REAL) -> Sweep:
-    """The sweep of a YAML text; `name` stands for it in messages.
+def parse_sweep(
+    text: str, name: str, settings: Sequence[str] = (), *, parts: Parts = REAL, folder: Path | None = None
+) -> Sweep:
+    """The sweep of a YAML text; `name` stands for it in messages. folder: what its relative paths begin at.
+
+    Paths in settings are the command's, and begin where that is given.
 
     Raises:
         ConfigError: with one message for each thing that is wrong.
     """
     document, data = read_document(text, name, MINIMUM)
+    written = anchor(data, folder or Path())
     for setting in settings:
         document.overridden[apply_setting(data, setting)] = setting
     try:
         sweep = Sweep.model_validate(data)
+        sweep._written = written
     except ValidationError as error:
         items = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
         raise ConfigError("\n".join(explain(document, item) for item in items)) from None
