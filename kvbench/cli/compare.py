@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, Baseline, Margin, ReportFormat, fail, print_rows, say
-
-if TYPE_CHECKING:
-    from kvbench.report.timings import SpeedComparison
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Baseline, Format, Margin, fail, say
 
 
 def compare(
@@ -23,7 +19,7 @@ def compare(
     ] = None,
     baseline: Baseline = None,
     margin: Margin = None,
-    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+    as_format: Format = TABLE,
 ) -> None:
     """Compare every cell with its baseline on the same documents.
 
@@ -31,7 +27,8 @@ def compare(
     --baseline, the cells of DIR2 are compared with that baseline of DIR. Exits 5 where a pair had to be refused.
     """
     from kvbench import measured
-    from kvbench.report import comparison_text, table, timings, verdicts
+    from kvbench.render import render
+    from kvbench.report import comparison_text, timings
     from kvbench.report.compare import compare as compared
     from kvbench.report.find_scheme import find_scheme
     from kvbench.results import NotARunError
@@ -40,7 +37,7 @@ def compare(
         if timings.is_timings(folder):
             before, after = timings.read(folder), timings.read(other) if other else None
             rows = timings.compare_speed(before, after, baseline, margin)
-            _print_speed(rows, as_format)
+            print(render(timings.document(rows), as_format), end="")
             if not rows or any(row.verdict == "INVALID" for row in rows):
                 raise typer.Exit(NOTHING_TO_COMPARE)
             return
@@ -55,31 +52,9 @@ def compare(
         fail(error, NOTHING_TO_COMPARE)
     except (FileNotFoundError, ValueError) as error:
         fail(error, BAD_INPUT)
-    if as_format == ReportFormat.TABLE:
-        for title, lines in comparison_text.tables(found):
-            say(title)
-            print_rows(comparison_text.HEADERS, lines, comparison_text.NUMERIC)
-            print()
-        say(comparison_text.LEGEND, *comparison_text.summary(first, found, second))
-    elif as_format == ReportFormat.MD:
-        print(comparison_text.markdown(first, found, second), end="")
-    else:
-        as_json = as_format == ReportFormat.JSON
-        print(table.rows_json(found.rows) if as_json else table.rows_csv(found.rows, verdicts.COLUMNS), end="")
+    print(render(comparison_text.document(first, found, second), as_format), end="")
+    if as_format in ("csv", "json"):
         for fault in [*first.faults, *(second.faults if second else [])]:
             say(fault, to=sys.stderr)
     if found.invalid or not found.judged:
         raise typer.Exit(NOTHING_TO_COMPARE)
-
-
-def _print_speed(rows: Sequence[SpeedComparison], as_format: ReportFormat) -> None:
-    from kvbench.render import markdown
-    from kvbench.report import table, timings
-
-    if as_format == ReportFormat.TABLE:
-        print_rows(timings.HEADERS, timings.table(rows), timings.NUMERIC)
-    elif as_format == ReportFormat.MD:
-        print("\n".join(markdown.table(timings.HEADERS, timings.table(rows), timings.NUMERIC)))
-    else:
-        as_json = as_format == ReportFormat.JSON
-        print(table.rows_json(rows) if as_json else table.rows_csv(rows, timings.COLUMNS), end="")

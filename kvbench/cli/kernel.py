@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, UNUSABLE, ReportFormat, fail, say
+from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, TABLE, UNUSABLE, Format, fail, say
 
 
 class Operation(StrEnum):
@@ -57,7 +56,7 @@ def kernel(
         bool, typer.Option("--peers/--no-peers", help="Also time torch, and FlashInfer and vLLM where installed.")
     ] = True,
     timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
-    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+    as_format: Format = TABLE,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Also keep the rows there, as cells of a run folder.")
     ] = None,
@@ -75,8 +74,9 @@ def kernel(
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
     from kvbench.dtypes import all_dtypes
     from kvbench.environment import describe
+    from kvbench.render import render
     from kvbench.results import Store
-    from kvbench.timing import KernelRequest, Shape, as_record, load_requests, parse_grid, render, run, shape_of_model
+    from kvbench.timing import KernelRequest, Shape, as_record, document, load_requests, parse_grid, run, shape_of_model
 
     try:
         gpu = torch.cuda.is_available()
@@ -134,13 +134,9 @@ def kernel(
         fail(f"cannot write to {output}: {error.strerror or error}", UNUSABLE)
     except ValueError as error:
         fail(error, BAD_INPUT)
-    rows = [row for timings in done for row in timings.rows]
-    if as_format == ReportFormat.JSON:
-        print(json.dumps(rows, indent=1))
-    else:
-        print("\n\n".join(render(timings, as_format.value) for timings in done))
+    print(render(document(done), as_format), end="")
     if output:
-        say(str(output), to=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+        say(str(output), to=sys.stdout if as_format == TABLE else sys.stderr)
     if not all(timings.passed for timings in done):
         raise typer.Exit(GATE_FAILED)
 

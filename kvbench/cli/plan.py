@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,17 +10,15 @@ import typer
 
 from kvbench.cli.shared import (
     BAD_INPUT,
-    AsList,
+    TABLE,
     Config,
+    Format,
     Limit,
-    ListFormat,
     Only,
     Output,
     Set,
     Skip,
     fail,
-    print_rows,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -41,20 +38,14 @@ def plan(
             "--context", metavar="N", min=1, help="State the memory of a sequence of N tokens.  [default: the longest]"
         ),
     ] = None,
-    as_format: AsList = ListFormat.TABLE,
+    as_format: Format = TABLE,
 ) -> None:
     """Show what a sweep would run.
 
     Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
     missing on this machine. Runs nothing.
     """
-    planned = prepared(config, chosen(only, skip, settings, limit, output))
-    if as_format == ListFormat.JSON:
-        from kvbench.sweep.command import plan_rows
-
-        print(json.dumps(plan_rows(planned), indent=1))
-    else:
-        print_plan(planned, context)
+    print_plan(prepared(config, chosen(only, skip, settings, limit, output)), context, as_format)
 
 
 def chosen(
@@ -90,12 +81,9 @@ def prepared(config: Path, options: Options) -> Planned:
         fail(error, BAD_INPUT)
 
 
-def print_plan(planned: Planned, context: int | None = None) -> None:
+def print_plan(planned: Planned, context: int | None = None, as_format: Format = TABLE) -> None:
     """The plan's tables, and what they add up to."""
-    from kvbench.sweep.command import plan_summary, plan_tables
+    from kvbench.render import render
+    from kvbench.sweep.command import plan_document
 
-    for title, headers, rows in plan_tables(planned, context):
-        say(title)
-        print_rows(headers, rows, numeric=(2, 3, 4))
-        print()
-    say(*plan_summary(planned))
+    print(render(plan_document(planned, context), as_format), end="")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, ReportFormat, fail, print_table, say
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, fail, say
 
 
 def report(
@@ -17,13 +17,14 @@ def report(
         Path | None,
         typer.Option("--kernels", metavar="DIR", help="Another one, whose kernels' speed stands beside accuracy."),
     ] = None,
-    as_format: Annotated[ReportFormat, typer.Option("--format", help="What to print.")] = ReportFormat.TABLE,
+    as_format: Format = TABLE,
 ) -> None:
     """Print and write the tables of a run folder.
 
     Puts report.md, report.csv and report.json into it.
     """
-    from kvbench.report.tables import LEGEND, Report
+    from kvbench.render import render
+    from kvbench.report.tables import Report
     from kvbench.results import NotARunError
 
     try:
@@ -32,12 +33,9 @@ def report(
         fail(error, NOTHING_TO_COMPARE)
     except FileNotFoundError as error:
         fail(error, BAD_INPUT)
-    if as_format == ReportFormat.TABLE:
-        for table in found.tables():
-            print_table(table)
-        say(LEGEND, *found.summary())
-    else:
-        print({"md": found.markdown, "csv": found.csv, "json": found.json}[as_format.value](), end="")
+    shown = as_format == TABLE
+    print(render(found.document(portable=not shown), as_format), end="")
+    if as_format in ("csv", "json"):
         for fault in found.faults:
             say(fault, to=sys.stderr)
     try:
@@ -46,4 +44,4 @@ def report(
         say(f"not written: {error.filename2 or error.filename}: {error.strerror}", to=sys.stderr)
     else:
         names = " · ".join([str(first), *(path.name for path in others)])
-        say(names, to=sys.stdout if as_format == ReportFormat.TABLE else sys.stderr)
+        say(names, to=sys.stdout if shown else sys.stderr)

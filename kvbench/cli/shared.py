@@ -7,35 +7,17 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from kvbench.render import all_renderers
 from kvbench.render.text import seen, table
-
-if TYPE_CHECKING:
-    from kvbench.report.table import Table
 
 # 3 comes from the sweep itself
 GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, CRASHED, INTERRUPTED = 1, 2, 4, 5, 70, 130
 
 MAX_COUNT = 10**9  # documents; no data set has more
-
-
-class ReportFormat(StrEnum):
-    """How a report is printed."""
-
-    TABLE = "table"
-    MD = "md"
-    CSV = "csv"
-    JSON = "json"
-
-
-class ListFormat(StrEnum):
-    """How a list is printed."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False)]
@@ -60,7 +42,20 @@ Limit = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: out/<sweep name>]")
 ]
+
+
+class ListFormat(StrEnum):
+    """How a list is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
 AsList = Annotated[ListFormat, typer.Option("--format", help="A table, or JSON.")]
+# the files of render/
+Renderers = StrEnum("Renderers", {name: name for name in all_renderers()})  # type: ignore[misc]
+Format = Annotated[Renderers, typer.Option("--format", help="What to print.")]
+TABLE = Renderers("table")
 
 Margin = Annotated[
     str | None,
@@ -85,14 +80,6 @@ def fail(error: object, code: int) -> NoReturn:
 def say(*lines: str, to: TextIO | None = None) -> None:
     """Lines of text in the terminal, on stdout unless told otherwise."""
     print(seen("\n".join(lines)), file=to)
-
-
-def print_table(one: Table) -> None:
-    """A report's table, its warnings above and its notes below."""
-    say(one.title, *one.warnings)
-    numeric = [index for index, header in enumerate(one.headers) if header.numeric]
-    print_rows(["\n".join(header.lines) for header in one.headers], one.rows, numeric)
-    say(*one.notes, "")
 
 
 def print_list(rows: Sequence[dict[str, Any]], as_format: ListFormat, absent: dict[str, str] | None = None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from kvbench.render import text
+from kvbench.render.document import Document, Renderer, Table
 
 # what Markdown or HTML would take for its own anywhere in a line: an escape, code, emphasis, the end of a cell, an
 # element, an entity, a link. `_` between letters is none, and [ ] around an interval neither
@@ -19,9 +19,25 @@ def plain(value: object) -> str:
     return MARKS.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), line)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> list[str]:
-    """The lines of a table; the columns of `numeric` are set to the right."""
-    rule = "|".join("---:" if index in numeric else ":---" for index in range(len(headers)))
-    names = [header.replace("\n", " ") for header in headers]
-    lines = [f"| {' | '.join(map(plain, row))} |" for row in (names, *rows)]
+def table(one: Table) -> list[str]:
+    """The lines of a table."""
+    heads = [" ".join(filter(None, column.lines)).replace("/ ", "/") for column in one.columns]
+    rule = "|".join("---:" if column.numeric else ":---" for column in one.columns)
+    lines = [f"| {' | '.join(map(plain, row))} |" for row in (heads, *one.rows)]
     return [lines[0], f"|{rule}|", *lines[1:]]
+
+
+def render(document: Document) -> str:
+    """A section a table, then what the signs mean, then the notes."""
+    lines = [f"# {plain(document.title)}", ""] if document.title else []
+    lines += [plain(document.lead), ""] if document.lead else []
+    for one in document.sections:
+        lines += [f"## {plain(one.title)}", ""] if one.title else []
+        lines += [line for warning in one.warnings for line in (f"**{plain(warning)}**", "")]
+        lines += [*table(one), ""]
+        lines += [*(f"{plain(note)}  " for note in one.notes), ""] if one.notes else []
+    lines += [document.legend, ""] if document.legend else []
+    return "\n".join([*lines, *(f"- {plain(line)}" for line in document.notes)]).rstrip("\n") + "\n"
+
+
+MARKDOWN = Renderer("md", "md", render)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from kvbench.render.document import Document, Renderer
+
 # what a terminal obeys instead of showing it: controls but line ends and tabs, and what turns the writing's direction
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -40,3 +42,18 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequen
 
     rule = ["─" * (sum(widths) + 3 * (len(widths) - 1))] if head_rows else []
     return "\n".join([*map(joined, head_rows), *rule, *map(joined, body)])
+
+
+def render(document: Document) -> str:
+    """Every table with its title, warnings and notes; then what the signs mean, and the notes."""
+    lines: list[str] = []
+    for one in document.sections:
+        numeric = [place for place, column in enumerate(one.columns) if column.numeric]
+        heads = ["\n".join(column.lines) for column in one.columns]
+        lines += [seen(line) for line in (one.title, *one.warnings) if line]
+        lines += [table(heads, one.rows, numeric), *map(seen, one.notes), ""]
+    lines += [seen(line) for line in (document.legend, *document.notes) if line]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+TEXT = Renderer("table", "txt", render)

@@ -1,32 +1,32 @@
-"""How comparisons read: for a terminal and as Markdown. Imports no torch."""
+"""How comparisons read. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from kvbench.measured import Measured, prompt_forms
-from kvbench.render import markdown as md
+from kvbench.render import Column, Document, Table
 from kvbench.report.compare import Comparisons
-from kvbench.report.verdicts import FLOOR_VERDICT, VERDICTS, Comparison
+from kvbench.report.verdicts import FIELDS, FLOOR_VERDICT, VERDICTS, Comparison
 from kvbench.results import shown_number
 
-HEADERS = (
-    "dtype",
-    "rotation",
-    "task",
-    "metric",
-    "baseline",
-    "value",
-    "difference",
-    "95 % interval",
-    "flips\n−/+",
-    "n",
-    "test",
-    "p (Holm)",
-    "verdict",
+COLUMNS = (
+    Column(("dtype",), numeric=False),
+    Column(("rotation",), numeric=False),
+    Column(("task",), numeric=False),
+    Column(("metric",), numeric=False),
+    Column(("baseline",), drop=3),
+    Column(("value",), drop=2),
+    Column(("difference",)),
+    Column(("95 % interval",)),
+    Column(("flips", "−/+"), drop=4),
+    Column(("n",), drop=6),
+    Column(("test",), numeric=False, drop=7),
+    Column(("p (Holm)",), drop=5),
+    Column(("verdict",), numeric=False),
 )
-NUMERIC = (4, 5, 6, 7, 8, 9, 11)
 LEGEND = (
     "EQUIVALENT: the whole interval lies within the margin. INCONCLUSIVE (n): neither shown; so many documents would "
     "decide. A distance from the baseline itself (KL divergence, same top token) is there for sure and has no p: WORSE "
@@ -34,14 +34,15 @@ LEGEND = (
 )
 
 
-def tables(found: Comparisons) -> list[tuple[str, list[list[str]]]]:
-    """A title and rows for each model."""
+def tables(found: Comparisons) -> list[Table]:
+    """A table a model."""
     made = []
     for model in dict.fromkeys(row.model for row in found.rows):
         of_model = [row for row in found.rows if row.model == model]
         compared = [row for row in of_model if not row.again] or of_model
         against = ", ".join(dict.fromkeys(row.against for row in compared if row.against))
-        made.append((f"{model} against {against} · margin {found.margin}", [_cells(row, against) for row in of_model]))
+        title = f"{model} against {against} · margin {found.margin}"
+        made.append(Table(title, COLUMNS, [_cells(row, against) for row in of_model]))
     return made
 
 
@@ -180,11 +181,9 @@ def summary(measured: Measured, found: Comparisons, other: Measured | None = Non
     return [*lines, *forms, *found.notes]
 
 
-def markdown(measured: Measured, found: Comparisons, other: Measured | None = None) -> str:
-    """The comparison as Markdown; measured, other: as `compare` took them."""
+def document(measured: Measured, found: Comparisons, other: Measured | None = None) -> Document:
+    """All of a comparison; measured, other: as `compare` took them."""
     shown = other or measured
-    lines = [f"# {md.plain(shown.run.get('sweep') or shown.path.name)}: against the baseline", ""]
-    for title, rows in tables(found):
-        lines += [f"## {md.plain(title)}", "", *md.table(HEADERS, rows, NUMERIC), ""]
-    lines += [LEGEND, "", *(f"- {md.plain(line)}" for line in summary(measured, found, other))]
-    return "\n".join(lines) + "\n"
+    title = f"{shown.run.get('sweep') or shown.path.name}: against the baseline"
+    rows = [asdict(row) for row in found.rows]
+    return Document(title, tables(found), "", LEGEND, summary(measured, found, other), rows, FIELDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from kvbench.report.table import Header, Table
+from kvbench.render import Column, Table
 from kvbench.results import Record, shown_number
 
 MEASURED = ("peak_memory_bytes", "kv_bytes_per_token", "prefill_seconds", "decode_seconds")
@@ -23,15 +23,15 @@ def cost_table(title: str, records: Sequence[Record]) -> Table | None:
     schemes: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in done:
         schemes[record.dtype, record.rotation].append(record)
-    headers = [
-        Header(("", "dtype"), numeric=False),
-        Header(("", "rotation"), numeric=False),
-        Header(("peak memory", "MiB")),
-        Header(("KV bytes/token", "computed")),
-        Header(("KV bytes/token", "measured")),
-        Header(("prefill", "tokens/s")),
-        Header(("decode", "tokens/s")),
-        Header(("all cells", "s")),
+    columns = [
+        Column(("", "dtype"), numeric=False),
+        Column(("", "rotation"), numeric=False),
+        Column(("peak memory", "MiB")),
+        Column(("KV bytes/token", "computed")),
+        Column(("KV bytes/token", "measured")),
+        Column(("prefill", "tokens/s")),
+        Column(("decode", "tokens/s")),
+        Column(("all cells", "s")),
     ]
     rows = []
     for (dtype, rotation), cells in schemes.items():
@@ -51,7 +51,7 @@ def cost_table(title: str, records: Sequence[Record]) -> Table | None:
     notes = [NOTE]
     if any(record.throughput for record in done):
         notes.append("tokens/s here are without throughput's: it has columns of its own above")
-    return Table(f"{title} · cost", headers, rows, odd, notes)
+    return Table(f"{title} · cost", columns, rows, odd, notes)
 
 
 def _rate(cells: Sequence[Record], what: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvbench.report.table import Header, Table
+from kvbench.render import Column, Table
 from kvbench.results import Record, shown_megabytes
 
 NOT_RUN = "- (not run)"
@@ -30,8 +30,8 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     # a column only where such a peer was timed
     compared = any(row.get("same_dtype_speedup") for row in rows)
     names += [*(["vs same dtype"] if compared else []), "rel. error"]
-    headers = [Header((name,), numeric=name not in ("dtype", "rotation")) for name in names]
-    return Table(title, headers, [_row(row, compared) for row in rows])
+    columns = [Column((name,), numeric=name not in ("dtype", "rotation")) for name in names]
+    return Table(title, columns, [_row(row, compared) for row in rows])
 
 
 def _setting(record: Record) -> tuple[Any, ...]:
@@ -71,7 +71,7 @@ def _ratio(speedup: float | None, peer: str | None, us: float | None) -> str:
 class SpeedColumn:
     """The column `decode 32×8k` of an accuracy table: one size on one GPU, for as many of its schemes as were timed."""
 
-    header: Header
+    column: Column
     cells: dict[tuple[str, str], str]
     note: str
 
@@ -103,7 +103,7 @@ def speed_column(
     counted = sorted({metric.n for record in chosen for metric in record.metrics if metric.name == "us"})
     shown = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]}..{counted[-1]}"
     return SpeedColumn(
-        Header((name, "µs (× 16-bit)", f"n={shown}")),
+        Column((name, "µs (× 16-bit)", f"n={shown}")),
         {(record.dtype, record.rotation): _speed(record.facts) for record in chosen},
         f"{name}: median time of one layer's attention kernel, {batch} sequences of {context} tokens, "
         f"{', '.join(setting[1:])}; × is against the best 16-bit attention timed in the same run",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +12,15 @@ from typing import Any
 
 from kvbench import measured
 from kvbench.files import write_text
-from kvbench.render import csv
-from kvbench.render import markdown as md
+from kvbench.render import Column, Document, Table, all_renderers, render
 from kvbench.report import compare, comparison_text
 from kvbench.report.cost import cost_table
 from kvbench.report.labels import group_of, notes_of, planned_task, task_labels, title_of, warnings_of
 from kvbench.report.speed import kernel_tables, speed_column
-from kvbench.report.table import Header, Table
 from kvbench.report.verdicts import VERDICTS
 from kvbench.results import Metric, NotARunError, Record, Store, headline, shown_metric
 
-COLUMNS = (
+FIELDS = (
     "model",
     "dtype",
     "rotation",
@@ -43,6 +40,7 @@ COLUMNS = (
     "status",
     "cell",
 )
+KEPT = ("md", "csv", "json")  # the formats that stand beside the records
 LEGEND = (
     "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point. "
     "Verdicts come from paired tests against the baseline, one by one in `kvbench compare`."
@@ -125,7 +123,7 @@ class Report:
                         "verdict": self._verdicts.get((record.cell, metric.name)),
                     }
                 row = {**common, **number}
-                rows.append({column: row[column] for column in COLUMNS})
+                rows.append({column: row[column] for column in FIELDS})
         return rows
 
     @cached_property
@@ -203,33 +201,33 @@ class Report:
         by_place: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
         for record in records:
             by_place[record.dtype, record.rotation][labels[record.cell]] = record
-        columns: list[tuple[str, str]] = []
+        measures: list[tuple[str, str]] = []
         for label in dict.fromkeys(labels[record.cell] for record in records):
             of_task = [record for record in records if labels[record.cell] == label]
             names = dict.fromkeys(metric.name for record in of_task for metric in headline(record.metrics))
-            columns += [(label, name) for name in names]
+            measures += [(label, name) for name in names]
 
-        headers = [
-            Header(("dtype",), numeric=False),
-            Header(("rotation",), numeric=False),
-            Header(("bits/", "value")),
-            Header(("KV KiB/", "token")),
-            Header(("smaller", "than fp16")),
+        columns = [
+            Column(("dtype",), numeric=False),
+            Column(("rotation",), numeric=False),
+            Column(("bits/", "value")),
+            Column(("KV KiB/", "token")),
+            Column(("smaller", "than fp16")),
         ]
-        for label, name in columns:
+        for label, name in measures:
             found = [m for r in records if labels[r.cell] == label for m in r.metrics if m.name == name]
             counts = sorted({metric.n for metric in found})
             # a perplexity is called one
             unit = f" ({found[0].unit})" if found[0].unit not in ("", "%", "ppl") else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
-            headers.append(Header((label, f"{name}{unit}", size)))
+            columns.append(Column((label, f"{name}{unit}", size)))
         judged = self._verdict(records) != "-"
         if judged:
-            headers.append(Header(("verdict",), numeric=False))
+            columns.append(Column(("verdict",), numeric=False))
 
         layers = {(heads, head_dim) for heads, head_dim in records[0].model.get("layers") or ()}
         speed = speed_column(self.kernels, by_place, layers)
-        headers += [speed.header] if speed else []
+        columns += [speed.column] if speed else []
 
         rows = []
         for (dtype, rotation), cells in by_place.items():
@@ -242,7 +240,7 @@ class Report:
                 f"{size_bytes / 1024:.1f}" if size_bytes else "-",
                 f"{16 / bits:.2f} ×" if bits else "-",
             ]
-            for label, name in columns:
+            for label, name in measures:
                 metric = _metric(cells.get(label), name)
                 row.append(shown_metric(metric) if metric else "-")
             if judged:
@@ -251,7 +249,7 @@ class Report:
                 row.append(speed.cell((dtype, rotation)))
             rows.append(row)
         notes = notes_of(records) + ([speed.note] if speed else [])
-        return Table(title_of(records[0]), headers, rows, warnings_of(records), notes)
+        return Table(title_of(records[0]), columns, rows, warnings_of(records), notes)
 
     def summary(self) -> list[str]:
         """Lines below all tables: how much is done, the canary, what failed, what cannot be read."""
@@ -321,39 +319,20 @@ class Report:
 
     # ---- texts
 
-    def markdown(self) -> str:
-        """The report as Markdown."""
-        lines = [f"# {md.plain(self.run.get('sweep') or self.folder.resolve().name)}", ""]
-        if self.run.get("note"):
-            lines += [md.plain(self.run["note"]), ""]
-        for table in self.tables():
-            lines += [f"## {md.plain(table.title)}", ""]
-            lines += [line for warning in table.warnings for line in (f"**{md.plain(warning)}**", "")]
-            heads = [" ".join(filter(None, header.lines)).replace("/ ", "/") for header in table.headers]
-            numeric = [index for index, header in enumerate(table.headers) if header.numeric]
-            lines += md.table(heads, table.rows, numeric)
-            lines += ["", *(f"{md.plain(note)}  " for note in table.notes), ""]
-        lines += [LEGEND, "", *(f"- {md.plain(line)}" for line in self._portable(self.summary()))]
-        return "\n".join(lines) + "\n"
-
-    def _portable(self, lines: Sequence[str]) -> list[str]:
-        """The lines with paths from the report itself: it may be committed."""
-        return [line.replace(f"{self.folder}/", "") for line in lines]
-
-    def json(self) -> str:
-        """`rows` as JSON."""
-        return json.dumps(self.rows(), indent=1, allow_nan=False) + "\n"
-
-    def csv(self) -> str:
-        """`rows` as CSV; what is absent is empty."""
-        return csv.table(COLUMNS, self.rows())
+    def document(self, portable: bool = True) -> Document:
+        """All of it; portable: with paths from the report itself, which may be committed."""
+        notes = self.summary()
+        if portable:
+            notes = [line.replace(f"{self.folder}/", "") for line in notes]
+        title = self.run.get("sweep") or self.folder.resolve().name
+        return Document(title, self.tables(), self.run.get("note") or "", LEGEND, notes, self.rows(), FIELDS)
 
     def write(self) -> list[Path]:
         """Puts report.md, report.csv and report.json into the run folder."""
-        paths = []
-        for name, text in (("report.md", self.markdown()), ("report.csv", self.csv()), ("report.json", self.json())):
-            path = self.folder / name
-            write_text(path, text)
+        document, paths = self.document(), []
+        for name in KEPT:
+            path = self.folder / f"report.{all_renderers()[name].ending}"
+            write_text(path, render(document, name))
             paths.append(path)
         return paths
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from kvbench.files import read_json
+from kvbench.render import Column, Document, Table
 from kvbench.report.compare import DEFAULT_MARGIN
 from kvbench.report.find_scheme import find_scheme
 from kvbench.results import NotARunError, Record, Store, describe, kernel_task
@@ -51,7 +52,7 @@ class SpeedComparison:
     reason: str = ""
 
 
-COLUMNS = tuple(SpeedComparison.__dataclass_fields__)
+FIELDS = tuple(SpeedComparison.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -238,26 +239,32 @@ def _compared(row: dict[str, Any], base: dict[str, Any] | None, limit: float, wr
     )
 
 
-HEADERS = (
-    "op",
-    "dtype",
-    "rotation",
-    "batch",
-    "context",
-    "heads",
-    "D",
-    "page",
-    "against",
-    "baseline µs",
-    "µs",
-    "ratio",
-    "95 % interval",
-    "verdict",
+COLUMNS = (
+    Column(("op",), numeric=False),
+    Column(("dtype",), numeric=False),
+    Column(("rotation",), numeric=False),
+    Column(("batch",)),
+    Column(("context",)),
+    Column(("heads",), drop=4),
+    Column(("D",), drop=5),
+    Column(("page",), drop=6),
+    Column(("against",), numeric=False, drop=3),
+    Column(("baseline µs",), drop=2),
+    Column(("µs",), drop=1),
+    Column(("ratio",)),
+    Column(("95 % interval",)),
+    Column(("verdict",), numeric=False),
 )
-NUMERIC = (3, 4, 5, 6, 7, 9, 10, 11, 12)
 
 
-def table(rows: Sequence[SpeedComparison]) -> list[list[str]]:
+def document(rows: Sequence[SpeedComparison]) -> Document:
+    """A row a timing, beside the baseline's."""
+    return Document(
+        sections=[Table("", COLUMNS, _cells(rows))] if rows else [], rows=[asdict(row) for row in rows], fields=FIELDS
+    )
+
+
+def _cells(rows: Sequence[SpeedComparison]) -> list[list[str]]:
     """The rows as text."""
 
     def us(value: float | None) -> str:

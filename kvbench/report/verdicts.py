@@ -54,7 +54,7 @@ class Comparison:
     again: bool = False
 
 
-COLUMNS = tuple(Comparison.__dataclass_fields__)
+FIELDS = tuple(Comparison.__dataclass_fields__)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from kvbench.environment import describe, device_name
 from kvbench.measured import of_records, prompt_forms
+from kvbench.render import Column, Document, Table
 from kvbench.results import DEFAULT_FOLDER, Contents, Record, Store
 from kvbench.runners.model_files import RefusedError
 from kvbench.stats import parse_margin
@@ -318,8 +319,15 @@ def plan_lacks(planned: Planned) -> list[str]:
     )
 
 
-def plan_tables(planned: Planned, context: int | None = None) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A table a model: title, headers and rows; a row a scheme, a column a task with the state of its cell.
+def plan_document(planned: Planned, context: int | None = None) -> Document:
+    """What would run: its tables, and what they add up to."""
+    rows = plan_rows(planned)
+    sections, notes = plan_tables(planned, context), plan_summary(planned)
+    return Document(f"{planned.sweep.name}: what it would run", sections, notes=notes, rows=rows, fields=list(rows[0]))
+
+
+def plan_tables(planned: Planned, context: int | None = None) -> list[Table]:
+    """A table a model: a row a scheme, a column a task with the state of its cell.
 
     context: tokens of the sequence whose bytes are stated; the model's longest where it is None.
     """
@@ -331,9 +339,15 @@ def plan_tables(planned: Planned, context: int | None = None) -> list[tuple[str,
         first_cells = {(cell.dtype, cell.rotation): cell for cell in planned.cells if cell.model == model}
         length = context or model.max_length
         windowed = any(cell.scheme.window for cell in first_cells.values())
-        at = f" at\n{length} tokens" if windowed and length else "" if model.layers else "\nat D=128"
-        sizes_at = f"KV MiB at\n{length or '?'} tokens"
-        headers = ["dtype", "rotation", f"bits/value{at}", "KV KiB/\ntoken", sizes_at, *tasks]
+        at = [f"at {length} tokens"] if windowed and length else [] if model.layers else ["at D=128"]
+        columns = [
+            Column(("dtype",), numeric=False),
+            Column(("rotation",), numeric=False),
+            Column(("bits/value", *at)),
+            Column(("KV KiB/", "token"), drop=2),
+            Column(("KV MiB at", f"{length or '?'} tokens"), drop=1),
+            *(Column((task,), numeric=False) for task in tasks),
+        ]
         table = []
         for dtype, rotation in dict.fromkeys((row["dtype"], row["rotation"]) for row in of_model):
             of_scheme = [row for row in of_model if (row["dtype"], row["rotation"]) == (dtype, rotation)]
@@ -344,7 +358,7 @@ def plan_tables(planned: Planned, context: int | None = None) -> list[tuple[str,
                 sizes = [f"{size / 1024:.1f}", f"{whole / 2**20:.1f}"]
             bits = cell.bits_at(length) if length else cell.bits_per_value
             table.append([dtype, rotation, f"{bits:.2f}", *sizes, *(status.get(task, "-") for task in tasks)])
-        tables.append((_model_line(model), headers, table))
+        tables.append(Table(_model_line(model), columns, table))
     return tables
 
 

@@ -3,17 +3,16 @@
 from kvbench.timing.grid import Timings, run
 from kvbench.timing.record import as_record
 from kvbench.timing.request import KernelRequest, Shape, load_requests, parse_grid, shape_of_model
-from kvbench.timing.table import FORMATS, render
+from kvbench.timing.table import document
 
 __all__ = [
-    "FORMATS",
     "KernelRequest",
     "Shape",
     "Timings",
     "as_record",
+    "document",
     "load_requests",
     "parse_grid",
-    "render",
     "run",
     "shape_of_model",
 ]

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
-from kvbench.render import csv, markdown, text
+from kvbench.render import Column, Document, Table
 from kvbench.results import shown_megabytes
 from kvbench.timing.grid import Timings
 
-FORMATS = ("table", "md", "csv", "json")
-HEADER = (
-    "dtype",
-    "rotation",
-    "batch",
-    "context",
-    "read MB",
-    "µs [p10, p90]",
-    "GB/s",
-    "of copy",
-    "vs 16-bit",
-    "vs same dtype",
-    "rel. error",
+COLUMNS = (
+    Column(("dtype",), numeric=False),
+    Column(("rotation",), numeric=False),
+    Column(("batch",)),
+    Column(("context",)),
+    Column(("read MB",), drop=4),
+    Column(("µs [p10, p90]",)),
+    Column(("GB/s",), drop=3),
+    Column(("of copy",), drop=1),
+    Column(("vs 16-bit",)),
+    Column(("vs same dtype",), drop=2),
+    Column(("rel. error",)),
 )
-TEXT = 2  # columns, before the numbers
 
 
-def render(timings: Timings, how: str) -> str:
-    """The rows as `table`, `md`, `csv` or `json` (a list of the rows)."""
-    if how == "json":
-        return json.dumps(timings.rows, indent=1)
-    if how == "csv":
-        columns = [name for name in timings.rows[0] if name != "samples_us"] if timings.rows else []
-        rows = [{name: row[name] for name in columns} for row in timings.rows]
-        plain = [{name: json.dumps(one) if isinstance(one, dict) else one for name, one in row.items()} for row in rows]
-        return csv.table(columns, plain).rstrip("\n")
-    cells = [_cells(row) for row in timings.rows]
-    numeric = range(TEXT, len(HEADER))
-    if how == "md":
-        lines = markdown.table(HEADER, cells, numeric)
-        notes = map(markdown.plain, _notes(timings))
-        return "\n".join([markdown.plain(_title(timings)), "", *lines, "", *notes]).rstrip()
-    return text.seen("\n".join([_title(timings), text.table(HEADER, cells, numeric), *_notes(timings)]))
+def document(done: Sequence[Timings]) -> Document:
+    """A table a grid; as programs read them, all rows together, with their samples in JSON alone."""
+    sections = [Table(_title(one), COLUMNS, [_cells(row) for row in one.rows], notes=_notes(one)) for one in done]
+    rows = [row for one in done for row in one.rows]
+    fields = [name for name in (rows[0] if rows else {}) if name != "samples_us"]
+    return Document("kernels", sections, rows=rows, fields=fields)
 
 
 def _title(timings: Timings) -> str:

@@ -54,7 +54,7 @@ def cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
     toy = toy_sweeps()
     config = toy.write_config(folder / "killed.yaml", tasks=TASKS)
     seconds = _finish(config, folder / "alone", toy.PARTS)
-    table = Report.read(folder / "alone").json()
+    table = Report.read(folder / "alone").rows()
     for number in range(count):
         if number % KILLS == 0:
             shutil.rmtree(folder / "killed", ignore_errors=True)
@@ -81,8 +81,8 @@ def killed(config: Path, output: Path, parts: Any, moment: float, table: str) ->
     if output.exists():
         shutil.copytree(output, whole)
     _finish(config, whole, parts)
-    if Report.read(whole).json() != table:
-        raise Broken("difference", Report.read(whole).json()[:2000])
+    if Report.read(whole).rows() != table:
+        raise Broken("difference", str(Report.read(whole).rows())[:2000])
     if process.exitcode != -signal.SIGKILL:
         return "ended before its kill"
     return "killed with cells done, resumed" if now.records else "killed before the first cell, resumed"

@@ -11,8 +11,9 @@ import scipy.linalg
 import torch
 
 from kvbench.attention import attend as reference
+from kvbench.render import render
 from kvbench.schemes import Scheme
-from kvbench.timing import KernelRequest, Shape, render, run
+from kvbench.timing import KernelRequest, Shape, document, run
 from kvbench.timing.clock import Sampled
 from kvbench.timing.grid import Peers, _compare, time_peers
 from kvbench.timing.peers import PEERS, peers_of
@@ -368,9 +369,9 @@ def test_a_table_shows_every_peer_and_what_is_missing():
 
     assert (row["best_16bit_peer"], row["best_16bit_us"], row["speedup"]) == ("sdpa-cudnn", 350.0, 3.5)
     for how in ("table", "md"):
-        text = render(timings, how)
+        text = render(document([timings]), how)
         assert "3.50 × (sdpa-cudnn 350)" in text
         assert "10.50 × (vllm-triton 1050)" in text
         assert ", µs: sdpa-cudnn 350.0, sdpa-flash 380.0" in text
         assert text.count("vllm-triton was not timed: not installed") == 1
-    assert '"{""sdpa-flash"": 380.0, ""sdpa-cudnn"": 350.0}"' in render(timings, "csv")
+    assert '"{""sdpa-flash"": 380.0, ""sdpa-cudnn"": 350.0}"' in render(document([timings]), "csv")

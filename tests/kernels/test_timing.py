@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvbench.attention import triton
-from kvbench.timing import KernelRequest, Shape, load_requests, parse_grid, render, run, shape_of_model
+from kvbench.render import render
+from kvbench.timing import KernelRequest, Shape, document, load_requests, parse_grid, run, shape_of_model
 from kvbench.timing.grid import _break_even
 
 CONFIG = Path(__file__).parents[2] / "configs" / "kernels.yaml"
@@ -57,7 +58,7 @@ def test_what_no_kernel_serves_is_a_row_with_its_reason(monkeypatch):
     assert timings.passed
     assert [row["gate"] for row in timings.rows] == ["ok", "refused: no kernel"]
     assert timings.rows[1]["rel_error"] is timings.rows[1]["us"] is None
-    assert "was refused: no kernel" in render(timings, "table")
+    assert "was refused: no kernel" in render(document([timings]), "table")
     assert not run(replace(SMALL, dtypes=("int2",))).passed
 
 
@@ -78,10 +79,14 @@ def test_rows_in_every_format():
     """
     timings = run(replace(SMALL, dtypes=("int4",)))
 
-    assert json.loads(render(timings, "json"))[0]["dtype"] == "int4_per_token_head"
-    assert render(timings, "csv").splitlines()[1].startswith("decode,int4_per_token_head,randomized_hadamard,2,")
-    assert "| int4_per_token_head | randomized_hadamard | 2 |" in render(timings, "md")
-    _, head, rule, first, *_ = render(timings, "table").splitlines()
+    assert json.loads(render(document([timings]), "json"))[0]["dtype"] == "int4_per_token_head"
+    assert (
+        render(document([timings]), "csv")
+        .splitlines()[1]
+        .startswith("decode,int4_per_token_head,randomized_hadamard,2,")
+    )
+    assert "| int4_per_token_head | randomized_hadamard | 2 |" in render(document([timings]), "md")
+    _, head, rule, first, *_ = render(document([timings]), "table").splitlines()
     assert len(head) == len(rule) == len(first)  # numbers end under the end of their heads
     assert head.endswith("rel. error")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvbench.render import csv, markdown, text
+from kvbench.render import Column, Document, Table, all_renderers, csv, markdown, render, text
 
 HOSTILE = [
     "\x1b[31mred",
@@ -76,7 +76,7 @@ def test_a_markdown_table_keeps_its_cells(rows):
     """
     Every line has as many cells as the head, and no element begins.
     """
-    lines = markdown.table(["a", "b"], rows)
+    lines = markdown.table(Table("", [Column(("a",)), Column(("b",))], rows))
 
     assert len("\n".join(lines).splitlines()) == 2 + len(rows)
     assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines} == {3}
@@ -88,8 +88,88 @@ def test_a_spreadsheet_runs_nothing(values):
     """
     No text begins as a formula does, and a reader finds as many rows and cells as there were; numbers stay numbers.
     """
-    written = csv.table(["a", "b"], [{"a": value, "b": -0.5} for value in values])
+    written = csv.render(Document(rows=[{"a": value, "b": -0.5} for value in values], fields=["a", "b"]))
     _, *rows = readers.reader(io.StringIO(written))
 
     assert [row[1] for row in rows] == ["-0.5"] * len(values)
     assert not any(row[0].lstrip(" ").startswith(("=", "@", "+", "-", "\t", "\r")) for row in rows)
+
+
+DOCUMENT = Document(
+    "caches",
+    [
+        Table(
+            "toy",
+            [Column(("dtype",), numeric=False), Column(("bits/", "value"))],
+            [["int4", "4.50"]],
+            ["few"],
+            ["on a CPU"],
+        )
+    ],
+    "a look",
+    "bits are true bits",
+    ["1 cell done"],
+    [{"dtype": "int4", "bits": 4.5, "peers": {"sdpa": 1.5}, "samples": []}],
+    ["dtype", "bits", "peers"],
+)
+SHOWN = {
+    "table": """toy
+few
+        bits/
+dtype   value
+─────────────
+int4     4.50
+on a CPU
+
+bits are true bits
+1 cell done
+""",
+    "md": """# caches
+
+a look
+
+## toy
+
+**few**
+
+| dtype | bits/value |
+|:---|---:|
+| int4 | 4.50 |
+
+on a CPU@@
+
+bits are true bits
+
+- 1 cell done
+""".replace("@", " "),
+    "csv": """dtype,bits,peers
+int4,4.5,"{""sdpa"": 1.5}"
+""",
+    "json": """[
+ {
+  "dtype": "int4",
+  "bits": 4.5,
+  "peers": {
+   "sdpa": 1.5
+  },
+  "samples": []
+ }
+]
+""",
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_document_in_each_format(name):
+    """
+    People get title, tables, legend and notes; programs the rows, of which a table has those fields that it can hold.
+    """
+    assert render(DOCUMENT, name) == SHOWN[name]
+
+
+@pytest.mark.parametrize("name", all_renderers())
+def test_a_document_may_be_empty(name):
+    """
+    A document of nothing is text that ends its line, in every format of the folder.
+    """
+    assert render(Document(), name).endswith("\n")

@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 
 from kvbench.measured import read, write
+from kvbench.render import render
 from kvbench.report.compare import compare
-from kvbench.report.comparison_text import markdown, noise_floor, summary
+from kvbench.report.comparison_text import document, noise_floor, summary
 from kvbench.report.find_scheme import find_scheme
 from kvbench.report.flips import NotComparableError, flips
 from kvbench.report.gate import check
-from kvbench.report.table import rows_csv
-from kvbench.report.verdicts import COLUMNS
 from kvbench.results import Metric, NotARunError, Record, Store, name_of
 from kvbench.results.store import file_checksum
 
@@ -381,7 +380,7 @@ def test_the_noise_floor_is_the_sweep_s_own_baseline_s(folder):
     (row,) = found.again
     assert (row.against, row.worse, row.better) == ("fp16 · none", 1, 2)
     assert noise_floor(found)[0].endswith("qa acc 3 of 400 flipped")
-    text = markdown(measured, found)
+    text = render(document(measured, found), "md")
     assert "## toy against int4 · none · margin" in text
     assert "A/A against fp16 · none |" in text
 
@@ -455,9 +454,9 @@ def test_every_format_says_the_same(folder):
     measured = read(folder)
     found = compare(measured)
 
-    assert "| int4 | none | qa | acc | 0.7 | 0.6 | −10.0 pp |" in markdown(measured, found)
-    assert "WORSE |" in markdown(measured, found)
-    assert ",WORSE," in rows_csv(found.rows, COLUMNS)
+    assert "| int4 | none | qa | acc | 0.7 | 0.6 | −10.0 pp |" in render(document(measured, found), "md")
+    assert "WORSE |" in render(document(measured, found), "md")
+    assert ",WORSE," in render(document(measured, found), "csv")
 
 
 # ---- check

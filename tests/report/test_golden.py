@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvbench.measured import read
+from kvbench.render import render
 from kvbench.report.compare import compare
-from kvbench.report.comparison_text import markdown
+from kvbench.report.comparison_text import document
 from kvbench.report.tables import Report
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -22,7 +23,9 @@ def test_a_committed_comparison_is_made_again(name):
     """
     measured = read(RESULTS / name)
 
-    assert markdown(measured, compare(measured)) == (RESULTS / name / "compare.md").read_text(encoding="utf-8")
+    assert render(document(measured, compare(measured)), "md") == (RESULTS / name / "compare.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("name", ["quickstart", "throughput", "peers-h100"])

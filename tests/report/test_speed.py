@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvbench.render import render
 from kvbench.report.speed import NOT_RUN, kernel_tables, speed_column
 from kvbench.report.tables import Report
 from kvbench.results import Record, Store
@@ -34,7 +35,7 @@ def test_a_column_of_the_size_that_covers_most_schemes(kernels):
     rows = [one.facts for one in kernels if one.task == "decode 32×8192" and one.model["name"] == "32/8 heads × 128"]
     (fp16,) = [row for row in rows if row["dtype"] == "fp16" and row["page_size"] == 64]
 
-    assert column.header.lines[0] == "decode 32×8k"
+    assert column.column.lines[0] == "decode 32×8k"
     assert column.cell(SCHEMES[0]) == f"{fp16['us']:.0f} ({fp16['speedup']:.2f} ×)"
     assert column.cell(SCHEMES[2]) == NOT_RUN
     assert "32 query / 8 KV heads, D 128, pages of 64, NVIDIA H100" in column.note
@@ -55,8 +56,8 @@ def test_a_peer_of_the_same_dtype_has_a_column_where_one_was_timed(kernels):
     one = next(each for each in kernels if each.dtype == "int4_per_token_head" and each.facts["op"] == "decode")
     tables = kernel_tables([replace(one, facts={**one.facts, **timed}), *(each for each in kernels if each != one)])
 
-    (with_column,) = [table for table in tables if ("vs same dtype",) in [header.lines for header in table.headers]]
-    column = [header.lines for header in with_column.headers].index(("vs same dtype",))
+    (with_column,) = [table for table in tables if ("vs same dtype",) in [header.lines for header in table.columns]]
+    column = [header.lines for header in with_column.columns].index(("vs same dtype",))
     shown = [row[column] for row in with_column.rows]
     assert sorted(shown, key=len) == ["-"] * (len(shown) - 1) + ["9.72 × (vllm-triton 1050)"]
 
@@ -81,7 +82,7 @@ def test_kernels_of_another_folder_stand_beside_accuracy():
     )
     ((fp16, *_), *_) = [(row[-1], row) for row in table.rows if row[0] == "fp16"]
 
-    assert [header.lines[0] for header in table.headers] == [h.lines[0] for h in alone.headers] + ["decode 32×8k"]
+    assert [header.lines[0] for header in table.columns] == [h.lines[0] for h in alone.columns] + ["decode 32×8k"]
     assert "×" in fp16
     assert not [one for one in others if one.title.startswith("decode")]
 
@@ -103,7 +104,7 @@ def test_a_folder_of_kernels_alone_is_a_report(tmp_path, kernels):
     ((failed, *_), *_) = [(row[5:], row) for row in rows if "failed" in row[-1]]
     assert failed[:4] == ["-", "-", "-", "-"]
     assert any(line.startswith("failed:") for line in found.summary())
-    assert json.loads(found.json())
+    assert json.loads(render(found.document(), "json"))
 
 
 def test_every_committed_time_has_its_samples(kernels):

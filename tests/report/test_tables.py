@@ -9,7 +9,8 @@ import math
 
 import pytest
 
-from kvbench.report.tables import COLUMNS, Report
+from kvbench.render import render
+from kvbench.report.tables import FIELDS, Report
 from kvbench.results import Metric, NotARunError, Record, Store, name_of
 
 BITS = {"fp16": 16.0, "int8_per_token_head": 8.5, "int4_per_token_head": 4.5, "canary": 16.0, "again": 16.0}
@@ -75,7 +76,7 @@ def report(tmp_path):
 
 
 def heads(table):
-    return [" ".join(header.lines) for header in table.headers]
+    return [" ".join(header.lines) for header in table.columns]
 
 
 def test_the_table_that_the_caches_were_proposed_with(report):
@@ -131,7 +132,7 @@ def test_the_json_is_one_list_a_row_a_metric(report):
     Every metric of every cell is a row with the promised keys; a failed cell is one row without a number.
     """
     failed = record("int8_per_token_head", status="failed")
-    rows = json.loads(report(record(task="divergence", metrics=DIVERGENCE), failed).json())
+    rows = json.loads(render(report(record(task="divergence", metrics=DIVERGENCE), failed).document(), "json"))
 
     promised = "model dtype rotation task metric value stderr n bits_per_value kv_bytes_per_token scoring status"
     assert all(set(promised.split()) <= set(row) for row in rows)
@@ -150,11 +151,12 @@ def test_the_csv_has_the_rows_of_the_json(report):
     """
     found = report(record(), record("int8_per_token_head", status="failed"))
 
-    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    rows = list(csv.DictReader(io.StringIO(render(found.document(), "csv"))))
 
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0]) == list(FIELDS)
     assert rows == [
-        {key: "" if value is None else str(value) for key, value in row.items()} for row in json.loads(found.json())
+        {key: "" if value is None else str(value) for key, value in row.items()}
+        for row in json.loads(render(found.document(), "json"))
     ]
 
 
@@ -164,7 +166,7 @@ def test_markdown_has_the_table_and_paths_from_itself(report):
     """
     found = report(record(), record("int8_per_token_head", status="failed"), note="A look.")
 
-    text = found.markdown()
+    text = render(found.document(), "md")
 
     assert text.startswith("# toys\n\nA look.\n\n## toy · float32 · scoring fused\n")
     assert "| fp16 | none | 16.00 | 24.0 | 1.00 × | 0.891 ± 0.009 | 0.897 ± 0.008 |\n" in text
@@ -182,7 +184,7 @@ def test_a_quick_look_is_never_mistaken_for_a_score(report):
 
     assert not real.warnings
     assert quick.warnings == ["NOT A REAL SCORE: --limit 5, the first documents of each task alone"]
-    assert "**NOT A REAL SCORE: --limit 5" in found.markdown()
+    assert "**NOT A REAL SCORE: --limit 5" in render(found.document(), "md")
     assert {row["limit"] for row in found.rows()} == {None, 5}
 
 
@@ -202,7 +204,7 @@ def test_one_task_with_two_options_has_two_columns(report):
     (table,) = report(record(options={"num_fewshot": 0}), record(options={"num_fewshot": 5})).tables()
 
     assert (
-        sorted(header.lines[0] for header in table.headers[5:])
+        sorted(header.lines[0] for header in table.columns[5:])
         == ["gsm8k (num_fewshot=0)"] * 2 + ["gsm8k (num_fewshot=5)"] * 2
     )
     assert len(table.rows) == 1
@@ -277,10 +279,10 @@ def test_verdicts_stand_beside_the_numbers(report):
         ("int4_per_token_head", "1 WORSE"),
         *((repeat, "-") for repeat in repeats),
     ]
-    assert [row["verdict"] for row in json.loads(found.json())] == [None, None, "WORSE", None, None]
+    assert [row["verdict"] for row in json.loads(render(found.document(), "json"))] == [None, None, "WORSE", None, None]
     assert "1 comparisons (Holm over all): 1 WORSE" in found.summary()
     assert any("qa acc 0 of 200 flipped" in line for line in found.summary())
-    assert found.markdown().count("1 WORSE") == 2
+    assert render(found.document(), "md").count("1 WORSE") == 2
 
 
 def test_cells_of_two_machines_are_marked(report):

@@ -174,7 +174,7 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
     assert table.title.startswith("tiny (random weights) · ")
     gpu = torch.cuda.is_available()
     memory = ["memory_holds (tokens)", "longest_context (tokens)"] if gpu else []
-    assert [header.lines[1] for header in table.headers[5:]] == ["prefill (tokens/s)", "decode (tokens/s)", *memory]
+    assert [header.lines[1] for header in table.columns[5:]] == ["prefill (tokens/s)", "decode (tokens/s)", *memory]
     repeats = [f"again {seed} of int4_per_token_head" for seed in (1, 2)]  # of the needle alone, which failed
     assert [row[0] for row in table.rows] == ["fp16", "again", "int4_per_token_head", *repeats]
     [noise] = noise_floor(compare(read(tmp_path / "run")))
