@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
+
+
+def portable(value: Any) -> Any:
+    """A value of JSON in which paths name no folder of this machine: of a whole path to what is here, the last part."""
+    if isinstance(value, Mapping):
+        return {name: portable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(item) for item in value]
+    if not isinstance(value, str) or not value.startswith(("/", "~")):
+        return value
+    try:
+        path = named_path(value)
+        return path.name if path.is_absolute() and path.exists() else value
+    except (OSError, ValueError):
+        return value
 
 
 # ---- files of ours

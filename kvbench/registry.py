@@ -19,8 +19,10 @@ def walk(package: str, path: Iterable[str], kind: type[T]) -> Iterator[T]:
                 yield value
 
 
-def find_name(text: str, names: Collection[str], what: str) -> str:
+def find_name(text: str, names: Collection[str], what: str, others: Collection[str] = ()) -> str:
     """The one of `names` that `text` is, or that it begins where it is unique (`int2` for `int2_per_token_head`).
+
+    others: names of another kind that an unknown one may be meant for.
 
     Raises:
         ValueError: no name, or more than one; the message names the nearest.
@@ -32,7 +34,7 @@ def find_name(text: str, names: Collection[str], what: str) -> str:
         return begins[0]
     if begins:
         raise ValueError(f"{what} '{text}' is not unique: one of {', '.join(begins)}")
-    raise ValueError(f"unknown {what} '{text}': {suggest(text, names)}")
+    raise ValueError(f"unknown {what} '{text}': {suggest(text, {*names, *others})}")
 
 
 def suggest(text: str, names: Collection[str]) -> str:

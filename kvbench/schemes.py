@@ -6,7 +6,7 @@ In one text, `int4:int2+w64s4+l0=int8` and beside it the transforms, `center+had
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -186,7 +186,7 @@ class Scheme:
         for transform in self.value.transforms:
             if transform.keys_only:
                 raise ValueError(
-                    f"'{transform.name}' on values can't be undone, for outputs mix them: write KEY:VALUE, "
+                    f"'{transform.name}' on values can't be undone: it is for keys alone; write KEY:VALUE, "
                     f"such as {self.key.name}:none"
                 )
         if self.calibration is None and self.learns:
@@ -201,18 +201,21 @@ class Scheme:
         Raises:
             ValueError: an unknown name.
         """
+        extras: list[str] = []
         if isinstance(dtype, str):
-            if dtype in all_presets() and dtype not in all_dtypes() and rotation in (None, "default"):
-                return cls.of(all_presets()[dtype].spec)
             dtype, *extras = dtype.split("+")
+        if isinstance(dtype, str) and (preset := find_preset(dtype)):
+            if rotation not in (None, "default"):
+                raise ValueError(f"scheme '{dtype}' has transforms of its own: leave the rotation out, or name a dtype")
+            scheme = cls.of(all_presets()[preset].spec)
         else:
-            extras = []
-        key, value = (find_dtype(name) for name in split_pair(dtype))
-        if rotation is None or rotation == "default":
-            names = [key.default_rotation, value.default_rotation]
-        else:
-            names = [name if isinstance(name, str) else "+".join(name) for name in split_pair(rotation)]
-        scheme = cls(Side.of(key, names[0]), Side.of(value, names[1]))
+            others = all_presets() if isinstance(dtype, str) and ":" not in dtype else ()
+            key, value = (find_dtype(name, others) for name in split_pair(dtype))
+            if rotation is None or rotation == "default":
+                names = [key.default_rotation, value.default_rotation]
+            else:
+                names = [name if isinstance(name, str) else "+".join(name) for name in split_pair(rotation)]
+            scheme = cls(Side.of(key, names[0]), Side.of(value, names[1]))
         for extra in extras:
             scheme = scheme._with_label(extra)
         return scheme
@@ -378,15 +381,30 @@ class Scheme:
         return packed + self.exact(model_dtype).token_bytes(layers) * self.window.tokens(tokens)
 
 
-def find_dtype(name: Any) -> Dtype:
-    """The dtype of a name, which may be short.
+def find_dtype(name: Any, others: Collection[str] = ()) -> Dtype:
+    """The dtype of a name, which may be short. others: what an unknown name may be meant for besides.
 
     Raises:
         ValueError: no name, or more than one.
     """
     if not isinstance(name, str):
         raise ValueError(f"expected a dtype's name, not {name!r}")
-    return all_dtypes()[find_name(name, all_dtypes(), "dtype")]
+    return all_dtypes()[find_name(name, all_dtypes(), "dtype", others)]
+
+
+def find_preset(name: str) -> str | None:
+    """The preset that a name means, which may be short; None where it is a dtype's, or neither's.
+
+    Raises:
+        ValueError: it is short for more than one.
+    """
+    presets = [preset for preset in all_presets() if preset not in all_dtypes()]
+    if name in presets or not name:
+        return name or None
+    if any(dtype.startswith(name) for dtype in all_dtypes()):
+        return None
+    begins = [preset for preset in presets if preset.startswith(name)]
+    return find_name(name, presets, "scheme") if begins else None
 
 
 def _overrides(layers: Any) -> tuple[Override, ...]:

@@ -166,19 +166,20 @@ class Document:
         return f"{self.name}:{start.line + 1}:{start.column + 1}: {where}{text}\n{self.excerpt(start, end)}"
 
     def message_near(self, loc: Loc, text: str) -> str:
-        """`message` at the key or value below `loc` that the text quotes, else at `loc` itself."""
+        """`message` at the key or value below `loc` that the text names first or quotes, else at `loc` itself."""
         _, _, reached = self.locate(loc)
         node: yaml.Node | None = self.root
         for step in reached:
             node = child(node, step) if node is not None else None
+        # "window: …" is about the key `window`
+        head, colon, rest = text.partition(": ")
+        if colon and reached and reached[-1] == head:
+            return self.message_near(loc, rest)
+        if colon and node is not None and child(node, head) is not None:
+            return self.message_near((*reached, head), rest)
         quoted = re.search(r"'([^']+)'", text)
-        if quoted and isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == quoted[1]:
-                    return self.message((*reached, key.value), text, key=True)
-                if value.value == quoted[1]:
-                    return self.message((*reached, key.value), text)
-        return self.message(reached or loc, text)
+        found = quoting(node, quoted[1]) if quoted and node is not None else None
+        return self.message((*reached, *found[0]), text, key=found[1]) if found else self.message(reached or loc, text)
 
     def line(self, loc: Loc) -> int:
         """Where `loc` begins, for sorting."""
@@ -197,6 +198,19 @@ class Document:
         indent = re.sub(r"[^\t]", " ", seen[:column])
         carets = "^" * max(1, min(width, len(seen) - column))
         return f"{prefix}{seen}\n{' ' * (len(prefix) - 2)}| {indent}{carets}"
+
+
+def quoting(node: yaml.Node, text: str) -> tuple[Loc, bool] | None:
+    """Where below a node a text stands, as a key (True) or a value, or a part of one such as `center+hadamard:none`."""
+    if isinstance(node, yaml.ScalarNode):
+        return ((), False) if text in (node.value, *re.split(r"[+:]", node.value)) else None
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, item) for item in parts(node)]
+    for index, (key, value) in enumerate(pairs):
+        if key is not None and key.value == text:
+            return (key.value,), True
+        if found := quoting(value, text):
+            return (index if key is None else key.value, *found[0]), found[1]
+    return None
 
 
 def child(node: yaml.Node, step: str | int, key: bool = False) -> yaml.Node | None:

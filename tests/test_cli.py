@@ -483,7 +483,12 @@ def test_a_quick_look_is_marked(kvbench, toy, tmp_path):
         ({"dtypes": ["int99"]}, [], 2, "toys.yaml:"),
         ({"model": "nobody"}, [], 2, "unknown model 'nobody': did you mean toy?"),
         ({"tasks": ["gsm"]}, [], 2, "unknown task 'gsm'"),
-        ({"model": "odd"}, [], 2, "model odd: head_dim 63 does not fit int4_per_token_head"),
+        (
+            {"model": "odd"},
+            [],
+            2,
+            "model odd, scheme int4_per_token_head · randomized_hadamard: head_dim 63 does not fit",
+        ),
         ({"model": "absent"}, [], 4, "model absent: fetch it from somewhere"),
         ({}, ["--only", "dtype=int99"], 2, "--only dtype=int99: unknown dtype 'int99'"),
         ({}, ["--only", "dtype=int8", "--skip", "task=toy_*"], 2, "leave no cell"),
@@ -722,3 +727,21 @@ def test_the_result_is_the_last_line(toy, tmp_path):
 
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == f"6 of 6 cells done · kvbench report {tmp_path / 'run'}"
+
+
+def test_a_run_names_no_folder_of_this_machine(kvbench, toy, tmp_path):
+    """
+    A text given by its whole path stands in run.json by its name alone, and a relative path as it was written.
+    """
+    whole, relative = tmp_path / "texts/a.txt", tmp_path / "texts/b.txt"
+    whole.parent.mkdir()
+    for text in (whole, relative):
+        text.write_text("words " * 2000)
+    centred = {"dtype": "int4", "rotation": {"key": "center", "value": "none"}, "calibration": {"text": str(whole)}}
+    changes = {"calibration": {"text": "texts/b.txt"}, "schemes": [centred, "int8_centered"], "tasks": ["toy_a"]}
+    assert kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", **changes)).exit_code == 0
+
+    kept = Store(tmp_path / "out/toys").run()["config"]
+    assert kept["calibration"] == {"text": "texts/b.txt"}
+    assert kept["schemes"][0]["calibration"] == {"text": "a.txt"}
+    assert str(tmp_path) not in (tmp_path / "out/toys/run.json").read_text()

@@ -153,7 +153,7 @@ def layout(dtype: Dtype) -> Layout:
             return Layout(unpack.UNSIGNED.value, dtype.code_bits)
         if isinstance(decode, Codebook):
             return Layout.of_codebook(decode.centroids)
-    raise ValueError(f"no kernel decodes {dtype.name}: use impl='reference'")
+    raise ValueError(f"no kernel decodes {dtype.name}; the reference does")
 
 
 def rounding(dtype: Dtype) -> store.Rounding:
@@ -176,7 +176,7 @@ def turn(side: SchemeSide | Transform, head_dim: int, device: torch.device) -> T
     """
     lowered = side.lower(head_dim)
     if lowered is None:
-        raise ValueError(f"no kernel computes {side.name}: use impl='reference'")
+        raise ValueError(f"no kernel computes {side.name}; the reference does")
     return Turn(lowered.block, lowered.exponent, None if lowered.signs is None else lowered.signs.to(device))
 
 

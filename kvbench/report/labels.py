@@ -112,7 +112,8 @@ def scheme_notes(records: Sequence[Record]) -> list[str]:
     for record in records:
         if learned := record.facts.get("learned"):
             text = f"{learned['tokens']} tokens of text {learned['text_sha256'][:8]}"
-            line = f"keys' means {learned['means']}, from {text} (what was learned: {learned['sha256'][:8]}"
+            what = f"keys' means {learned['means']}, from" if "means" in learned else "keys' transforms learned from"
+            line = f"{what} {text} (what was learned: {learned['sha256'][:8]}"
             taught[line][f"{record.dtype} · {record.rotation}"] = None
             if "seconds" in learned:
                 seconds[line] = learned["seconds"]

@@ -49,7 +49,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def forms(tensors: Mapping[str, Tensor]) -> str:
-    """Which form of mean the layers have: those of a page of positions, or one for all positions."""
+    """Which form of mean the layers have: those of a page of positions, or one for all positions; empty for none."""
     offsets = [tensor for name, tensor in tensors.items() if name.endswith(".offset")]
+    if not offsets:
+        return ""
     by_page = sum(len(tensor) > 1 for tensor in offsets)
     return f"by page of positions in {by_page} of {len(offsets)} layers"

@@ -28,7 +28,7 @@ from kvbench.sweep.execute import (
     terminable,
 )
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
-from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long, unsuited
+from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long, unserved, unsuited
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.sweep.workers import execute_on, seat_for
@@ -316,6 +316,7 @@ def plan_lacks(planned: Planned) -> list[str]:
         + missing_data(left)
         + too_long(left)
         + unsuited(left)
+        + unserved(left, planned.sweep.attention, default_device())
     )
 
 

@@ -13,10 +13,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 from pydantic_core import ErrorDetails
 
 from kvbench.calibration import Calibration
-from kvbench.files import is_folder, named_path
+from kvbench.files import is_folder, named_path, portable
 from kvbench.messages import shown, wrong
 from kvbench.registry import find_name
-from kvbench.schemes import Scheme, split_pair
+from kvbench.schemes import Scheme, find_preset, split_pair
 from kvbench.stats import parse_margin
 from kvbench.sweep.parts import REAL, Parts
 from kvbench.sweep.paths import anchor
@@ -99,6 +99,17 @@ class DtypeSpec(Strict):
             value["rotations"] = [value.pop("rotation")]
         return value
 
+    @model_validator(mode="after")
+    def _no_rotation_of_a_preset(self) -> Self:
+        for rotation in self.rotations or ():
+            Scheme.parse(self.dtype, None if rotation == "default" else rotation)
+        return self
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether it names a scheme that has transforms of its own, which the sweep's rotations leave alone."""
+        return isinstance(self.dtype, str) and find_preset(self.dtype.split("+")[0]) is not None
+
 
 def _task(value: Any) -> Any:
     if not isinstance(value, (str, dict)):
@@ -176,7 +187,8 @@ class Sweep(Strict):
     def config(self) -> dict[str, Any]:
         """The YAML with all defaults, as a run folder keeps it: paths as they were written, and no data folder.
 
-        A run folder may be committed, and names no path of this machine.
+        A run folder may be committed, and names no path of this machine: of a whole path its last part is left, and
+        what a text holds a cell's identity has as a hash.
         """
 
         def as_written(value: Any) -> Any:
@@ -186,7 +198,7 @@ class Sweep(Strict):
                 return [as_written(item) for item in value]
             return self._written.get(value, value) if isinstance(value, str) else value
 
-        config: dict[str, Any] = as_written(self.model_dump(mode="json", exclude_none=True, exclude={"data"}))
+        config: dict[str, Any] = portable(as_written(self.model_dump(mode="json", exclude_none=True, exclude={"data"})))
         return config
 
     @property
@@ -213,7 +225,7 @@ class Sweep(Strict):
             found.setdefault(scheme.label, scheme)
 
         for spec in self.dtypes or ():
-            for rotation in spec.rotations or self.rotations:
+            for rotation in spec.rotations or (["default"] if spec.is_preset else self.rotations):
                 add(Scheme.parse(spec.dtype, None if rotation == "default" else rotation), own=False)
         for named in self.schemes or ():
             add(Scheme.of(named), own=isinstance(named, Mapping) and "calibration" in named)

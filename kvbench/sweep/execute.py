@@ -328,7 +328,7 @@ class Session:
         self.taught[scheme.label] = {
             **scheme.calibration.identity(),
             "sha256": digest(tensors),
-            "means": forms(tensors),
+            **({"means": means} if (means := forms(tensors)) else {}),
             **({"seconds": seconds[0]} if seconds else {}),
         }
         return tensors

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvbench.attention import kernels_lack
 from kvbench.results import dtype_label, name_of
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
@@ -217,7 +218,7 @@ def check_scheme(model: ModelFacts, scheme: Scheme) -> None:
     try:
         scheme.check(model.layers, model.max_length)
     except ValueError as error:
-        raise ConfigError(f"model {model.name}: {error}") from None
+        raise ConfigError(f"model {model.name}, scheme {scheme.label}: {error}") from None
 
 
 # ---- --only and --skip
@@ -315,6 +316,20 @@ def too_long(cells: Sequence[Cell]) -> list[str]:
         if tokens is not None and positions is not None and tokens > positions:
             lines.append(f"model {model.name}, task {task.name}: {beyond(tokens, positions)}")
     return lines
+
+
+def unserved(cells: Sequence[Cell], attention: str, device: str) -> list[str]:
+    """A line for each scheme that the kernels can't serve where `attention` asks for nothing else."""
+    if attention != "triton":
+        return []
+    found = {}
+    for cell in cells:
+        if lack := kernels_lack(cell.scheme, cell.compute_dtype, torch.device(device)):
+            found[cell.model.name, cell.scheme.label] = lack
+    return [
+        f"model {model}, scheme {scheme}: attention: triton can't serve it: {lack}"
+        for (model, scheme), lack in found.items()
+    ]
 
 
 def unsuited(cells: Sequence[Cell]) -> list[str]:

@@ -50,6 +50,12 @@ SPECS = {
     "sinks": {"dtype": "int2", "window": {"sinks": 2}},
     "near": {"dtype": "int2", "rotation": CENTRED, "window": {"recent": 0}, "calibration": CALIBRATION},
     "layers": {"dtype": "int4", "layers": {0: "int8", "-1": {"key": "fp16"}}},
+    "balance": {
+        "dtype": "int4",
+        "rotation": {"key": "center+balance_full+hadamard", "value": "hadamard"},
+        "window": {"sinks": 2},
+        "calibration": CALIBRATION,
+    },
 }
 
 
@@ -105,10 +111,10 @@ def assert_same(scores, others, atol):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("center", ["center", "center_constant"])
-def test_centring_an_exact_cache_changes_nothing(name, center):
+@pytest.mark.parametrize("center", ["center", "center_constant", "center+balance", "balance_full"])
+def test_an_exact_cache_stays_one(name, center):
     """
-    q·k is what it was, through softcaps, sink logits, two rotary embeddings and partial ones.
+    Centred or balanced, q·k is what it was, through softcaps, sink logits, two rotary embeddings and partial ones.
     """
     loaded = tiny(name)
     spec = {"dtype": "auto", "rotation": {"key": f"{center}+hadamard", "value": "none"}, "calibration": CALIBRATION}

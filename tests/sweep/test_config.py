@@ -361,7 +361,10 @@ def test_a_calibration_is_for_all_that_name_none(parse):
     [
         ("dtypes: [int4]\nrotations: [turn]", "unknown rotation 'turn'"),
         ("dtypes: [int4]\nrotations: [center]", "'center' on values can't be undone"),
-        ("schemes: [int4_centred]", "unknown dtype 'int4_centred'"),
+        ("schemes: [int4_centred]", "unknown dtype 'int4_centred': did you mean int4_centered?"),
+        ("schemes: [int4_cent]", "'int4_cent' is not unique: one of int4_centered, int4_centered_window"),
+        ("schemes: [{dtype: int4_centered, rotation: none}]", "'int4_centered' has transforms of its own"),
+        ("dtypes: [{dtype: int4_centered, rotations: [none]}]", "'int4_centered' has transforms of its own"),
         ("schemes: [int4+w63]", "'+w63' of a scheme's name is no window, such as +w64s4 (w in steps of 64)"),
         ("schemes: [{dtype: int4, windows: 3}]", "unknown key 'windows' of a scheme: one of dtype, key, value"),
         ("schemes: [{dtype: int4, window: {recent: -1}}]", "window: recent is a whole number from 0 on, not -1"),
@@ -383,11 +386,49 @@ def test_a_wrong_scheme_is_refused(refused, line, expected):
     assert message.startswith("bad.yaml:")
 
 
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        (
+            "schemes: [{dtype: int4, rotation: {key: centre+hadamard, value: none}}]",
+            "41: schemes[0].rotation.key: unkn",
+        ),
+        ("schemes: [{dtype: int4, layers: {0: int9}}]", "37: schemes[0].layers.0: unknown dtype"),
+        ("schemes: [{dtype: int4, window: {sink: 4}}]", "33: schemes[0].window: expected a mapping"),
+        ("schemes: [int8, {dtype: int4, calibration: {tokens: 10000000}}]", "44: schemes[1].calibration: the text"),
+        ("dtypes: [int4]\ncalibration: {tokens: 10000000}", "14: calibration: the text that ships"),
+    ],
+)
+def test_a_wrong_scheme_is_refused_at_its_place(refused, line, place):
+    """
+    The column is that of the value itself, however deep it lies, and what the path says is not said again.
+    """
+    row = 4 + line.count("\n")
+    assert f"bad.yaml:{row}:{place}" in refused(f"name: toys\nmodel: toy\ntasks: [toy_a]\n{line}\n")
+
+
+def test_a_preset_takes_windows_and_layers_and_keeps_its_transforms(parse):
+    """
+    Beside a sweep's rotations it runs once, as it is; a part after a plus is laid over it.
+    """
+    text = "name: toys\nmodel: toy\ntasks: [toy_a]\nrotations: [none, hadamard]\n"
+    found = schemes(parse(f"{text}dtypes: [int4_centered+w64s4+l0=int8, int8]\n"))
+
+    turned = "center+randomized_hadamard:randomized_hadamard"
+    assert found == [
+        ("int4_per_token_head+w64s4+l0=int8_per_token_head", turned),
+        ("int8_per_token_head", "none"),
+        ("int8_per_token_head", "hadamard"),
+    ]
+
+
 def test_layers_and_windows_that_a_model_has_not_are_refused_by_the_plan(parse, toy):
     """
     The toy's layers go from 0 to 2 and its positions are known.
     """
     text = 'name: toys\nmodel: toy\ntasks: [toy_a]\nschemes: [{dtype: int4, layers: {"-4": int8}}]\n'
 
-    with pytest.raises(ConfigError, match="model toy: layers: there is no layer -4: the model's go from 0 to 2"):
+    with pytest.raises(
+        ConfigError, match=r"model toy, scheme .*: layers: there is no layer -4: the model's go from 0 to 2"
+    ):
         plan(parse(text), parts=toy.PARTS)

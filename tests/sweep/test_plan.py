@@ -7,7 +7,7 @@ import json
 import pytest
 
 from kvbench.sweep.config import parse_sweep
-from kvbench.sweep.plan import choose, missing_data, plan, too_long
+from kvbench.sweep.plan import choose, missing_data, plan, too_long, unserved
 from kvbench.yaml_text import ConfigError
 
 TEXT = """\
@@ -188,7 +188,10 @@ def test_a_head_dim_that_does_not_fit_is_one_line(cells):
     """
     A dtype that can't take the model's head_dim is refused before anything runs.
     """
-    with pytest.raises(ConfigError, match=r"^model odd: head_dim 63 does not fit int4_per_token_head: .*$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^model odd, scheme int4_per_token_head \S* \S*: head_dim 63 does not fit int4_per_token_head: .*$",
+    ):
         cells(TEXT, "model=odd")
 
 
@@ -262,3 +265,29 @@ def test_a_task_longer_than_a_model_is_said_before_it_runs(cells):
         f"model {model}, task toy_b: 1025 tokens are more than the model's 1024; ask for fewer"
         for model in ("toy", "other")
     ]
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "reasons"),
+    [
+        ("auto", "bfloat16", {}),
+        ("triton", "bfloat16", {"hadamard+center_constant:none": "no kernel computes hadamard+center_constant"}),
+        (
+            "triton",
+            "float32",
+            dict.fromkeys(["none", "hadamard+center_constant:none"], "the kernels multiply in 16 bits, and the model"),
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_serve_is_said(cells, attention, dtype, reasons):
+    """
+    Where they alone are asked for, a line a scheme has the reason.
+    """
+    late = {"dtype": "fp16", "rotation": {"key": "hadamard+center_constant", "value": "none"}}
+    text = json.dumps({"name": "toys", "model": "toy", "tasks": ["toy_a"], "schemes": [late]})
+
+    lines = unserved(cells(text, f"compute_dtype={dtype}"), attention, "cpu")
+
+    wanted = [f"model toy, scheme fp16 · {rotation}: attention: triton can't serve it: {reason}"
+              for rotation, reason in reasons.items()]  # fmt: skip
+    assert [line[: len(want)] for line, want in zip(lines, wanted, strict=True)] == wanted
