@@ -22,9 +22,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from kvbench.environment import describe
-from kvbench.runners import catalog, transformers
-from kvbench.runners.prefix import build_tree
-from kvbench.runners.transformers import TransformersModel, TransformersRunner
+from kvbench.runners import catalog
+from kvbench.runners.transformers import TransformersModel, TransformersRunner, passes
+from kvbench.runners.transformers.prefix import build_tree
 from kvbench.schemes import Scheme
 from kvbench.tasks import RunContext, make_task
 
@@ -104,7 +104,7 @@ def main() -> None:
     tokens = sum(len(request.prompt) for request in prompts)
     print(f"gsm8k_cot 5-shot, {len(prompts)} prompts of {tokens} tokens in all, {ANSWER_TOKENS} tokens of each answer")
     reused, answers = seconds(lambda: runner.generate(prompts))
-    with mock.patch.object(transformers, "build_tree", lambda sequences: build_tree(sequences, min_shared=sys.maxsize)):
+    with mock.patch.object(passes, "build_tree", lambda sequences: build_tree(sequences, min_shared=sys.maxsize)):
         alone, others = seconds(lambda: runner.generate(prompts))
     equal = sum(a == b for a, b in zip(answers, others, strict=True))
     print(f"  with prefix reuse      {reused:7.2f} s")

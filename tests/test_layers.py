@@ -50,6 +50,11 @@ PLANTED = {
     "results load torch": ("kvbench/results/store.py", "import torch", "load without torch"),
     "a report loads torch far away": ("kvbench/report/__init__.py", "import kvbench.schemes", "load without torch"),
     "a kernel knows kvbench": ("kernels/kvbench_kernels/__init__.py", "import kvbench.registry", "Kernels stand alone"),
+    "a forward pass knows what asks for it": (
+        "kvbench/runners/transformers/forward.py",
+        "import kvbench.runners.transformers.passes",
+        "The engine's layers point down",
+    ),
     "a runner calls a kernel": ("kvbench/runners/base.py", "import kvbench_kernels", "meets the kernels"),
 }
 

@@ -137,3 +137,11 @@ def begins_with(tokenizer: Any) -> tuple[int, ...]:
     plain = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a")
     return tuple(whole[: whole.index(plain[0])])
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string; an empty one cuts nothing."""
+    for one in stop:
+        if one:
+            text = text.split(one)[0]
+    return text

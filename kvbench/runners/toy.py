@@ -11,8 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
-from kvbench.runners.stopping import before_stop
+from kvbench.runners.base import (
+    GenerateRequest,
+    Generation,
+    ModelInfo,
+    Progress,
+    Score,
+    ScoreRequest,
+    before_stop,
+)
 
 HIDDEN = 16
 REACH = 4  # tokens that a state still feels

@@ -8,9 +8,9 @@ import transformers
 
 from kvbench.runners import parity as parity_module
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
-from kvbench.runners.lanes import uniform
 from kvbench.runners.parity import parity
 from kvbench.runners.transformers import TransformersModel
+from kvbench.runners.transformers.sampler import uniform
 from kvbench.schemes import Scheme
 
 SCHEMES = ["auto", "fp8_per_tensor", "fp8_per_token_head", "int8", "int4", "int2", "int4:int2", "int4+s4"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvbench.runners.prefix import build_tree
+from kvbench.runners.transformers.prefix import build_tree
 
 
 def paths(roots):

@@ -5,35 +5,35 @@ import random
 import pytest
 
 from kvbench.cache import PagePool
-from kvbench.runners.prefix import build_tree
-from kvbench.runners.schedule import Prefill, pages_for_one
+from kvbench.runners.transformers.prefix import build_tree
+from kvbench.runners.transformers.schedule import Scheduler, pages_for_one
 
 
 def simulate(requests, *, pages, page_size=4, batch_tokens=16, chunk=None, most=100):
     """Runs the passes over a list as memory; what each request reads along its pages in the end, and the passes."""
     pool = PagePool(pages, page_size)
     memory = [None] * (pages * page_size)
-    prefill = Prefill(pool, build_tree(requests, 3), batch_tokens, chunk)
+    scheduler = Scheduler(pool, build_tree(requests, 3), batch_tokens, chunk)
     read, passes = {}, []
-    while not prefill.finished:
-        pieces, copies = prefill.take(most)
-        assert pieces, "no room for the next segment"
+    while not scheduler.finished:
+        chunks, copies = scheduler.take(most)
+        assert chunks, "no room for the next segment"
         for source, destination in copies:
             memory[destination * page_size : (destination + 1) * page_size] = memory[
                 source * page_size : (source + 1) * page_size
             ]
-        for piece in pieces:
-            for token, slot in zip(piece.tokens, piece.slots, strict=True):
+        for one in chunks:
+            for token, slot in zip(one.tokens, one.slots, strict=True):
                 memory[slot] = token
-        passes.append(pieces)
-        prefill.computed(pieces)
-        for piece in pieces:
-            if piece.completes:
-                for request in piece.segment.ending:
-                    table = piece.table
+        passes.append(chunks)
+        scheduler.computed(chunks)
+        for one in chunks:
+            if one.completes:
+                for request in one.segment.ending:
+                    table = one.table
                     slots = [table.pages[i // page_size] * page_size + i % page_size for i in range(table.length)]
                     read[request] = [memory[slot] for slot in slots]
-                    prefill.drop(piece.segment)
+                    scheduler.drop(one.segment)
     assert pool.free_pages == pages
     return read, passes
 
@@ -50,9 +50,9 @@ def test_every_request_finds_its_tokens_in_its_pages(chunk):
         read, passes = simulate(requests, pages=60, chunk=chunk)
 
         assert [read[i] for i in range(len(requests))] == requests
-        for pieces in passes:
-            assert sum(len(piece.tokens) for piece in pieces) <= 16
-            assert chunk is None or all(len(piece.tokens) <= chunk for piece in pieces)
+        for chunks in passes:
+            assert sum(len(one.tokens) for one in chunks) <= 16
+            assert chunk is None or all(len(one.tokens) <= chunk for one in chunks)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5])

@@ -164,7 +164,7 @@ def test_batches_pages_and_passes_change_nothing(qwen, monkeypatch, spec):
     assert_same([qwen.runner(scheme, page_size=16).score([one])[0] for one in requests()], together, 1e-6)
     assert_same(qwen.runner(scheme, page_size=64).score(requests()), together, 1e-6)
     cut = qwen.runner(scheme, page_size=16)
-    monkeypatch.setattr(cut, "limits", type(cut.limits)(tokens=70, sequences=2, logits=2**16, memory=0.0))
+    monkeypatch.setattr(cut.memory, "limits", type(cut.memory.limits)(tokens=70, sequences=2, logits=2**16, memory=0.0))
     assert_same(cut.score(requests()), together, 1e-6)
 
 

@@ -12,8 +12,9 @@ import transformers
 from kvbench.cache import OutOfPages
 from kvbench.dtypes import all_dtypes
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
-from kvbench.runners.lanes import Lanes
-from kvbench.runners.transformers import Limits, TransformersModel, TransformersRunner
+from kvbench.runners.transformers import Limits, TransformersModel
+from kvbench.runners.transformers.decode import DecodeBatch
+from kvbench.runners.transformers.forward import Forward
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
@@ -241,7 +242,7 @@ def test_documents_longer_than_a_pass_are_cut(monkeypatch):
     runner = loaded.runner(Scheme.parse("auto"), page_size=4)
     scores, answers = runner.score(requests), runner.generate(prompts)
 
-    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(8, 3, 2**24, 0.0))
+    monkeypatch.setattr("kvbench.runners.transformers.memory.CPU_LIMITS", Limits(8, 3, 2**24, 0.0))
     runner = loaded.runner(Scheme.parse("auto"), page_size=4)
     for a, b in zip(scores, runner.score(requests), strict=True):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
@@ -345,19 +346,19 @@ def test_a_model_that_runs_out_of_memory_computes_less_at_once(monkeypatch):
     requests = score_requests()
     prompts = [GenerateRequest(request.context, 6) for request in requests]
     scores, answers = runner.score(requests), runner.generate(prompts)
-    forward, fits = TransformersRunner._forward, 20
+    forward, fits = Forward.hidden, 20
 
     def limited(self, tokens, positions, parts):
         if len(tokens) > fits:
             raise torch.OutOfMemoryError(f"{len(tokens)} tokens")
         return forward(self, tokens, positions, parts)
 
-    monkeypatch.setattr(TransformersRunner, "_forward", limited)
-    monkeypatch.setattr("kvbench.runners.transformers.SMALLEST_BATCH", 8)
+    monkeypatch.setattr(Forward, "hidden", limited)
+    monkeypatch.setattr("kvbench.runners.transformers.memory.SMALLEST_BATCH", 8)
     runner = tiny("llama").runner(Scheme.parse("auto"), page_size=4)
     for a, b in zip(runner.score(requests), scores, strict=True):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
-    assert runner.limits.tokens == 16
+    assert runner.memory.limits.tokens == 16
     assert runner.generate(prompts) == answers
     fits = 3
     with pytest.raises(torch.OutOfMemoryError, match="tokens"):
@@ -374,9 +375,9 @@ def test_pages_come_from_the_memory_there_is(monkeypatch):
     scored = [ScoreRequest(request.prompt, tokens(3, 70 + i)) for i, request in enumerate(requests)]
     exact = loaded.runner(Scheme.parse("auto"), page_size=4)
     answers, scores = exact.generate(requests), exact.score(scored)
-    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, 8, 2**24, 0.5))
+    monkeypatch.setattr("kvbench.runners.transformers.memory.CPU_LIMITS", Limits(64, 8, 2**24, 0.5))
     page_bytes = 4 * exact.scheme.resolve(torch.float32).token_bytes(loaded.info.layers)
-    monkeypatch.setattr("kvbench.runners.transformers._free_memory", lambda device: 2 * 60 * page_bytes)
+    monkeypatch.setattr("kvbench.runners.transformers.memory.free_memory", lambda device: 2 * 60 * page_bytes)
 
     pages = {}
     for dtype in ("auto", "int4"):
@@ -430,8 +431,8 @@ def test_stats_count_what_was_computed():
     assert stats["kv_bytes_per_token"] == runner.scheme.token_bytes(runner.info.layers)
 
 
-class EagerBlocks(Lanes):
-    """Blocks of steps over padded lanes, looked at one block late, as on a GPU; but a graph computes when played."""
+class EagerBlocks(DecodeBatch):
+    """Blocks of steps over a padded batch, looked at one block late, as on a GPU; but a graph computes when played."""
 
     captures: ClassVar = []
 
@@ -439,11 +440,11 @@ class EagerBlocks(Lanes):
         super().__init__(graphed=True, **options)
 
     def _captured(self, size, compute):
-        self.captures.append((self._pages.shape[1], self._sampled, size))
-        caches = compute.__self__._caches
+        self.captures.append((self._pages.shape[1], self._sampler.sampled, size))
+        caches = compute.__self__.memory.caches
 
         def replay():
-            assert compute.__self__._caches is caches, "a graph outlived the cache that it reads"
+            assert compute.__self__.memory.caches is caches, "a graph outlived the cache that it reads"
             self._advance(size, compute(*self._inputs(size)))
 
         return SimpleNamespace(replay=replay)
@@ -451,8 +452,8 @@ class EagerBlocks(Lanes):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The graphs that are made: (pages of a sequence, whether tokens are drawn, lanes)."""
-    monkeypatch.setattr("kvbench.runners.transformers.Lanes", EagerBlocks)
+    """The graphs that are made: (pages of a sequence, whether tokens are drawn, rows)."""
+    monkeypatch.setattr("kvbench.runners.transformers.generation.DecodeBatch", EagerBlocks)
     monkeypatch.setattr(EagerBlocks, "captures", [])
     return EagerBlocks.captures
 
@@ -460,21 +461,21 @@ def captures(monkeypatch):
 @pytest.mark.parametrize("most", [1, 3, 64])
 def test_blocks_of_steps_change_no_answer(monkeypatch, most):
     """
-    Tokens seen a block of steps late, idle lanes and lanes that move give the answers of one step at a time, whether
+    Tokens seen a block of steps late, idle rows and rows that move give the answers of one step at a time, whether
     they end by length, by an end token or by a stop string; and no page is lost.
     """
-    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, most, 2**24, 0.0))
+    monkeypatch.setattr("kvbench.runners.transformers.memory.CPU_LIMITS", Limits(64, most, 2**24, 0.0))
     loaded = tiny("llama", torch.float64)
     prompts = [request.context for request in score_requests()]
     requests = [GenerateRequest(prompt, 3 + 7 * i, stop=(" 5",) if i % 2 else ()) for i, prompt in enumerate(prompts)]
     requests += [GenerateRequest(prompts[1], 20, temperature=1.2, top_k=9, top_p=0.8, seed=3)]
     one = loaded.runner(Scheme.parse("int4"), page_size=4).generate(requests)
-    monkeypatch.setattr("kvbench.runners.transformers.Lanes", EagerBlocks)
+    monkeypatch.setattr("kvbench.runners.transformers.generation.DecodeBatch", EagerBlocks)
     runner = loaded.runner(Scheme.parse("int4"), page_size=4)
 
     assert runner.generate(requests) == one
     assert runner.generate(requests) == one
-    assert runner._pool.free_pages == runner.stored.pages
+    assert runner.memory.pool.free_pages == runner.stored.pages
     assert {len(answer.tokens) < request.max_new_tokens for answer, request in zip(one, requests, strict=True)} == {
         True,
         False,
@@ -484,7 +485,7 @@ def test_blocks_of_steps_change_no_answer(monkeypatch, most):
 def test_graphs_are_made_once_for_as_long_as_their_cache_lives(captures):
     """
     The next call plays the graphs of the one before, with other prompts and lengths too; drawn tokens have graphs of
-    their own; a larger cache has new ones. A graph has fewer than twice the lanes that run, and answers stay the same.
+    their own; a larger cache has new ones. A graph has fewer than twice the rows that run, and answers stay the same.
     """
     loaded = tiny("llama", torch.float64)
     runner = loaded.runner(Scheme.parse("int4"), page_size=4)
@@ -498,7 +499,7 @@ def test_graphs_are_made_once_for_as_long_as_their_cache_lives(captures):
     assert captures[2:] == [(1024, False, 1)]
     assert [runner.generate(requests) for requests in (greedy, others, drawn, greedy)] == answers
     assert captures[3:] == captures[:2]
-    assert runner._pool.free_pages == runner.stored.pages
+    assert runner.memory.pool.free_pages == runner.stored.pages
 
 
 def test_making_a_graph_is_no_decoding(captures, monkeypatch):
@@ -511,7 +512,7 @@ def test_making_a_graph_is_no_decoding(captures, monkeypatch):
         now[0] += 100
         return captured(*args)
 
-    monkeypatch.setattr("kvbench.runners.transformers.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("kvbench.runners.transformers.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(EagerBlocks, "_captured", slow)
     runner = tiny("llama").runner(Scheme.parse("auto"))
     runner.generate([GenerateRequest(tokens(9, 3), 3)])
@@ -549,7 +550,7 @@ def test_nothing_keeps_a_runner_but_its_user(captures, monkeypatch):
     runner = tiny("llama").runner(Scheme.parse("int4"))
     runner.score(score_requests())
     runner.generate([GenerateRequest(tokens(9, 3), 5)])
-    held = [weakref.ref(one) for one in (runner, runner._caches[0], *runner._lanes.values())]
+    held = [weakref.ref(one) for one in (runner, runner.memory.caches[0], *runner.memory.graphed.values())]
     gc.collect()
     gc.disable()
     try:
@@ -564,19 +565,19 @@ def test_a_few_pages_more_are_not_worth_a_new_cache(captures, monkeypatch):
     Where memory limits the pages, a cache is kept until a quarter more would fit; where it does not, all that were
     asked for come.
     """
-    monkeypatch.setattr("kvbench.runners.transformers.CPU_LIMITS", Limits(64, 64, 2**24, 0.5))
+    monkeypatch.setattr("kvbench.runners.transformers.memory.CPU_LIMITS", Limits(64, 64, 2**24, 0.5))
     runner = tiny("llama").runner(Scheme.parse("auto"), page_size=4)
     page = 4 * runner.scheme.resolve(torch.float32).token_bytes(runner.info.layers)
     requests = [GenerateRequest(tokens(9, i), 7) for i in range(30)]
     sizes = []
     for spare in (100, 110, 130, 2000):  # pages of which half are taken, besides those of the cache
-        held = runner._caches[0].nbytes if runner._caches else 0
-        monkeypatch.setattr("kvbench.runners.transformers._free_memory", lambda _, n=spare * page - held: n)
+        held = runner.memory.caches[0].nbytes if runner.memory.caches else 0
+        monkeypatch.setattr("kvbench.runners.transformers.memory.free_memory", lambda _, n=spare * page - held: n)
         runner.generate(requests)
         sizes.append(runner.stored.pages)
 
     assert sizes == [50, 50, 65, 30 * 5]
-    assert [lanes for _, _, lanes in captures] == [16, 16, 4, 32]
+    assert [rows for _, _, rows in captures] == [16, 16, 4, 32]
 
 
 def test_a_prompt_without_tokens_is_refused():

@@ -116,12 +116,12 @@ def test_the_smaller_limit_is_the_longest_context(shape):
     longest, limit = _longest(runner, 160, 256)
     assert (longest, limit) == (144, "memory")
 
-    runner.limits = replace(runner.limits, memory=1.0)
+    runner.memory.limits = replace(runner.memory.limits, memory=1.0)
     free = 160 * runner.scheme.resolve(torch.float32).token_bytes(runner.info.layers)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvbench.runners.transformers._free_memory", lambda _: free)
+        patch.setattr("kvbench.runners.transformers.memory.free_memory", lambda _: free)
         runner.generate([GenerateRequest(tuple(range(longest - 4)), 4)])
-        runner._release()
+        runner.memory.release()
         with pytest.raises(OutOfPages):
             runner.generate([GenerateRequest(tuple(range(longest - 3)), 4)])
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvbench.runners.lanes import Run
-
-
-def before_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string; an empty one cuts nothing."""
-    for one in stop:
-        if one:
-            text = text.split(one)[0]
-    return text
+from kvbench.runners.base import before_stop
+from kvbench.runners.transformers.decode import Decoding
 
 
 class Stopping:
@@ -31,29 +24,29 @@ class Stopping:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special = {index for index, token in added.items() if token.special}
 
-    def extend(self, run: Run, new: Sequence[int]) -> str | None:
-        """Gives a run its new tokens, without an end token; its text, if one of them or its length ended it."""
-        request, before = run.request, len(run.tokens)
+    def extend(self, sequence: Decoding, new: Sequence[int]) -> str | None:
+        """Gives a sequence its new tokens, without an end token; its text, if one of them or its length ended it."""
+        request, before = sequence.request, len(sequence.tokens)
         end: list[int] = []
         for token in new:
             if token in self._ends:
                 end = [token]
                 break
-            if len(run.tokens) == request.max_new_tokens:
+            if len(sequence.tokens) == request.max_new_tokens:
                 break
-            run.tokens.append(token)
-        run.answered |= bool(end) or len(run.tokens) == request.max_new_tokens
-        if not run.answered and not request.stop:
+            sequence.tokens.append(token)
+        sequence.answered |= bool(end) or len(sequence.tokens) == request.max_new_tokens
+        if not sequence.answered and not request.stop:
             return None
-        if self._stopped(run.tokens, request.stop) and len(run.tokens) > before:
-            run.answered, end = True, []
+        if self._stopped(sequence.tokens, request.stop) and len(sequence.tokens) > before:
+            sequence.answered, end = True, []
             # what was made after the first stop string is no part of the answer
-            for count in range(before + 1, len(run.tokens)):
-                if self._stopped(run.tokens[:count], request.stop):
-                    del run.tokens[count:]
+            for count in range(before + 1, len(sequence.tokens)):
+                if self._stopped(sequence.tokens[:count], request.stop):
+                    del sequence.tokens[count:]
                     break
         # an end token that is not special is part of the text, as in HFLM
-        return before_stop(self._text([*run.tokens, *end]), request.stop) if run.answered else None
+        return before_stop(self._text([*sequence.tokens, *end]), request.stop) if sequence.answered else None
 
     def _stopped(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         texts = [self._text(tokens)]

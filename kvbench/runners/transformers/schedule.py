@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvbench.cache import OutOfPages, PagePool, PageTable
-from kvbench.runners.prefix import Segment, depth, longest
+from kvbench.runners.transformers.prefix import Segment, depth, longest
 
 Copies = list[tuple[int, int]]  # pages to copy before a pass, (source, destination)
 
@@ -21,7 +21,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Tokens of one sequence in one pass. start: the position of the first; slots: where each is written."""
 
     segment: Segment
@@ -32,7 +32,7 @@ class Piece:
 
     @property
     def completes(self) -> bool:
-        """This piece ends its segment."""
+        """This chunk ends its segment."""
         return self.start + len(self.tokens) == self.segment.end
 
 
@@ -45,7 +45,7 @@ class _Open:
 
 
 @dataclass
-class Prefill:
+class Scheduler:
     """Computes a prefix tree depth first, so that few sequences hold pages at a time.
 
     batch_tokens: tokens of one pass at most. chunk: of one sequence in one pass, None for no limit.
@@ -70,23 +70,23 @@ class Prefill:
         """Every segment has been computed."""
         return not self._stack
 
-    def take(self, most: int, others: int = 0) -> tuple[list[Piece], Copies]:
+    def take(self, most: int, others: int = 0) -> tuple[list[Chunk], Copies]:
         """The next pass, of at most `most` sequences, and the page copies to make before it.
 
         others: tokens that the pass has besides, of sequences that are being decoded.
 
-        No piece comes where the pool has no room for the next segment.
+        No chunk comes where the pool has no room for the next segment.
         """
-        pieces: list[Piece] = []
+        chunks: list[Chunk] = []
         copies: Copies = []
         unfinished: list[Work] = []
         budget = max(1, self.batch_tokens - others)
-        while self._stack and budget > 0 and len(pieces) < most:
+        while self._stack and budget > 0 and len(chunks) < most:
             work = self._stack.pop()
             segment = work.segment
             held = segment.start // self.pool.page_size if work.table is None else len(work.table.pages)
             new = self.pool.pages_for(segment.end) - held
-            if pieces and new and self.pool.free_pages - new < self._spare:
+            if chunks and new and self.pool.free_pages - new < self._spare:
                 self._stack.append(work)
                 break
             try:
@@ -100,21 +100,21 @@ class Prefill:
             count = min(len(segment.tokens) - work.done, budget, self.chunk or budget)
             slots = self.pool.extend(work.table, count)
             tokens = segment.tokens[work.done : work.done + count]
-            pieces.append(Piece(segment, work.table, segment.start + work.done, tokens, slots))
+            chunks.append(Chunk(segment, work.table, segment.start + work.done, tokens, slots))
             work.done += count
             budget -= count
-            if pieces[-1].completes:
+            if chunks[-1].completes:
                 self._open[segment] = _Open(work.table, len(segment.children) + len(segment.ending))
             else:
                 unfinished.append(work)
         self._stack += reversed(unfinished)
-        return pieces, copies
+        return chunks, copies
 
-    def computed(self, pieces: Sequence[Piece]) -> None:
-        """The pass of these pieces is over: the children of the segments it completed may start."""
-        for piece in pieces:
-            if piece.completes:
-                self._stack += [Work(child) for child in reversed(piece.segment.children)]
+    def computed(self, chunks: Sequence[Chunk]) -> None:
+        """The pass of these chunks is over: the children of the segments it completed may start."""
+        for chunk in chunks:
+            if chunk.completes:
+                self._stack += [Work(child) for child in reversed(chunk.segment.children)]
 
     def pages(self, segment: Segment) -> list[int]:
         """The pages of a computed segment's sequence."""

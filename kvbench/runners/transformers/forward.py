@@ -1,0 +1,244 @@
+"""One forward pass of a model over a flat batch, whose attention writes to the caches and reads only them.
+
+A decoder is token-wise outside attention, so many sequences without padding are one row of tokens with position
+ids: our attention function knows where each begins. Models whose other layers carry state too (linear attention),
+or whose rotary frequencies depend on the longest position of a pass, run one sequence at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from kvbench.attention import Batch, Implementation, append, attend
+from kvbench.cache import PagedCache
+from kvbench.runners.facts import cache_layer_indices
+from kvbench.runners.nudge import nudged
+from kvbench.runners.probe import Windows, decoder_of
+from kvbench.runners.rope import Frequencies
+
+NAME = "kvbench"  # of our attention among transformers' implementations
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a pass's tokens: what they attend to, and the caches that keep their keys and values."""
+
+    batch: Batch
+    read: PagedCache
+    written: tuple[PagedCache, ...]
+    exact: PagedCache | None = None  # what `read` holds, in 16 bits: its window
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What our attention function needs to know of the forward pass it is called in: parts, in the tokens' order."""
+
+    parts: tuple[Part, ...]
+    layer_index: dict[int, int]  # the model's layer number to the cache's
+    windows: Windows  # by the model's layer number
+    impl: Implementation
+
+
+_step: ContextVar[_Step] = ContextVar("kvbench_step")
+
+# called with the model's number of a layer, its new queries [T, HQ, D] and keys [T, HKV, D], and their positions [T]
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+_observer: ContextVar[Observer | None] = ContextVar("kvbench_observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside the block `observer` is called with what each attention layer gets."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,  # [1, HQ, T, D]
+    key: Tensor,  # [1, HKV, T, D]
+    value: Tensor,  # [1, HKV, T, D]
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Write the new keys and values, then read only the cache: [1, T, HQ, D]."""
+    step = _step.get()
+    layer = step.layer_index[module.layer_idx]
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    if (observer := _observer.get()) is not None:
+        observer(module.layer_idx, queries, keys, torch.cat([part.batch.positions for part in step.parts]))
+    outs = []
+    sizes = [len(part.batch.slot_mapping) for part in step.parts]
+    for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
+        for cache in part.written:
+            if cache is part.exact:
+                continue  # written with the rows that it holds in 16 bits
+            positions = part.batch.positions if cache.scheme.learns else None
+            exact = part.exact if cache is part.read else None
+            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl, positions=positions, exact=exact)
+        outs.append(
+            attend(
+                q,
+                part.read,
+                layer,
+                part.batch,
+                impl=step.impl,
+                scaling=q.shape[-1] ** -0.5 if scaling is None else scaling,
+                sliding_window=step.windows[module.layer_idx],
+                softcap=softcap,
+                sinks=s_aux,
+                exact=part.exact,
+                window=part.read.scheme.window,
+            )
+        )
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+
+
+@contextmanager
+def paged_attention(model: Any) -> Iterator[None]:
+    """`model` attends through the paged cache inside the block, and as before after it.
+
+    No mask is registered under our name, so transformers makes none: our attention knows the sequences' boundaries, and
+    the layers' windows from what its masks would hide (`probe`).
+    """
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, _attention)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop(NAME)
+
+
+class Forward:
+    """A model as a function of a flat batch. impl: who computes its attention. windows: see `probe`.
+
+    nudge: the seed of a noise of one ulp in the model's embedding; 0: without.
+    """
+
+    def __init__(self, model: Any, windows: Callable[[], Windows], impl: Implementation, nudge: int = 0) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+        self._windows = windows
+        self._impl = impl
+        self._nudge = nudge
+        config = model.config.get_text_config(decoder=True)
+        layers = cache_layer_indices(config)
+        self._layer_index = {layer: i for i, layer in enumerate(layers)}
+        self._has_state = len(layers) < config.num_hidden_layers
+        self._state: DynamicCache | None = None  # of a sequence that runs alone
+        self._frequencies = Frequencies(model)
+
+    @property
+    def alone(self) -> bool:
+        """Whether sequences are computed one at a time."""
+        return self._has_state or self._frequencies.moves
+
+    @property
+    def rope_moves(self) -> bool:
+        """Whether a longer sequence has other rotary frequencies."""
+        return self._frequencies.moves
+
+    def begin(self) -> None:
+        """What follows is a new sequence: nothing is left of the one before."""
+        self._state = self._new_state()
+        self._frequencies.reset()
+
+    def end(self) -> None:
+        """No sequence is being computed."""
+        self._state = None
+
+    def hidden(self, tokens: Tensor, positions: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Last hidden states [T, H] of tokens [T] at positions [T], which these parts are of."""
+        token = _step.set(_Step(tuple(parts), self._layer_index, self._windows(), self._impl))
+        try:
+            decoder = decoder_of(self.model)
+            with nudged(self.model, self._nudge) if self._nudge else nullcontext():
+                out = decoder(
+                    input_ids=tokens[None],
+                    position_ids=positions[None],
+                    past_key_values=self._state,
+                    use_cache=self._state is not None,
+                )
+        finally:
+            _step.reset(token)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] in the compute dtype, by what follows the model's decoder, of hidden states [n, H]."""
+        with _decoder_returns(self.model, hidden[None].to(self.device)):
+            blank = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+            logits: Tensor = self.model(input_ids=blank, use_cache=False).logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] float32 log-probabilities of hidden states [n, H]."""
+        return self.logits(hidden).to(torch.float32).log_softmax(-1)
+
+    def _new_state(self) -> DynamicCache | None:
+        """What a model's other layers carry from pass to pass; None where they carry nothing."""
+        if not self._has_state:
+            return None
+        state = DynamicCache(config=self.model.config)
+        for layer in self._layer_index:
+            state.layers[layer] = _Counter()
+        return state
+
+
+class _Counter(DynamicLayer):
+    """Stands where transformers keeps an attention layer's keys and values: counts tokens and keeps none."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it so
+        self.seen = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.seen += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+
+class _DecoderOutput(MoeModelOutputWithPast):
+    """Hidden states alone; all else that a model's head may pass on is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _decoder_returns(model: Any, hidden: Tensor) -> Iterator[None]:
+    """The decoder gives `hidden` [1, n, H] inside the block, so calling the model computes only its head."""
+    decoder: Any = decoder_of(model)
+    decoder.forward = lambda *_, **__: _DecoderOutput(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del decoder.forward

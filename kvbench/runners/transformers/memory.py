@@ -1,0 +1,168 @@
+"""The pages of a runner's caches, and how much is computed at once."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kvbench.cache import OutOfPages, PagedCache, PagePool
+from kvbench.cache.paged import Learned
+from kvbench.schemes import Layers, Scheme
+
+SMALLEST_BATCH = 64  # tokens of a pass, below which a model that runs out of memory is given up
+LARGEST_GRAPH = 256  # sequences that one CUDA graph decodes at most
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is computed at once.
+
+    tokens: of one forward pass. sequences: decoded at once. logits: values of full-vocabulary rows held at once.
+    memory: share of the device's free memory that pages may take; 0 for as many as a few passes need.
+    """
+
+    tokens: int
+    sequences: int
+    logits: int
+    memory: float
+
+    def halved(self) -> Limits:
+        """Half as much of everything."""
+        return Limits(self.tokens // 2, max(1, self.sequences // 2), self.logits // 2, self.memory / 2)
+
+
+CPU_LIMITS = Limits(tokens=2048, sequences=64, logits=2**24, memory=0.0)
+GPU_LIMITS = Limits(tokens=65536, sequences=LARGEST_GRAPH, logits=2**27, memory=0.6)
+
+
+class Graphed(Protocol):
+    """What has CUDA graphs that read the caches. graph_bytes: of the device's memory, which only they can use."""
+
+    graph_bytes: int
+
+
+class Memory:
+    """A runner's caches over one pool of pages, made when they are asked for and kept from call to call.
+
+    caches: packed; with a window the same rows in 16 bits; with `exact_prefill` the exact cache.
+    graphed: what must go when the caches go, for its graphs read them.
+    limits: halved where the device runs out of memory.
+    """
+
+    pool: PagePool
+
+    def __init__(
+        self,
+        layers: Layers,
+        scheme: Scheme,
+        *,
+        page_size: int,
+        model_dtype: torch.dtype,
+        device: torch.device,
+        learned: Learned | None = None,
+        destroyed: bool = False,
+        exact_prefill: bool = False,
+    ) -> None:
+        self.caches: tuple[PagedCache, ...] = ()
+        self.graphed: dict[Any, Graphed] = {}
+        self.limits = GPU_LIMITS if device.type == "cuda" else CPU_LIMITS
+        self.page_size = page_size
+        self.device = device
+        self._layers = layers
+        self._model_dtype = model_dtype
+        self._learned = learned
+        self._destroyed = destroyed
+        self._schemes = [scheme.resolve(model_dtype)]
+        if scheme.window:
+            self._schemes.append(scheme.exact(model_dtype))
+        self._stored = len(self._schemes)
+        if exact_prefill:
+            self._schemes.append(Scheme.parse("auto").resolve(model_dtype))
+
+    def reserve(self, longest: int, wanted: int, least: int) -> None:
+        """Pages for `wanted`, or as many as there is memory for; made anew where there are fewer than that.
+
+        least: what one sequence of `longest` tokens needs.
+
+        Raises:
+            OutOfPages: the memory does not hold one sequence of `longest` tokens.
+        """
+        pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
+        if self.limits.memory:
+            page_bytes = self.page_size * sum(scheme.token_bytes(self._layers) for scheme in self._schemes)
+            held = sum(cache.nbytes for cache in self.caches)
+            graphs = sum(one.graph_bytes for one in self.graphed.values())
+            free = (free_memory(self.device) - graphs + held) // page_bytes
+            # a share of the memory, or what one sequence needs
+            pages = min(max(wanted, least), max(int(self.limits.memory * free), least))
+            if pages > free:
+                raise OutOfPages(
+                    f"the device's free memory holds {free * self.page_size} tokens of {self._schemes[0].dtype_name}, "
+                    f"and a sequence of {longest} takes {least * self.page_size} with the pages that are copied"
+                )
+        there = self.caches[0].pages if self.caches else 0
+        # where memory is what limits them, a few pages more are not worth new graphs
+        if pages <= there or (self.limits.memory and least <= there and pages < min(wanted, 1.25 * there)):
+            return
+        self.release()  # before the larger ones are made
+        self.pool = PagePool(pages, self.page_size)
+        self.caches = tuple(
+            PagedCache(
+                self._layers,
+                scheme,
+                pages=pages,
+                page_size=self.page_size,
+                model_dtype=self._model_dtype,
+                device=self.device,
+                learned=self._learned if i < self._stored else None,
+                destroyed=self._destroyed and i < self._stored,
+            )
+            for i, scheme in enumerate(self._schemes)
+        )
+
+    def release(self) -> None:
+        """Gives up the caches, and the graphs that read them."""
+        self.graphed.clear()
+        self.caches = ()
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole pages (source, destination), in all caches."""
+        for cache in self.caches:
+            cache.copy_pages(copies)
+
+    @contextmanager
+    def released_by_errors(self) -> Iterator[None]:
+        """An error inside the block leaves no page taken: the caches are made anew by the next call."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def least(self) -> bool:
+        """Whether half as much at once would be too little."""
+        return self.limits.tokens // 2 < SMALLEST_BATCH
+
+    def halve(self) -> None:
+        """Computes half as much at once from now on."""
+        half = self.limits.halved()
+        logger.warning("out of memory with %d tokens a pass: trying %d", self.limits.tokens, half.tokens)
+        self.limits = half
+        self.release()
+        gc.collect()  # the failed call's tensors hang on its traceback
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated: what the driver has left, and what torch holds without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
