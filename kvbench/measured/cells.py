@@ -151,7 +151,7 @@ def _cell(store: Store, record: Record) -> Cell:
     series: dict[str, Series] = {}
     absent: dict[str, str] = {}
     try:
-        samples = store.samples(record.cell)
+        samples = store.samples(record.cell, lists=False)
     except (OSError, ValueError) as error:
         absent = {metric.name: f"its samples cannot be read: {describe(error)}" for metric in wanted}
         wanted = []

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvbench.results import Metric, exponential
 from kvbench.stats import Array, Difference, compare_answers, compare_distances, compare_means, compare_scores
@@ -85,19 +87,31 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
     value = exponential(whole) if log else whole
     if not math.isclose(value, metric.value, rel_tol=1e-4, abs_tol=1e-9):
         raise NoSeriesError("it is no mean over documents: the samples' mean is not the metric's value")
-    task = rows["task"] if "task" in rows else [""] * len(rows)
-    columns = (task, rows["doc_id"], rows["filter"], rows["doc_hash"], rows["prompt_hash"])
-    documents = [(str(a), str(b), str(c), str(d), str(e)) for a, b, c, d, e in zip(*columns, strict=True)]
-    # 2 before 10
-    order = sorted(range(len(documents)), key=lambda i: (documents[i][0], len(documents[i][1]), documents[i][1:]))
-    documents = [documents[i] for i in order]
+    columns = [tuple(map(str, rows[name].tolist())) for name in ("doc_id", "filter", "doc_hash", "prompt_hash")]
+    task = tuple(map(str, rows["task"].tolist())) if "task" in rows else ("",) * len(rows)
+    # a document that is asked twice is one document
+    named = tuple(map(str, rows["cluster"].tolist())) if "cluster" in rows else columns[2]
+    documents, clusters, order, digest = _in_order(named, task, *columns)
+    picked = None if weights is None else weights[order]
+    return Series(metric, values[order], picked, digest, documents, clusters)
+
+
+@lru_cache(maxsize=100)  # the cells of a task have the same documents
+def _in_order(
+    named: tuple[str, ...], *columns: tuple[str, ...]
+) -> tuple[tuple[Document, ...], tuple[str, ...], NDArray[np.intp], str]:
+    """The documents of such columns in the order of their numbers, 2 before 10; their clusters, where each was, a hash.
+
+    Raises:
+        NoSeriesError: one is there twice.
+    """
+    found: list[Document] = list(zip(*columns, strict=True))
+    order = sorted(range(len(found)), key=lambda i: (found[i][0], len(found[i][1]), found[i][1:]))
+    documents = tuple(found[i] for i in order)
     if len({document[:3] for document in documents}) < len(documents):
         raise NoSeriesError("the samples have a document twice")
     digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
-    picked = None if weights is None else weights[order]
-    # a document that is asked twice is one document
-    named = rows["cluster" if "cluster" in rows else "doc_hash"].astype(str).to_numpy()[order]
-    return Series(metric, values[order], picked, digest, tuple(documents), tuple(named))
+    return documents, tuple(named[i] for i in order), np.array(order, np.intp), digest
 
 
 def paired(series: Series, base: Series, origin: bool = False) -> Difference:

@@ -143,16 +143,22 @@ class Store:
         """Names of the cells that were measured."""
         return {name for name, record in self.load().records.items() if record.status == "done"}
 
-    def samples(self, cell: str) -> pd.DataFrame:
+    def samples(self, cell: str, lists: bool = True) -> pd.DataFrame:
         """A row a document (and filter) of a cell.
+
+        lists: also the columns with a list a row, such as answers, which are most of a file.
 
         Raises:
             OSError, ValueError: they can't be read.
         """
-        import pandas as pd
+        import pyarrow.parquet as pq
 
         try:
-            return pd.read_parquet(self.cells / cell / "samples.parquet")
+            with pq.ParquetFile(self.cells / cell / "samples.parquet") as file:
+                names = [one.name for one in file.schema_arrow if lists or not hasattr(one.type, "value_type")]
+                # in one thread: starting more costs more than reading such a file
+                frame: pd.DataFrame = file.read(names, use_threads=False).to_pandas(use_threads=False)
+            return frame
         except (OSError, ValueError):
             raise
         except Exception as error:  # its readers raise what they like at a damaged file
