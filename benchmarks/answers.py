@@ -34,7 +34,7 @@ from kvbench.runners.base import GenerateRequest, Generation, Progress
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.again import Around, Shuffled
-from kvbench.sweep.execute import clear_garbage
+from kvbench.sweep.session import clear_garbage
 from kvbench.tasks import RunContext, make_task
 from kvbench.tasks.runner_lm import RunnerLM
 

@@ -28,7 +28,7 @@ from kvbench.environment import describe
 from kvbench.runners import catalog
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
-from kvbench.sweep.execute import clear_garbage
+from kvbench.sweep.session import clear_garbage
 from kvbench.tasks import RunContext, make_task
 from kvbench.tasks.runner_lm import RunnerLM
 

@@ -1,8 +1,7 @@
 """What every test runs under: no hub, no other person's settings, and one process's share of the cores."""
 
+import importlib
 import os
-import sys
-from pathlib import Path
 
 # before anything imports torch or transformers
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -29,14 +28,8 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def toy():
-    """tests/sweep/toy.py: a model and tasks that take no time."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("kvbench_toy", Path(__file__).parent / "sweep" / "toy.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """tests/sweep/toy.py: a model and tasks that take no time, by a name under which other processes import it too."""
+    return importlib.import_module("toy")
 
 
 @pytest.fixture
@@ -48,7 +41,7 @@ def kvbench(tmp_path, monkeypatch, toy):
     from kvbench.sweep import command
 
     monkeypatch.setattr(command, "REAL", toy.PARTS)
-    monkeypatch.setattr(command, "default_device", lambda: "cpu")  # a process of its own could not import the toys
+    monkeypatch.setattr(command, "default_device", lambda: "cpu")
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, **options):

@@ -57,6 +57,7 @@ def chosen(
     fresh: bool = False,
     retry_failed: bool = False,
     devices: str | None = None,
+    executor: str | None = None,
 ) -> Options:
     """What the options of sweep and plan ask for."""
     from kvbench.sweep.command import Options
@@ -67,7 +68,7 @@ def chosen(
     gpus = [int(name) for name in names if name != "cpu"]
     if twice := [gpu for gpu in gpus if gpus.count(gpu) > 1]:
         fail(f"--devices {devices}: GPU {twice[0]} stands twice, and a GPU has one process; name each once", BAD_INPUT)
-    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names)
+    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names, executor)
 
 
 def prepared(config: Path, options: Options) -> Planned:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from kvbench.cli.plan import chosen, prepared, print_plan
 from kvbench.cli.shared import BAD_INPUT, UNUSABLE, Config, Limit, Only, Output, Set, Skip, fail
+
+
+class Executor(StrEnum):
+    """Where cells run."""
+
+    INLINE = "inline"
+    PROCESS = "process"
 
 
 def sweep(
@@ -27,15 +35,23 @@ def sweep(
             help="Run on these GPUs at once, a process each; or cpu,cpu.  [default: the first GPU, else the CPU]",
         ),
     ] = None,
+    executor: Annotated[
+        Executor | None,
+        typer.Option(
+            "--executor",
+            help="Run cells in this process, or in one a device.  [default: inline on a CPU, process on GPUs]",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
     """Run the cells of CONFIG that are not done yet.
 
     A cell is one model × dtype × rotation × task. What is done is kept, whatever stops the sweep.
     """
-    from kvbench.sweep.command import UnusableError, run_sweep
+    from kvbench.sweep.command import run_sweep
+    from kvbench.sweep.stopping import UnusableError
 
-    options = chosen(only, skip, settings, limit, output, fresh, retry_failed, devices)
+    options = chosen(only, skip, settings, limit, output, fresh, retry_failed, devices, executor)
     if dry_run:
         print_plan(prepared(config, options))
         return

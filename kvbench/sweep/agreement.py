@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvbench.results import Store, name_of
+from kvbench.results import Record, name_of
 
 VERSION = 1  # raised when another question is asked: what is kept of an earlier one then counts no more
 VERSIONS = ("torch", "triton", "transformers")
 
 
-def known(store: Store, key: str) -> dict[str, Any] | None:
-    """What a record of this run folder says of an earlier comparison under the same key."""
-    for record in store.load().records.values():
-        kept = record.facts.get("agreement")
-        if isinstance(kept, dict) and kept.get("key") == key:
-            return kept
-    return None
+def known(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """What records say of earlier comparisons, by their keys."""
+    kept = (record.facts.get("agreement") for record in records)
+    return {one["key"]: one for one in kept if isinstance(one, dict) and "key" in one}
 
 
 def key_of(model: Mapping[str, Any], place: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

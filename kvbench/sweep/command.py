@@ -11,35 +11,30 @@ from typing import Any
 
 import torch
 
-from kvbench.environment import describe, device_name
+from kvbench.environment import describe
 from kvbench.measured import of_records, prompt_forms
 from kvbench.render import Column, Document, Table
 from kvbench.results import DEFAULT_FOLDER, Contents, Record, Store
 from kvbench.runners.model_files import RefusedError
 from kvbench.stats import parse_margin
 from kvbench.sweep import estimate
+from kvbench.sweep.agreement import known
 from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.config import Sweep, load_sweep
-from kvbench.sweep.execute import (
-    NotInEffectError,
-    Setting,
-    execute,
-    not_in_effect,
-    terminable,
-)
+from kvbench.sweep.executors.base import Executor
+from kvbench.sweep.executors.inline import Inline
+from kvbench.sweep.executors.process import Processes
+from kvbench.sweep.job import Job
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
 from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long, unserved, unsuited
 from kvbench.sweep.progress import Clock, Display, duration
+from kvbench.sweep.run import NotInEffectError, not_in_effect, run_cells
 from kvbench.sweep.sensitivity import sensitivities, shown_size
-from kvbench.sweep.workers import execute_on, seat_for
+from kvbench.sweep.stopping import UnusableError, terminable
 from kvbench.yaml_text import ConfigError
 
 HOUR = 3600
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
-
-
-class UnusableError(RuntimeError):
-    """This machine cannot run what was asked for; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +49,18 @@ class Options:
     fresh: bool = False
     retry_failed: bool = False
     devices: Sequence[str] = ()
+    executor: str | None = None
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A sweep laid out: all its cells, those that the filters leave, and its run folder."""
+    """A sweep laid out: all its cells, those that the filters leave, its run folder, and what will run them."""
 
     sweep: Sweep
     every: list[Cell]
     cells: list[Cell]
     store: Store
+    executor: Executor
 
 
 def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned:
@@ -77,14 +74,15 @@ def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned
     if options.limit is not None:
         settings.append(f"limit={options.limit}")
     sweep = load_sweep(path, settings, parts=parts)
-    every = plan(sweep, parts=parts, device=lambda: device_name(_devices(options) or ["cpu"]))
+    executor = make_executor(options)
+    every = plan(sweep, parts=parts, device=lambda: executor.device_name)
     cells = choose(every, options.only, options.skip)
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")
     store = Store(options.output or DEFAULT_FOLDER / sweep.name)
     if store.foreign:
         raise ConfigError(f"{store.folder} {store.foreign}; --output takes a run folder, or a new one")
-    return Planned(sweep, every, cells, store)
+    return Planned(sweep, every, cells, store, executor)
 
 
 def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
@@ -141,36 +139,40 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     lacking = absent + missing_data(todo)
     if lacking:
         lacking.append("--skip task=NAME or --skip model=NAME runs the rest")
-    if lacking := _missing_devices(options.devices) + lacking:
+    if lacking := planned.executor.missing(todo) + lacking:
         raise UnusableError("\n  ".join(["this machine lacks what the sweep needs", *lacking]))
     if options.fresh:
         store.remove(None if len(cells) == len(planned.every) else [cell.name for cell in cells])
         contents = store.load()
 
-    devices = _devices(options)
-    environment = {**describe(), "device": default_device()}
-    display = Display(todo, Clock(contents.records.values()), store.cells, lanes=len(devices) or 1)
+    environment = {**describe(), "device": planned.executor.device}
+    display = Display(todo, Clock(contents.records.values()), store.cells)
     for problem in contents.problems:
         display.say(problem, "yellow")
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
     display.say(_header(sweep, len(cells), before, environment))
     _write_run(planned, [])
     if _unmoved(planned, contents.records):
-        return _conclude(planned, display)
+        return _conclude(planned, display, contents.records)
+    job = Job(
+        baselines=store,
+        baseline=sweep.baseline_scheme,
+        page_size=sweep.page_size,
+        attention=sweep.attention,
+        device=planned.executor.device,
+        environment=environment,
+        parts=parts,
+        agreement=sweep.agreement,
+        known=known(contents.records.values()),
+    )
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
-        place = sweep.page_size, sweep.attention, "cpu"
-        setting = Setting(store, sweep.baseline_scheme, *place, environment, parts, agreement=sweep.agreement)
         try:
-            if devices:
-                seats = zip(devices, display.lanes, strict=True)
-                execute_on([seat_for(one, setting, lane) for one, lane in seats], todo)
-            else:
-                execute(todo, setting, display.lanes[0])
+            run_cells(planned.executor, todo, job, store, display, contents.records)
         except RefusedError as error:
             others = len({cell.model.name for cell in cells}) > 1
             raise ConfigError(f"{error}{'; --skip model=NAME runs the rest' if others else ''}") from error
-    return _conclude(planned, display)
+    return _conclude(planned, display, contents.records)
 
 
 def _check_run(planned: Planned, contents: Contents, fresh: bool) -> None:
@@ -193,26 +195,20 @@ def _check_run(planned: Planned, contents: Contents, fresh: bool) -> None:
         )
 
 
-def _devices(options: Options) -> Sequence[str]:
-    """Where cells run in processes of their own; empty where they run in this one, on the CPU.
+def make_executor(options: Options) -> Executor:
+    """What runs the cells: this process on a CPU, and on GPUs, or devices by name, a process each.
 
-    A GPU always has a process: after a fault, its memory is free again only when that process has ended.
+    A GPU has a process unless `inline` is asked for: after a fault its memory is free when that process has ended.
+
+    Raises:
+        ConfigError: flags that do not go together.
     """
     device = default_device()
-    return options.devices or ([] if device == "cpu" else [device])
-
-
-def _missing_devices(devices: Sequence[str]) -> list[str]:
-    """A line for each GPU that is asked for and not here."""
-    import torch
-
-    count = torch.cuda.device_count() if any(one != "cpu" for one in devices) else 0
-    here = "no GPU" if count == 0 else "GPU 0 alone" if count == 1 else f"GPUs 0 to {count - 1}"
-    return [
-        f"GPU {one}: this machine has {here}; name others with --devices, or leave it out"
-        for one in devices
-        if one != "cpu" and int(one) >= count
-    ]
+    if options.executor == "inline" and options.devices:
+        raise ConfigError("--executor inline takes no --devices: it runs in this process, on the first GPU or the CPU")
+    if options.executor == "inline" or (options.executor is None and not options.devices and device == "cpu"):
+        return Inline(device)
+    return Processes(options.devices or [device])
 
 
 def _left(cells: Sequence[Cell], contents: Contents, retry_failed: bool) -> list[Cell]:
@@ -257,9 +253,8 @@ def _write_run(planned: Planned, judgements: list[dict[str, Any]]) -> None:
     )
 
 
-def _conclude(planned: Planned, display: Display) -> int:
+def _conclude(planned: Planned, display: Display, records: dict[str, Record]) -> int:
     """The last lines, and the exit code."""
-    records = planned.store.load().records
     _write_run(planned, [asdict(judgement) for judgement in judge_all(list(records.values()))])
     judgements = judge_all([records[cell.name] for cell in planned.every if cell.name in records])
     here = [records[cell.name] for cell in planned.cells if cell.name in records]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from kvbench.render.text import cell as cell_text
 from kvbench.render.text import seen
 from kvbench.results import Record, headline, shown_metric
+from kvbench.sweep.job import Advanced, Event, Loading, Started
 from kvbench.sweep.plan import Cell
 
 
@@ -24,28 +25,31 @@ class Clock:
     """How long cells take, from those that are done: the mean of the same task, else of all."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.cells: Counter[str] = Counter()
         for record in records:
             if record.status == "done" and "seconds" in record.timings:
                 self.add(record.task, record.timings["seconds"])
 
     def add(self, task: str, seconds: float) -> None:
         """One more cell."""
-        self.seconds[task].append(seconds)
+        self.seconds[task] += seconds
+        self.cells[task] += 1
 
     def expect(self, task: str) -> float | None:
         """Seconds of a cell of this task; None before any cell is done."""
-        times = self.seconds.get(task) or [second for some in self.seconds.values() for second in some]
-        return sum(times) / len(times) if times else None
+        if self.cells[task]:
+            return self.seconds[task] / self.cells[task]
+        return sum(self.seconds.values()) / self.cells.total() if self.cells else None
 
     def knows(self, task: str) -> bool:
         """A cell of this very task is done."""
-        return task in self.seconds
+        return task in self.cells
 
-    def expect_all(self, cells: Sequence[Cell]) -> float | None:
-        """Seconds of all these cells."""
-        times = [self.expect(cell.task.name) for cell in cells]
-        known = [second for second in times if second is not None]
+    def expect_all(self, tasks: Mapping[str, int]) -> float | None:
+        """Seconds of so many cells of each task."""
+        times = [(self.expect(task), count) for task, count in tasks.items()]
+        known = [second * count for second, count in times if second is not None]
         return sum(known) if len(known) == len(times) else None
 
 
@@ -57,36 +61,17 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-class Watcher(Protocol):
-    """Who is told of cells that run one after another."""
-
-    def loading(self, model: str) -> None:
-        """A model is being loaded."""
-        ...
-
-    def started(self, cell: Cell) -> None:
-        """A cell begins."""
-        ...
-
-    def advanced(self, done: int, total: int) -> None:
-        """The running cell has done some of its requests."""
-        ...
-
-    def finished(self, cell: Cell, record: Record) -> None:
-        """A cell is done, or has failed."""
-        ...
-
-
 class Display:
     """A line for each finished cell, and on a terminal some below them that redraw: a running cell's each, the sweep's.
 
-    lanes: a watcher for each device, on which cells run one after another.
+    A lane shows a seat, on which cells run one after another.
     """
 
-    def __init__(self, cells: Sequence[Cell], clock: Clock, cells_folder: Path, lanes: int = 1) -> None:
+    def __init__(self, cells: Sequence[Cell], clock: Clock, cells_folder: Path) -> None:
         self.clock = clock
         self.folder = cells_folder
-        self.remaining = list(cells)
+        self.cells = {cell.name: cell for cell in cells}
+        self.remaining = Counter(cell.task.name for cell in cells)
         self.total = len(cells)
         self.failed = 0
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -101,8 +86,11 @@ class Display:
             transient=True,
             disable=not self.redraws,
         )
-        self.lanes = [Lane(self) for _ in range(lanes)]
-        self.sweep_bar = self.bars.add_task("all cells", total=self.total, count="", eta="-")
+        self.lanes: dict[int, Lane] = {}
+        self.sweep_bar = self._last_bar()
+
+    def _last_bar(self) -> TaskID:
+        return self.bars.add_task("all cells", total=self.total, count="", eta="-")
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -117,11 +105,26 @@ class Display:
         """A line that stays."""
         self.console.print(Text(seen(text), style))
 
-    def finished(self, cell: Cell, record: Record) -> None:
+    def tell(self, seat: int, event: Event) -> None:
+        """Shows what happens at a seat."""
+        if seat not in self.lanes:
+            self.bars.remove_task(self.sweep_bar)
+            self.lanes[seat] = Lane(self)
+            self.sweep_bar = self._last_bar()
+        self.lanes[seat].show(event)
+
+    @property
+    def done(self) -> int:
+        """Cells that are done, or have failed."""
+        return self.total - self.remaining.total()
+
+    def finished(self, record: Record) -> None:
         """The line of a cell that is done, or has failed."""
-        self.remaining.remove(cell)
+        cell = self.cells[record.cell]
+        self.remaining[cell.task.name] -= 1
+        self.remaining = +self.remaining  # what is down to none is left out
         seconds = record.timings.get("seconds", 0.0)
-        count = f"{self.total - len(self.remaining)}/{self.total}"
+        count = f"{self.done}/{self.total}"
         if record.status == "done":
             self.clock.add(record.task, seconds)
             scores = "  ".join(f"{metric.name} {shown_metric(metric)}" for metric in headline(record.metrics)[:3])
@@ -137,19 +140,18 @@ class Display:
 
     def _show_sweep(self) -> None:
         left = self.clock.expect_all(self.remaining)
-        done = self.total - len(self.remaining)
         failed = f" · {self.failed} failed" if self.failed else ""
-        spent = sum(lane.spent for lane in self.lanes)
+        spent = sum(lane.spent for lane in self.lanes.values())
         self.bars.update(
             self.sweep_bar,
-            completed=done,
-            count=f"{done} of {self.total} cells{failed}",
-            eta=duration(None if left is None else max(0.0, left - spent) / len(self.lanes)),
+            completed=self.done,
+            count=f"{self.done} of {self.total} cells{failed}",
+            eta=duration(None if left is None else max(0.0, left - spent) / max(1, len(self.lanes))),
         )
 
 
 class Lane:
-    """The part of a display that watches one device."""
+    """The part of a display that shows one seat."""
 
     def __init__(self, display: Display) -> None:
         self.display = display
@@ -162,29 +164,28 @@ class Lane:
         """Seconds of the running cell."""
         return 0.0 if self.began is None else time.monotonic() - self.began
 
-    def loading(self, model: str) -> None:
-        """A model is being loaded."""
-        self._show(f"loading {model}", None)
+    def show(self, event: Event) -> None:
+        """What happens there."""
+        if isinstance(event, Loading):
+            self._begin(f"loading {event.model}", None)
+        elif isinstance(event, Started):
+            cell = self.display.cells[event.cell]
+            self.began = time.monotonic()
+            self._begin(cell.label, self.display.clock.expect(cell.task.name))
+            self.display._show_sweep()
+        elif isinstance(event, Advanced):
+            self._advance(event.done, event.total)
+        else:
+            self.bars.update(self.bar, visible=False)
+            self.began = None
+            self.display.finished(event.record)
 
-    def started(self, cell: Cell) -> None:
-        """A cell begins."""
-        self.began = time.monotonic()
-        self._show(cell.label, self.display.clock.expect(cell.task.name))
-        self.display._show_sweep()
-
-    def advanced(self, done: int, total: int) -> None:
-        """The running cell has done some of its requests."""
+    def _advance(self, done: int, total: int) -> None:
         if not total:
             return
         left = self.spent / done * (total - done) if done else None
         self.bars.update(self.bar, total=total, completed=done, count=f"{done}/{total}", eta=duration(left))
         self.display._show_sweep()
 
-    def finished(self, cell: Cell, record: Record) -> None:
-        """A cell is done, or has failed."""
-        self.bars.update(self.bar, visible=False)
-        self.began = None
-        self.display.finished(cell, record)
-
-    def _show(self, text: str, eta: float | None) -> None:
+    def _begin(self, text: str, eta: float | None) -> None:
         self.bars.reset(self.bar, total=None, description=cell_text(text), visible=True, count="", eta=duration(eta))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbench.tasks.base import Line
 
@@ -20,6 +20,8 @@ class Strict(BaseModel):
 class ModelSpec(Strict):
     """A model by name, folder, hub id or GGUF file.
 
+    gpus: the share of a GPU that a worker with it takes in a cluster, so that small models share one; no number hangs
+    on it.
     trust_remote_code: Python code that comes with it may run; it decides the numbers too, and the report names it.
     """
 
@@ -27,6 +29,7 @@ class ModelSpec(Strict):
     revision: Line | None = None
     trust_remote_code: bool = False
     compute_dtype: ComputeDtype | None = None
+    gpus: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.runners.model_files import RefusedError
 from kvbench.sweep.command import Options, run_sweep
-from kvbench.sweep.execute import Timed
+from kvbench.sweep.session import Timed
 from kvbench.yaml_text import ConfigError
 
 FOUND = {"largest": 3e-6, "noise": 1e-6, "tokens": 100, "unreached": (), "typical": 1e-6, "tolerance": 1e-3}

@@ -17,7 +17,8 @@ import pytest
 
 from kvbench.report.tables import Report
 from kvbench.results import Store
-from kvbench.sweep.command import Options, UnusableError, prepare, run_sweep
+from kvbench.sweep.command import Options, prepare, run_sweep
+from kvbench.sweep.stopping import UnusableError
 from kvbench.yaml_text import ConfigError
 
 

@@ -19,7 +19,7 @@ import torch
 from kvbench.results import Metric, Outcome
 from kvbench.runners.base import ModelInfo
 from kvbench.schemes import Scheme
-from kvbench.sweep import execute
+from kvbench.sweep import session
 from kvbench.sweep.parts import ModelFacts, Parts
 from kvbench.tasks.base import RunContext, Work
 
@@ -122,7 +122,7 @@ class ToyTask:
         if self.dies and self.dies in runner.scheme.dtype_name:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.breaks and self.breaks in runner.scheme.dtype_name:
-            execute.is_broken = lambda: True
+            session.is_broken = lambda: True
             raise RuntimeError("device-side assert triggered")
         if self.fills and self.fills in runner.scheme.dtype_name:
             try:

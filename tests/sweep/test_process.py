@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -14,13 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvbench.report.tables import Report
 from kvbench.results import Store
-from kvbench.sweep import command, execute
-from kvbench.sweep.command import Options, run_sweep
-from kvbench.sweep.execute import Setting
-from kvbench.sweep.progress import Clock, Display, Lane
-from kvbench.sweep.workers import Seat, _on_its_gpu, seat_for
+from kvbench.sweep import command
+from kvbench.sweep.command import Options, make_executor, run_sweep
+from kvbench.sweep.executors.inline import Inline
+from kvbench.sweep.executors.process import ProcessPool, ProcessSeat, seat_for
+from kvbench.sweep.job import Job
+from kvbench.sweep.session import on_its_gpu
+from kvbench.sweep.stopping import UnusableError
+from kvbench.yaml_text import ConfigError
 
 
 @pytest.fixture
@@ -40,24 +41,6 @@ def cells(tmp_path):
     return Store(tmp_path / "run").load().records
 
 
-def test_two_processes_give_the_table_of_one(sweep, tmp_path, toy):
-    """
-    The same records, a shared baseline computed once, and a line a cell.
-    """
-    log, of_two = tmp_path / "log", tmp_path / "log of two"
-    tasks = [{"task": "toy_a", "log": str(log), "seconds": 0.2}]
-    process = sweep(tasks=tasks)
-    _, errors = process.communicate(timeout=120)
-    path = toy.write_config(tmp_path / "toys.yaml", tasks=tasks)
-    (tmp_path / "log of the baseline").rename(of_two)
-    assert run_sweep(path, Options(output=tmp_path / "alone"), toy.PARTS) == 0
-
-    assert process.returncode == 0, errors
-    assert Report.read(tmp_path / "run").rows() == Report.read(tmp_path / "alone").rows()
-    assert of_two.read_text().splitlines() == ["toy_a"]
-    assert sum("/8  " in line for line in errors.splitlines()) == 8
-
-
 def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
     """
     Its cell is kept as failed with the reason, the others are done, and the exit code says so.
@@ -71,19 +54,6 @@ def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
     assert len(records) == 16
     assert "1 of 16 cells failed" in errors
-
-
-def test_a_full_disk_is_no_cell_s_fault(sweep, tmp_path):
-    """
-    What a process meets while it measures ends the sweep with exit code 4 and one line; no cell is kept as failed.
-    """
-    process = sweep(tasks=["toy_b", {"task": "toy_a", "fills": "int4"}])
-    _, errors = process.communicate(timeout=120)
-
-    assert process.returncode == 4, errors
-    assert f": {os.strerror(errno.ENOSPC)}: /elsewhere/model; finished work is kept\n" in errors
-    assert "Traceback" not in errors
-    assert {record.status for record in cells(tmp_path).values()} == {"done"}
 
 
 def children(process):
@@ -141,39 +111,18 @@ def test_a_fault_of_the_gpu_costs_one_cell(sweep, tmp_path):
     assert (tmp_path / "log of the processes").read_text().split() == [first] * 4 + [second] * 4
 
 
-def test_a_fault_while_a_model_is_loaded_costs_one_cell(toy, tmp_path, monkeypatch):
+def test_on_a_gpu_cells_never_run_in_the_parent(monkeypatch):
     """
-    The cell that needed it is kept as failed, and the next is not tried on the same GPU context.
+    Without --devices they run in a process on the first GPU that is visible, whose memory a fault can't keep, unless
+    this process is asked for.
     """
-
-    def fails(*_):
-        raise RuntimeError("device-side assert triggered")
-
-    monkeypatch.setattr(execute, "is_broken", lambda: True)
-    parts = toy.Parts(toy.find_model, toy.fetch_model, fails, toy.make_task)
-    path = toy.write_config(tmp_path / "toys.yaml")
-    planned = command.prepare(path, Options(output=tmp_path / "run"), parts)
-    setting = Setting(planned.store, planned.sweep.baseline_scheme, 16, "auto", "cpu", {}, parts)
-    watcher = Lane(Display(planned.cells, Clock([]), planned.store.cells))
-    with pytest.raises(execute.BrokenDeviceError, match="device-side assert"):
-        execute.execute(planned.cells, setting, watcher)
-
-    assert [one.status for one in cells(tmp_path).values()] == ["failed"]
-
-
-def test_on_a_gpu_cells_never_run_in_the_parent(tmp_path, toy, monkeypatch):
-    """
-    Without --devices too they run in a process on the first GPU that is visible, whose memory a fault can't keep.
-    """
-    seats = []
     monkeypatch.setattr(command, "default_device", lambda: "cuda")
-    monkeypatch.setattr(command, "execute_on", lambda given, cells: seats.extend(given))
-    path = toy.write_config(tmp_path / "toys.yaml")
-    assert run_sweep(path, Options(output=tmp_path / "run"), toy.PARTS) == 0
+    executor = make_executor(Options())
+    seat = seat_for(0, *executor.devices, Job(None, None, 16, "auto", "cuda", {}))
 
-    [seat] = seats
-    assert seat.setting.device == seat.setting.environment["device"] == "cuda"
+    assert executor.device == seat.job.device == seat.job.environment["device"] == "cuda"
     assert seat.variables == {}
+    assert isinstance(make_executor(Options(executor="inline")), Inline)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +143,12 @@ def test_a_process_sees_the_gpu_that_was_meant(monkeypatch, shown, device, seen,
     if shown:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     gpus = [{"name": "A"}, {"name": "B"}]
-    seat = seat_for(device, Setting(None, None, 16, "auto", "cpu", {"gpus": gpus}), None)
+    seat = seat_for(0, device, Job(None, None, 16, "auto", "cpu", {"gpus": gpus}))
 
     assert seat.variables == seen
-    assert [gpu["name"] for gpu in seat.setting.environment["gpus"]] == own
+    assert [gpu["name"] for gpu in seat.job.environment["gpus"]] == own
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "B")
-    assert _on_its_gpu(seat.setting).environment["gpus"] == [{"name": "B"}]
+    assert on_its_gpu(seat.job).environment["gpus"] == [{"name": "B"}]
 
 
 def test_a_process_that_died_between_two_cells_costs_none(monkeypatch):
@@ -208,13 +157,13 @@ def test_a_process_that_died_between_two_cells_costs_none(monkeypatch):
     """
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
-    seat = Seat("setting", {}, None, process=multiprocessing.Process())
-    seat.connection = ours
+    died = SimpleNamespace(kill=lambda: None, join=lambda: None)
+    seat = ProcessSeat(0, job="job", process=died, connection=ours)
     new, other = multiprocessing.Pipe()
-    monkeypatch.setattr(Seat, "_start", lambda seat: setattr(seat, "connection", new))
-    seat.give(SimpleNamespace(model="toy"))
+    monkeypatch.setattr(ProcessSeat, "start", lambda seat: setattr(seat, "connection", new))
+    ProcessPool([seat]).give(seat, "cell")
 
-    assert [other.recv(), other.recv()] == ["setting", SimpleNamespace(model="toy")]
+    assert [other.recv(), other.recv()] == ["job", "cell"]
 
 
 def test_a_killed_parent_leaves_no_process(sweep):
@@ -236,11 +185,36 @@ def test_a_killed_parent_leaves_no_process(sweep):
     assert not any(map(alive, workers))
 
 
+def test_a_fault_of_the_gpu_ends_a_sweep_in_this_process(toy, tmp_path, monkeypatch):
+    """
+    The cell that met it, while it loaded its model too, is kept as failed; exit code 4 says what goes on.
+    """
+
+    def fails(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr("kvbench.sweep.session.is_broken", lambda: True)
+    parts = toy.Parts(toy.find_model, toy.fetch_model, fails, toy.make_task)
+    path = toy.write_config(tmp_path / "toys.yaml")
+    with pytest.raises(UnusableError, match="fails every call since RuntimeError: device-side assert"):
+        run_sweep(path, Options(output=tmp_path / "run", executor="inline"), parts)
+
+    assert [one.status for one in cells(tmp_path).values()] == ["failed"]
+
+
+def test_flags_that_do_not_go_together_are_refused():
+    """
+    One line, exit code 2.
+    """
+    with pytest.raises(ConfigError, match="--executor inline takes no --devices"):
+        make_executor(Options(executor="inline", devices=["cpu"]))
+
+
 def test_a_gpu_that_is_not_here_is_said(tmp_path, toy):
     """
     Before anything runs, with those that are, and without the advice to skip a task.
     """
     path = toy.write_config(tmp_path / "toys.yaml")
-    with pytest.raises(command.UnusableError, match=r"GPU 99: this machine has .*GPU.*; name others") as raised:
+    with pytest.raises(UnusableError, match=r"GPU 99: this machine has .*GPU.*; name others") as raised:
         run_sweep(path, Options(output=tmp_path / "run", devices=["cpu", "99"]), toy.PARTS)
     assert "--skip" not in str(raised.value)

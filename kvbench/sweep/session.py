@@ -1,21 +1,19 @@
-"""Running the cells of a sweep, one after another: what fails is recorded, what is finished is kept."""
+"""What a process measures: its model stays loaded while cells of it follow each other, and each gives a record."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from kvbench.files import fault_of
-from kvbench.results import Outcome, Record, Store, Tensors, describe
+from kvbench.environment import own_gpus, visible_gpu
+from kvbench.results import Record, Tensors, describe
 from kvbench.runners.base import (
     GenerateRequest,
     Generation,
@@ -30,12 +28,12 @@ from kvbench.runners.learned import digest, forms
 from kvbench.runners.model_files import RefusedError
 from kvbench.schemes import Scheme
 from kvbench.sweep.again import Around, Shuffled
-from kvbench.sweep.agreement import key_of, known
-from kvbench.sweep.canary import Judgement, judge_all
-from kvbench.sweep.parts import REAL, LoadedModel, ModelFacts, Parts
+from kvbench.sweep.agreement import key_of
+from kvbench.sweep.job import Advanced, Finished, Job, Loading, Started, Step
+from kvbench.sweep.parts import LoadedModel, ModelFacts
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.progress import Watcher
 from kvbench.sweep.spec import ModelSpec
+from kvbench.sweep.stopping import raise_if_full, raise_if_stopped
 from kvbench.tasks.base import RunContext
 
 LEARNING_VERSION = 1  # raised when the same text comes to teach something else
@@ -45,10 +43,6 @@ NOT_FINITE = (
     "a log-likelihood is not finite: the model gives no probabilities under this scheme; its weights may be damaged, "
     "or too large for its compute_dtype"
 )
-
-
-class NotInEffectError(RuntimeError):
-    """A destroyed cache left the scores where they were: nothing that this sweep measures means anything."""
 
 
 @dataclass
@@ -115,86 +109,42 @@ class Timed(Around):
         return {**row, **(self.runner.stats() if isinstance(self.runner, Measuring) else {})}
 
 
-class BrokenDeviceError(RuntimeError):
-    """After a fault every further call of this process to its GPU fails; the cell that met it is kept as failed."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all cells of a sweep share; it can be sent to another process."""
-
-    store: Store
-    baseline: Scheme
-    page_size: int
-    attention: str
-    device: str
-    environment: dict[str, Any]
-    parts: Parts = REAL
-    agreement: bool = True
-
-
-def execute(cells: Sequence[Cell], setting: Setting, watcher: Watcher) -> None:
-    """Measures the cells one after another and keeps each as it is done; a cell that raises is kept with its error.
-
-    The caller holds `store.writing()`.
-
-    Raises:
-        NotInEffectError: a canary was not wrecked; the cells before it are kept.
-        BrokenDeviceError: the GPU can't be used by this process any more; the cells so far are kept.
-        RefusedError: the model would be measured wrongly; nothing of it is kept.
-        OSError: a disk is full, or the run folder can't be written to; the cells so far are kept.
-        KeyboardInterrupt: it was stopped; finished cells are kept.
-    """
-    bench = Bench(setting, watcher)
-    try:
-        for index, cell in enumerate(cells):
-            bench.run(cell)
-            raise_if_stopped()
-            if cell.judged and not any(one.judged and one.model == cell.model for one in cells[index + 1 :]):
-                stop_unless_wrecked(setting.store, cell)
-    finally:
-        # what is frozen when Python ends is never freed, and libraries complain of it below the result
-        gc.unfreeze()
-
-
 class Bench:
     """Runs cells one after another, and keeps their model loaded as long as it is the same."""
 
-    def __init__(self, setting: Setting, watcher: Watcher) -> None:
-        self.setting = setting
-        self.watcher = watcher
+    def __init__(self, job: Job, tell: Callable[[Step], None]) -> None:
+        self.job = job
+        self.tell = tell
         self.model: tuple[ModelSpec, ModelFacts] | None = None
         self.session: Session | Exception | None = None
 
-    def run(self, cell: Cell) -> None:
-        """Measures a cell and keeps it, with its error where it raises.
+    def run(self, cell: Cell) -> Finished:
+        """What a cell gave, or its error where it raises.
 
         Raises:
-            BrokenDeviceError: it is kept, but the next would fail for its fault.
-            RefusedError: its model would be measured wrongly; it is not kept.
+            RefusedError: its model would be measured wrongly.
+            OSError: a disk is full.
+            KeyboardInterrupt: it was stopped.
         """
         if (cell.spec, cell.model) != self.model:
             self._open(cell)
         if isinstance(self.session, Session):
-            self.session.run(cell)
-        elif self.session is not None:
-            self.watcher.started(cell)
-            record = failed(cell, self.session, self.setting.environment, 0.0)
-            keep(self.setting.store, self.watcher, cell, record, None)
-            if is_broken():
-                raise BrokenDeviceError(str(self.session)) from self.session
+            return self.session.run(cell)
+        assert self.session is not None
+        self.tell(Started(cell.name))
+        return Finished(failed(cell, self.session, self.job.environment, 0.0), [], is_broken())
 
     def _open(self, cell: Cell) -> None:
         self.session = None
         gc.unfreeze()
         gc.collect()  # the last model's memory is free before the next is loaded
-        self.watcher.loading(cell.model.name)
+        self.tell(Loading(cell.model.name))
         began = time.perf_counter()
         try:
-            model = self.setting.parts.open_model(cell.spec, cell.model.compute_dtype, self.setting.device)
+            model = self.job.parts.open_model(cell.spec, cell.model.compute_dtype, self.job.device)
             check_revision(cell.model, model.info)
             loaded = time.perf_counter() - began
-            self.session = Session(model, self.setting, self.watcher, loaded, self._agreement(cell, model))
+            self.session = Session(model, self.job, self.tell, loaded, self._agreement(cell, model))
         except RefusedError:
             raise_if_stopped()
             raise
@@ -205,14 +155,26 @@ class Bench:
         self.model = (cell.spec, cell.model)
 
     def _agreement(self, cell: Cell, model: LoadedModel) -> dict[str, Any] | None:
-        """How the exact cache agrees with the model, as this run folder knows already or as is found now."""
-        setting = self.setting
-        if not setting.agreement or setting.parts.compare is None:
+        """How the exact cache agrees with the model, as is known already or as is found now."""
+        job = self.job
+        if not job.agreement or job.parts.compare is None:
             return None
-        place = {"device": setting.device, "attention": setting.attention, "page_size": setting.page_size}
-        key = key_of(cell.identity["model"], place, setting.environment)
-        kept = known(setting.store, key)
-        return kept or {**setting.parts.compare(model, setting.page_size, setting.attention), "key": key}
+        place = {"device": job.device, "attention": job.attention, "page_size": job.page_size}
+        key = key_of(cell.identity["model"], place, job.environment)
+        return job.known.get(key) or {**job.parts.compare(model, job.page_size, job.attention), "key": key}
+
+
+def on_its_gpu(job: Job) -> Job:
+    """The job with this process's GPU alone in its environment, as CUDA names it where no number says which it is."""
+    gpus = job.environment.get("gpus") or []
+    if job.device == "cpu" or len(gpus) < 2:
+        return job
+    own = own_gpus(gpus, visible_gpu("cuda"))
+    with contextlib.suppress(RuntimeError):  # a GPU that can't be used is the first cell's error
+        if len(own) > 1:
+            name = torch.cuda.get_device_name()
+            own = [gpu for gpu in gpus if gpu["name"] == name][:1] or gpus
+    return replace(job, environment={**job.environment, "gpus": own})
 
 
 def clear_garbage() -> None:
@@ -237,17 +199,17 @@ class Session:
     """One loaded model and the cells that run on it."""
 
     model: LoadedModel
-    setting: Setting
-    watcher: Watcher
+    job: Job
+    tell: Callable[[Step], None]
     load_seconds: float
     agreement: dict[str, Any] | None = None
     taught: dict[str, dict[str, Any]] = field(default_factory=dict)  # by scheme: what it learned, for the records
 
-    def run(self, cell: Cell) -> None:
-        """Measures a cell and keeps it; raises BrokenDeviceError where it leaves the GPU unusable."""
-        self.watcher.started(cell)
+    def run(self, cell: Cell) -> Finished:
+        """What a cell gave, or its error where it raises."""
+        self.tell(Started(cell.name))
         began = time.perf_counter()
-        environment, on_gpu = self.setting.environment, self.setting.device != "cpu"
+        environment, on_gpu = self.job.environment, self.job.device != "cpu"
         try:
             clear_garbage()  # the last cell's cache
             if on_gpu:
@@ -256,7 +218,7 @@ class Session:
             other = cell.again and not cell.task.timed and not cell.nudge
             seed = cell.seed + 1 if other else cell.seed
             runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary, nudge=cell.nudge))
-            context = RunContext(self._baseline(cell), self.watcher.advanced, seed)
+            context = RunContext(self._baseline(cell), lambda done, total: self.tell(Advanced(done, total)), seed)
             outcome = cell.task.run(Shuffled(runner, seed) if other else runner, context)
             timings = {
                 "seconds": round(time.perf_counter() - began, 3),
@@ -268,11 +230,7 @@ class Session:
         except Exception as error:
             raise_if_stopped()
             raise_if_full(error)
-            record = failed(cell, error, environment, time.perf_counter() - began)
-            keep(self.setting.store, self.watcher, cell, record, None)
-            if is_broken():
-                raise BrokenDeviceError(str(error)) from error
-            return
+            return Finished(failed(cell, error, environment, time.perf_counter() - began), [], is_broken())
         agreed = {"agreement": self.agreement} if self.agreement else {}
         record = Record(
             status="done",
@@ -290,15 +248,15 @@ class Session:
             timings=timings,
             **described(cell),
         )
-        keep(self.setting.store, self.watcher, cell, record, outcome)
+        return Finished(record, outcome.samples)
 
     def _runner(self, cell: Cell, scheme: Scheme, *, destroyed: bool = False, nudge: int = 0) -> Runner:
         options: dict[str, Any] = {"learned": self._learned(cell, scheme)} if scheme.learns else {}
         return self.model.runner(
             scheme,
-            page_size=self.setting.page_size,
+            page_size=self.job.page_size,
             scoring=cell.scoring,
-            attention=self.setting.attention,
+            attention=self.job.attention,
             destroyed=destroyed,
             nudge=nudge,
             **options,
@@ -322,7 +280,7 @@ class Session:
             "calibration": scheme.calibration.identity(),
         }
         slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{scheme.rotation_name}-learned"
-        tensors = self.setting.store.baseline(identity, slug, learn)
+        tensors = self.job.baselines.baseline(identity, slug, learn)
         if scheme.label in self.taught:
             return tensors
         self.taught[scheme.label] = {
@@ -334,7 +292,7 @@ class Session:
         return tensors
 
     def _baseline(self, cell: Cell) -> Callable[[str, Callable[[Runner], Tensors]], Tensors]:
-        scheme = self.setting.baseline
+        scheme = self.job.baseline
 
         def baseline(key: str, compute: Callable[[Runner], Tensors]) -> Tensors:
             identity = {
@@ -345,7 +303,7 @@ class Session:
                 "key": key,
             }
             slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{key}"
-            return self.setting.store.baseline(identity, slug, lambda: compute(self._runner(cell, scheme)))
+            return self.job.baselines.baseline(identity, slug, lambda: compute(self._runner(cell, scheme)))
 
         return baseline
 
@@ -395,59 +353,3 @@ def failed(cell: Cell, error: Exception, environment: dict[str, Any], seconds: f
         traceback="".join(traceback.format_exception(error)),
         **described(cell),
     )
-
-
-def keep(store: Store, watcher: Watcher, cell: Cell, record: Record, outcome: Outcome | None) -> None:
-    """Writes a record, then shows it."""
-    store.save(record, outcome.samples if outcome else [])
-    watcher.finished(cell, record)
-
-
-def stop_unless_wrecked(store: Store, cell: Cell) -> None:
-    """Raises NotInEffectError where a canary of the cell's model left the scores where they were."""
-    unmoved = [
-        judgement
-        for judgement in judge_all(list(store.load().records.values()))
-        if judgement.verdict == "unmoved" and judgement.model == cell.model.name
-    ]
-    if unmoved:
-        raise NotInEffectError(not_in_effect(unmoved))
-
-
-def not_in_effect(unmoved: Sequence[Judgement]) -> str:
-    """What a person reads when the canary lives."""
-    shown = "; ".join(f"{one.model}, {one.task}: {one.why}" for one in unmoved)
-    return f"quantization not in effect: with a destroyed cache the scores stay where they were ({shown})"
-
-
-_stopped = threading.Event()
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM stops the block as Ctrl-C does, and `raise_if_stopped` knows of either."""
-
-    def stop(*_: object) -> None:
-        _stopped.set()
-        raise KeyboardInterrupt
-
-    _stopped.clear()
-    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def raise_if_full(error: Exception) -> None:
-    """Raises the OSError that an error came from, where that is a full disk or a limit: no fault of the cell's."""
-    fault = fault_of(error)
-    if fault is not None:
-        raise fault
-
-
-def raise_if_stopped() -> None:
-    """Raises KeyboardInterrupt once a stop was asked for: compiled code may have made another error of it, or none."""
-    if _stopped.is_set():
-        raise KeyboardInterrupt

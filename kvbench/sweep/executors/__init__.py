@@ -1,0 +1,1 @@
+"""Where cells run: in this process, in one a device, or in a cluster."""
