@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.files import read_text
+from kvbench.sizes import tokens as as_tokens
 
 TOKENS = 8192
 DOCUMENT = 2048  # tokens of a document at most, each from position 0
@@ -33,7 +34,7 @@ class Calibration:
         """
         if not isinstance(value, Mapping) or set(value) - {"text", "tokens"}:
             raise ValueError(f"calibration: expected a mapping with 'text' and 'tokens', not {value!r}")
-        text, tokens = value.get("text"), value.get("tokens", TOKENS)
+        text, tokens = value.get("text"), as_tokens(value.get("tokens", TOKENS))
         if text is not None and not isinstance(text, str):
             raise ValueError(f"calibration: text is the path of a file, not {text!r}")
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:

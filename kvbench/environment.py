@@ -198,16 +198,20 @@ def _memory_gib() -> float | None:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. detail: what was found; todo: what to do about it, empty where nothing is."""
+    """One thing looked at. detail: what was found; todo: what to do about it, empty where nothing is.
+
+    status: "ok"; "absent", what kvbench also runs without; "warn", something will not go as one thinks; "fail", nothing
+    will.
+    """
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "absent", "warn", "fail"]
     detail: str
     todo: str = ""
 
 
 def doctor() -> list[Check]:
-    """What this machine lacks to run kvbench. `fail`: nothing runs; `warn`: something will not, or not as one thinks.
+    """What this machine lacks to run kvbench.
 
     What concerns models is `kvbench.runners.catalog.doctor`.
     """
@@ -275,7 +279,7 @@ def _check_triton() -> Check:
     version = _version("triton")
     gpus, driver = _gpus()
     if version is None:
-        return Check("triton", "warn", "not installed", "kernels need it; the reference on torch does not")
+        return Check("triton", "absent", "not installed", "kernels need it; the reference on torch does not")
     interprets = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     if gpus and interprets:
         todo = "unset TRITON_INTERPRET, or timings mean nothing"
@@ -289,7 +293,7 @@ def _check_data() -> Check:
     data = os.environ.get("KVBENCH_DATA")
     if not data:
         todo = "set KVBENCH_DATA to a mirror folder, or let lm-eval reach the hub; built-in tasks need neither"
-        return Check("data mirror", "warn", "KVBENCH_DATA is not set", todo)
+        return Check("data mirror", "absent", "KVBENCH_DATA is not set", todo)
     folder = Path(data).expanduser()
     if not folder.is_dir():
         return Check("data mirror", "fail", f"KVBENCH_DATA: there is no folder {folder}", "correct or unset it")

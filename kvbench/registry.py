@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+DIGITS = re.compile("[0-9]+")
 
 
 def walk(package: str, path: Iterable[str], kind: type[T]) -> Iterator[T]:
@@ -43,6 +45,8 @@ def suggest(text: str, names: Collection[str]) -> str:
     known = sorted({*names, *(name for name in short if short.count(name) == 1)})
     # of equally near ones the first, for difflib's own choice would be the last
     near = max(known, key=lambda name: difflib.SequenceMatcher(None, name, text.lower()).ratio(), default="")
-    if difflib.get_close_matches(text.lower(), [near], cutoff=0.5):
+    # int3 is no typo of int2: another number means another thing
+    other_number = DIGITS.sub("", near) == DIGITS.sub("", text.lower()) and near != text.lower()
+    if difflib.get_close_matches(text.lower(), [near], cutoff=0.5) and not other_number:
         return f"did you mean {near}?"
     return f"one of {', '.join(sorted(names))}"

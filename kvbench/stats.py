@@ -281,5 +281,6 @@ def parse_margin(text: str) -> float:
     """
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *pp", str(text).strip())
     if not found or not 0 < float(found[1]) < 100:
-        raise ValueError(f"expected a margin in percentage points, such as 1pp, not '{text}'")
+        unit = f": write {text}pp" if re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,9})?", str(text).strip()) else ""
+        raise ValueError(f"expected a margin in percentage points, such as 1pp, not '{text}'{unit}")
     return float(found[1]) / 100

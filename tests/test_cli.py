@@ -234,7 +234,7 @@ def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):
         (("compare", "out/toys", "--margin", "1"), "expected a margin in percentage points, such as 1pp"),
         (
             ("compare", "out/toys", "--baseline", "int9"),
-            "--baseline int9: unknown dtype 'int9': did you mean int8?",
+            "--baseline int9: unknown dtype 'int9': one of fp16, int8_per_token_head",
         ),
         (("check", "out/toys"), "give either --against BASELINE or --write FILE"),
         (("check", "out/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
@@ -671,7 +671,8 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
     (record,) = Store(Path("out/kernel")).load().records.values()
 
     assert result.exit_code == 0, result.output
-    assert "nothing was timed" in result.stdout
+    assert "no GPU: nothing timed, only checked" in result.stdout
+    assert "batch 2 in place of 1, 8, 32, context 80 in place of 8192, 32768" in result.stdout
     assert (record.dtype, record.facts["gate"], record.facts["us"]) == ("int2_per_token_head", "ok", None)
     shown = kvbench("report", "out/kernel")
     assert shown.exit_code == 0, shown.output
@@ -685,7 +686,7 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
     ("arguments", "code", "message"),
     [
         (["--timed"], 4, "error: there is no GPU here to time on"),
-        (["--dtype", "int3"], 2, "error: unknown dtype 'int3': did you mean int2?"),
+        (["--dtype", "int3"], 2, "error: unknown dtype 'int3': one of auto, "),
         (["--heads", "32"], 2, "error: heads are QUERY/KV, such as 32/8, not '32'"),
         (["--heads", "9/4"], 2, "error: 9 query heads are no multiple of 4 KV heads"),
         (["--batch", "many"], 2, "error: 'many' is no number from 1 on: write 32768 or 32k"),

@@ -231,9 +231,9 @@ def test_an_interpreter_on_a_gpu_is_noticed(tmp_path, monkeypatch):
 
 
 def test_the_data_mirror_is_looked_at(tmp_path, monkeypatch):
-    """Unset is a warning; a wrong or an empty folder fails; a mirror is counted by its data sets."""
+    """Unset it is absent; a wrong or an empty folder fails; a mirror is counted by its data sets."""
     monkeypatch.delenv("KVBENCH_DATA", raising=False)
-    assert check("data mirror").status == "warn"
+    assert check("data mirror").status == "absent"
     monkeypatch.setenv("KVBENCH_DATA", str(tmp_path / "nowhere"))
     assert check("data mirror").status == "fail"
     monkeypatch.setenv("KVBENCH_DATA", str(tmp_path))

@@ -36,7 +36,7 @@ def test_a_unique_beginning_is_enough(text, name):
         ("fp8", "dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"),
         ("int", "dtype 'int' is not unique: one of int2_per_token_head, int4_per_token_head"),
         ("nvfp4", r"unknown dtype 'nvfp4': one of auto, "),
-        ("int3", r"unknown dtype 'int3': did you mean int[24]\?"),
+        ("int3", r"unknown dtype 'int3': one of auto, fp8_per_tensor, "),
         ("INT2", r"unknown dtype 'INT2': did you mean int2\?"),
         ("int4_per_tokn_head", r"did you mean int4_per_token_head\?"),
         ("zzz", "unknown dtype 'zzz': one of auto, fp8_per_tensor, fp8_per_token_head, int2_per_token_head, int4"),

@@ -36,7 +36,9 @@ def compare(
     try:
         if timings.is_timings(folder):
             before, after = timings.read(folder), timings.read(other) if other else None
-            rows = timings.compare_speed(before, after, baseline, margin)
+            given = baseline or ("" if after else "fp16")
+            chosen = find_scheme(timings.schemes_of(before), given, _meant) if given else None
+            rows = timings.compare_speed(before, after, chosen, margin)
             print(render(timings.document(rows), as_format), end="")
             if not rows or any(row.verdict == "INVALID" for row in rows):
                 raise typer.Exit(NOTHING_TO_COMPARE)
@@ -46,7 +48,7 @@ def compare(
             raise NotARunError(
                 f"nothing to compare: {empty.path} holds no cell of a model; times are compared with times"
             )
-        scheme = find_scheme(first.schemes, baseline, first.baseline) if baseline else None
+        scheme = find_scheme(first.schemes, baseline, _meant) if baseline else None
         found = compared(first, second, baseline=scheme, margin=margin)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
@@ -58,3 +60,15 @@ def compare(
             say(fault, to=sys.stderr)
     if found.invalid or not found.judged:
         raise typer.Exit(NOTHING_TO_COMPARE)
+
+
+def _meant(name: str) -> tuple[str, str] | None:
+    """What a YAML takes DTYPE, DTYPE/ROTATION or a preset's name for."""
+    from kvbench.schemes import Scheme
+
+    dtype, slash, rotation = name.partition("/")
+    try:
+        scheme = Scheme.parse(dtype, rotation) if slash else Scheme.of(dtype)
+    except ValueError:
+        return None
+    return scheme.dtype_name, scheme.rotation_name

@@ -32,7 +32,10 @@ def doctor(
     ] = None,
     as_format: AsList = ListFormat.TABLE,
 ) -> None:
-    """Say what this machine lacks to run kvbench."""
+    """Say what this machine lacks to run kvbench.
+
+    ok; absent: kvbench also runs without it; warn: something will not go as one thinks; fail: nothing runs.
+    """
     from kvbench import environment
     from kvbench.runners import catalog
 

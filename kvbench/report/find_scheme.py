@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from kvbench.registry import find_name
 
+Scheme = tuple[str, str]  # dtype and rotation, as tables have them
 
-def find_scheme(
-    schemes: Collection[tuple[str, str]], name: str, usual: tuple[str, str] | None = None
-) -> tuple[str, str]:
-    """The one of `schemes` that DTYPE or DTYPE/ROTATION means; each name may be short where it is unique.
 
-    usual: what DTYPE alone means where it has several rotations, else the one without.
+def find_scheme(schemes: Collection[Scheme], name: str, meant: Callable[[str], Scheme | None]) -> Scheme:
+    """The one of `schemes` that DTYPE, DTYPE/ROTATION or a preset's name means, as in a YAML.
+
+    Of what a YAML does not take, or means otherwise, a name may be short where it is unique, and a dtype that was
+    measured under one rotation alone means that.
+    meant: what a YAML takes the name for, None where it does not; not asked where both names are given in full.
 
     Raises:
         ValueError: none or several; the message lists what there is.
     """
     dtype, slash, rotation = name.partition("/")
+    if (dtype, rotation) in schemes:
+        return dtype, rotation
+    own = meant(name)
+    if own in schemes:
+        assert own is not None
+        return own
     try:
         wanted = _whole(dtype, [one[0] for one in schemes], "dtype")
         turned = _whole(rotation, [one[1] for one in schemes], "rotation") if slash else None
@@ -25,12 +33,13 @@ def find_scheme(
         fitting, why = [], str(error)
     else:
         fitting = [one for one in schemes if one[0] == wanted and turned in (None, one[1])]
-        fitting = [one for one in (usual, (wanted, "none")) if one in fitting][:1] or fitting
         why = "several schemes" if fitting else "no such scheme was measured"
-    if len(fitting) != 1:
-        there = ", ".join("/".join(one) for one in fitting or schemes)
-        raise ValueError(f"--baseline {name}: {why}; DTYPE/ROTATION is one of {there}")
-    return fitting[0]
+    if len(fitting) == 1 and (own is None or own[0] == fitting[0][0]):
+        return fitting[0]
+    there = ", ".join("/".join(one) for one in fitting or schemes)
+    if own and fitting:
+        why = f"it means {'/'.join(own)}, which was not measured"
+    raise ValueError(f"--baseline {name}: {why}; DTYPE/ROTATION is one of {there}")
 
 
 def _whole(text: str, names: Collection[str], what: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from kvbench.files import read_json
 from kvbench.render import Column, Document, Table
 from kvbench.report.compare import DEFAULT_MARGIN
-from kvbench.report.find_scheme import find_scheme
+from kvbench.report.find_scheme import Scheme
 from kvbench.results import NotARunError, Record, Store, describe, kernel_task
 from kvbench.results.shapes import Environment, TimedRow, read_as
 from kvbench.stats import parse_margin, ratio_of_medians
@@ -156,19 +156,15 @@ def find(path: Path) -> Timings:
 
 
 def compare_speed(
-    timings: Timings, other: Timings | None, baseline: str | None, margin: str | None
+    timings: Timings, other: Timings | None, baseline: Scheme | None, margin: str | None
 ) -> list[SpeedComparison]:
     """Every timing against that of `baseline` on the same shape; of `other`, against the same of `timings`.
 
-    baseline: DTYPE or DTYPE/ROTATION, as `find_scheme` takes it; without one, fp16.
-
-    Raises:
-        ValueError: no row is of that scheme, or those of several are.
+    baseline: without one, fp16 as it is; where it was not timed, no row has a baseline.
     """
     like_for_like = other is not None and baseline is None
     limit = parse_margin(margin or DEFAULT_MARGIN)
-    timed = dict.fromkeys((row["dtype"], row["rotation"]) for row in timings.rows)
-    scheme = None if like_for_like else find_scheme(timed, baseline or "fp16")
+    scheme = None if like_for_like else baseline or ("fp16", "none")
     wrong = ""
     if other and timings.gpu != other.gpu:
         wrong = f"timed on {other.gpu or 'an unnamed GPU'}, the baseline on {timings.gpu or 'an unnamed GPU'}"
@@ -180,6 +176,11 @@ def compare_speed(
         if base is not row:
             found.append(_compared(row, base, limit, wrong))
     return found
+
+
+def schemes_of(timings: Timings) -> list[Scheme]:
+    """Every timed scheme once."""
+    return list(dict.fromkeys((row["dtype"], row["rotation"]) for row in timings.rows))
 
 
 def same_timing(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -277,16 +277,12 @@ def hub_models() -> Iterator[ModelSource]:
 
 
 def doctor() -> list[Check]:
-    """Whether each embedded model is installed, and its file the pinned one. Reads the whole file, once.
-
-    Only the model of `make quickstart` is a warning where it is missing; the others are optional.
-    """
+    """Whether each embedded model is installed, and its file the pinned one. Reads the whole file, once."""
     checks = []
     for model in EMBEDDED.values():
         name, found = f"model {model.name}", resolve(model.name)
         if found.missing:
-            optional = model.name != next(iter(EMBEDDED))
-            checks.append(Check(name, "ok" if optional else "warn", "not installed", model.missing))
+            checks.append(Check(name, "absent", "not installed", model.missing))
         elif (digest := file_sha256(*found.slices)) != model.sha256:
             checks.append(Check(name, "fail", f"{model.source} is another file: sha256 {digest[:16]}…", model.missing))
         else:

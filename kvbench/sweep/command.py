@@ -26,7 +26,7 @@ from kvbench.sweep.executors.inline import Inline
 from kvbench.sweep.executors.process import Processes
 from kvbench.sweep.job import Job
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
-from kvbench.sweep.plan import Cell, choose, missing_data, plan, too_long, unserved, unsuited
+from kvbench.sweep.plan import Cell, choose, done_otherwise, missing_data, plan, too_long, unserved, unsuited
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.run import NotInEffectError, not_in_effect, run_cells
 from kvbench.sweep.sensitivity import sensitivities, shown_size
@@ -136,8 +136,8 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
     contents = store.load()
     _check_run(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
-    lacking = absent + missing_data(todo)
-    if lacking:
+    if lacking := absent + missing_data(todo):
+        lacking += done_otherwise(cells, contents.records.values())
         lacking.append("--skip task=NAME or --skip model=NAME runs the rest")
     if lacking := planned.executor.missing(todo) + lacking:
         raise UnusableError("\n  ".join(["this machine lacks what the sweep needs", *lacking]))
@@ -151,6 +151,8 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         display.say(problem, "yellow")
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
     display.say(_header(sweep, len(cells), before, environment))
+    for line in done_otherwise(cells, contents.records.values()):
+        display.say(line, "yellow")
     _write_run(planned, [])
     if _unmoved(planned, contents.records):
         return _conclude(planned, display, contents.records)
@@ -363,6 +365,7 @@ def plan_summary(planned: Planned) -> list[str]:
     rows = plan_rows(planned)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
     lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
+    lines += done_otherwise(planned.cells, planned.store.load().records.values())
     lines += _time([row for row in rows if row["status"] == "to run"])
     for model in dict.fromkeys(cell.model for cell in planned.cells):
         if model.parameters:

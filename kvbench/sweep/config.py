@@ -120,8 +120,11 @@ def _task(value: Any) -> Any:
 TaskSpec = Annotated[Any, AfterValidator(_task)]
 
 
-def _margin(value: str) -> str:
-    parse_margin(value)
+def _margin(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(f"{value} has no unit: write {value}pp, in percentage points")
+    if isinstance(value, str):
+        parse_margin(value)
     return value
 
 
@@ -159,7 +162,7 @@ class Sweep(Strict):
     agreement: bool = True
     canary: bool = True
     again: bool = True
-    margin: Annotated[str, AfterValidator(_margin)] = "1pp"
+    margin: Annotated[str, BeforeValidator(_margin)] = "1pp"
     data: Annotated[str, AfterValidator(_path)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     page_size: Annotated[int, Field(ge=1, le=4096)] = 16

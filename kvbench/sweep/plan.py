@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from kvbench.attention import kernels_lack
-from kvbench.results import dtype_label, name_of
+from kvbench.results import Record, dtype_label, name_of
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import Sweep
@@ -300,6 +301,32 @@ def choose(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] 
     ]
     left_out = {cell.name for cell in cells} - {cell.name for cell in found}
     return [cell for cell in found if not cell.nudge or replace(cell, role="cell", nudge=0).name not in left_out]
+
+
+def done_otherwise(cells: Sequence[Cell], records: Iterable[Record]) -> list[str]:
+    """A line for each task that has done cells of the same name which do not count, for data or options are others."""
+    planned = {(cell.model.name, cell.dtype, cell.rotation, cell.task.name): cell for cell in cells}
+    names, found = {cell.name for cell in cells}, Counter[tuple[str, tuple[str, ...]]]()
+    for record in records:
+        cell = planned.get((str(record.model.get("name")), record.dtype, record.rotation, record.task))
+        if record.status == "done" and record.cell not in names and cell is not None:
+            here, there = _flat(cell.identity), _flat(record.identity)
+            others = tuple(name for name in {**there, **here} if here.get(name) != there.get(name))
+            found[record.task, others] += 1
+    lines = []
+    for (task, differing), count in found.items():
+        cells_are = f"{count} {'cell is' if count == 1 else 'cells are'} done"
+        why = "over data files that are not here" if differing == ("data",) else f"with another {', '.join(differing)}"
+        lines.append(f"{task}: {cells_are} {why}, and {'does' if count == 1 else 'do'} not count")
+    return lines
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with the options of its model, scheme and task beside the rest."""
+    flat: dict[str, Any] = {}
+    for name, value in identity.items():
+        flat |= value if name == "task" else {name: value}
+    return flat
 
 
 def missing_data(cells: Sequence[Cell]) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from kvbench.files import named_path
 from kvbench.messages import shown
+from kvbench.sizes import tokens
 
 if TYPE_CHECKING:  # a config is validated without waiting for torch
     from torch import Tensor
@@ -39,6 +40,7 @@ MAX_NAME = 4096  # characters; a model's may be a path
 Line = Annotated[str, AfterValidator(_line)]
 NamedPath = Annotated[Path, BeforeValidator(_path), Field(strict=False)]
 Count = Annotated[int, Field(gt=0, le=10**9)]
+Tokens = Annotated[int, Field(gt=0, le=10**9), BeforeValidator(tokens)]
 
 
 @dataclass(frozen=True)

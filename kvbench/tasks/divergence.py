@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kvbench.results import Metric, Outcome, exponential
+from kvbench.sizes import tokens
 from kvbench.tasks import text
-from kvbench.tasks.base import Line, NamedPath, Options, RunContext, Work
+from kvbench.tasks.base import Line, NamedPath, Options, RunContext, Tokens, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,9 @@ PERCENTILES = {"kld_median": 50, "kld_p90": 90, "kld_p95": 95, "kld_p99": 99, "k
 LOGITS_AT_A_TIME = 2**24  # 64 MiB in float32; about five such arrays live at once
 
 
+Position = Annotated[int, Field(ge=0, strict=True), BeforeValidator(tokens)]
+
+
 class Divergence(Options):
     """Next-token KL divergence from the exact cache on real text: mean, tail, same top token, perplexity ratio.
 
@@ -32,10 +36,10 @@ class Divergence(Options):
     """
 
     name: Line = "divergence"
-    tokens: Annotated[int, Field(ge=2, le=10**9)] = 4096
-    context: Annotated[int, Field(ge=2, le=10**9)] = 512
+    tokens: Annotated[Tokens, Field(ge=2)] = 4096
+    context: Annotated[Tokens, Field(ge=2)] = 512
     text: NamedPath | None = None
-    positions: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(strict=False)] = ()
+    positions: Annotated[tuple[Position, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:

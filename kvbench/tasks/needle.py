@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Work
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Tokens, Work
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -43,9 +43,7 @@ class Needle(Options):
     """
 
     name: Line = "needle"
-    contexts: Annotated[tuple[Annotated[int, Field(ge=128, le=10**9)], ...], Field(min_length=1, strict=False)] = (
-        1024,
-    )
+    contexts: Annotated[tuple[Annotated[Tokens, Field(ge=128)], ...], Field(min_length=1, strict=False)] = (1024,)
     depths: Count = 5
     per_cell: Count = 4
     seed: int = 0

@@ -6,13 +6,13 @@ import gc
 import random
 import time
 from statistics import median
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Work
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Tokens, Work
 
 if TYPE_CHECKING:
     from kvbench.runners.base import GenerateRequest, Paged, Runner
@@ -30,8 +30,8 @@ class Throughput(Options):
     """
 
     name: Line = "throughput"
-    prompt: Count = 1024
-    new: int = Field(default=128, ge=2, le=10**9)
+    prompt: Tokens = 1024
+    new: Annotated[Tokens, Field(ge=2)] = 128
     batch: Count = 8
     repeats: Count = 3
     seed: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,6 +14,7 @@ from kvbench.files import is_folder
 from kvbench.messages import shown, wrong
 from kvbench.runners.model_files import read_json
 from kvbench.schemes import Scheme
+from kvbench.sizes import parse_tokens
 from kvbench.yaml_text import ConfigError, Document, read_document, read_file
 
 WORD_BITS = 16
@@ -106,7 +106,7 @@ def parse_grid(text: str) -> tuple[int, ...]:
     """
     grid: list[int] = []
     for part in text.split(","):
-        ends = [_number(end) for end in part.split("..")]
+        ends = [parse_tokens(end) for end in part.split("..")]
         if len(ends) > 2 or ends[-1] < ends[0]:
             raise ValueError(f"'{part}' is no number and no range like 1k..32k")
         value = ends[0]
@@ -114,15 +114,6 @@ def parse_grid(text: str) -> tuple[int, ...]:
             grid.append(value)
             value *= 2
     return tuple(dict.fromkeys(grid))
-
-
-def _number(text: str) -> int:
-    text = text.strip().lower()
-    factor = 1024 if text.endswith("k") else 1
-    digits = text.removesuffix("k")
-    if not re.fullmatch("[0-9]{1,9}", digits) or int(digits) == 0:
-        raise ValueError(f"'{text}' is no number from 1 on: write 32768 or 32k")
-    return int(digits) * factor
 
 
 def shape_of_model(config: Path, page_size: int = 64) -> Shape:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvbench.render import Column, Document, Table
 from kvbench.results import shown_megabytes
-from kvbench.timing.grid import Timings
+from kvbench.timing.grid import SMALL_BATCH, SMALL_CONTEXT, Timings
 
 COLUMNS = (
     Column(("dtype",), numeric=False),
@@ -32,9 +32,18 @@ def document(done: Sequence[Timings]) -> Document:
     return Document("kernels", sections, rows=rows, fields=fields)
 
 
+def _untimed(timings: Timings) -> str:
+    """What was done without a GPU, and that it is not the shape that was asked for."""
+    request = timings.request
+    sizes = f"batch {SMALL_BATCH} in place of {', '.join(map(str, request.batches))}"
+    if request.op != "write":
+        sizes += f", context {SMALL_CONTEXT} in place of {', '.join(map(str, request.contexts))}"
+    return f"no GPU: nothing timed, only checked, in the interpreter and at a small size: {sizes}"
+
+
 def _title(timings: Timings) -> str:
     shape = timings.request.shape
-    device = timings.device or "no GPU: gates only, in the interpreter; nothing was timed"
+    device = timings.device or _untimed(timings)
     copy = f" · copy bandwidth {timings.copy_gbps:.0f} GB/s (measured now)" if timings.copy_gbps else ""
     heads = f"{shape.query_heads} query / {shape.kv_heads} KV heads · D {shape.head_dim} · pages of {shape.page_size}"
     return f"{timings.request.op} · {device} · {heads}{copy}"

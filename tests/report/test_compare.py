@@ -432,16 +432,25 @@ def test_another_baseline_by_its_short_name(folder):
     measured = read(folder)
 
     schemes = measured.schemes
-    assert find_scheme(schemes, "int4/hada") == ("int4_per_token_head", "hadamard")
-    assert find_scheme(schemes, "int4") == ("int4_per_token_head", "none")
-    assert find_scheme(schemes, "int4", ("int4_per_token_head", "hadamard")) == ("int4_per_token_head", "hadamard")
+    names = {"int4": ("int4_per_token_head", "randomized_hadamard"), "int8": ("int8_per_token_head", "none")}
+
+    def find(schemes, name):
+        return find_scheme(schemes, name, names.get)
+
+    assert find(schemes, "int4/hada") == ("int4_per_token_head", "hadamard")
+    assert find([*schemes, names["int4"]], "int4") == names["int4"]
+    assert find([("int4_per_token_head", "none")], "int4") == ("int4_per_token_head", "none")
+    with pytest.raises(ValueError, match="it means int4_per_token_head/randomized_hadamard, which was not measured"):
+        find(schemes, "int4")
+    with pytest.raises(ValueError, match="it means int8_per_token_head/none"):
+        find([("int8_per_token_head+w64s4", "none")], "int8")
     pair = ("int4_per_token_head:int2_per_token_head", "none")
-    assert find_scheme([*schemes, pair], "int4:int2") == pair
+    assert find([*schemes, pair], "int4:int2") == pair
     with pytest.raises(ValueError, match=r"--baseline int2: unknown dtype .* DTYPE/ROTATION is one of fp16/none"):
-        find_scheme(schemes, "int2")
+        find(schemes, "int2")
     eight = [("fp8_per_token_head", "hadamard"), ("fp8_per_tensor", "none")]
     with pytest.raises(ValueError, match=r"dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"):
-        find_scheme(eight, "fp8")
+        find(eight, "fp8")
     row = verdict(folder, "fp16", baseline=("int4_per_token_head", "none"))
     assert (row.against, row.verdict) == ("int4_per_token_head · none", "BETTER")
 

@@ -105,6 +105,16 @@ def test_the_doctor_finds_the_embedded_model_whole():
     assert "b179c9523d0e6a0f" in checks["model smollm2-135m-instruct"].detail
 
 
+def test_what_is_not_installed_is_absent_whichever_model_it_is(monkeypatch):
+    """The state of a model that is not here is one word, with what to do about it."""
+    monkeypatch.setattr(catalog, "find_spec", lambda name: None)
+
+    checks = catalog.doctor()
+
+    assert {check.status for check in checks} == {"absent"}
+    assert all(check.detail == "not installed" and check.todo for check in checks)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

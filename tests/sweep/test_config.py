@@ -112,11 +112,11 @@ def with_line(line):
             """,
         ),
         (
-            GOOD.replace("int4]", "{key: int4, value: int5}]"),
+            GOOD.replace("int4]", "{key: int4, value: int4_per_tokn}]"),
             """\
-            bad.yaml:3:35: dtypes[1].value: unknown dtype 'int5': did you mean int2?
-                3 | dtypes: [fp16, {key: int4, value: int5}]
-                  |                                   ^^^^
+            bad.yaml:3:35: dtypes[1].value: unknown dtype 'int4_per_tokn': did you mean int4_per_token_head?
+                3 | dtypes: [fp16, {key: int4, value: int4_per_tokn}]
+                  |                                   ^^^^^^^^^^^^^
             """,
         ),
         (
@@ -245,6 +245,14 @@ def with_line(line):
             bad.yaml:2:8: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'
                 2 | model: !!python/name:os.system x
                   |        ^
+            """,
+        ),
+        (
+            GOOD + "margin: 1\n",
+            """\
+            bad.yaml:5:9: margin: 1 has no unit: write 1pp, in percentage points
+                5 | margin: 1
+                  |         ^
             """,
         ),
         ("", "bad.yaml: the file is empty; a sweep has at least name, model, dtypes (or schemes) and tasks"),

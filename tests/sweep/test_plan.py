@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kvbench.sweep.config import parse_sweep
-from kvbench.sweep.plan import choose, missing_data, plan, too_long, unserved
+from kvbench.sweep.plan import choose, done_otherwise, missing_data, plan, too_long, unserved
 from kvbench.yaml_text import ConfigError
 
 TEXT = """\
@@ -243,6 +244,45 @@ def test_a_filter_that_means_nothing_is_refused(cells, only, message):
     """
     with pytest.raises(ConfigError, match=message):
         choose(cells(), [only])
+
+
+def test_done_cells_that_do_not_count_are_said(toy):
+    """
+    A cell of the same name that is done, over data files that are not here or with another option, is counted with why.
+    """
+    from types import SimpleNamespace
+
+    def planned(**more):
+        made = plan(parse_sweep(TEXT, "toys.yaml", parts=toy.PARTS), parts=toy.PARTS)
+        return [
+            replace(cell, task=SimpleNamespace(name=cell.task.name, needs=frozenset, identity=lambda: {"n": 4, **more}))
+            for cell in made
+            if cell.task.name == "toy_a"
+        ]
+
+    def done(cells):
+        return [
+            SimpleNamespace(
+                cell=cell.name,
+                identity=cell.identity,
+                model={"name": "toy"},
+                dtype=cell.dtype,
+                rotation=cell.rotation,
+                task="toy_a",
+                status="done",
+            )
+            for cell in cells[:2]
+        ]
+
+    here = planned(data={})
+
+    assert done_otherwise(here, done(here)) == []
+    assert done_otherwise(here, done(planned(data={"a": "5f"}))) == [
+        "toy_a: 2 cells are done over data files that are not here, and do not count"
+    ]
+    assert done_otherwise(here, done(planned(data={}, n=5))[:1]) == [
+        "toy_a: 1 cell is done with another n, and does not count"
+    ]
 
 
 def test_what_is_missing_is_said_once(cells):
