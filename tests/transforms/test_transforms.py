@@ -6,7 +6,8 @@ import scipy.linalg
 import torch
 from torch.testing import assert_close
 
-from kvbench.transforms import all_rotations
+from kvbench.schemes import Scheme
+from kvbench.transforms import Rope, Sample, all_rotations, all_transforms
 
 HEAD_DIMS = [64, 80, 96, 128, 256, 6, 24, 81]
 # head_dim: size of a block, the largest power of two that divides it
@@ -18,6 +19,7 @@ every_hadamard = pytest.mark.parametrize(
     "rotation", [one for one in all_rotations().values() if one.lower(64)], ids=lambda rotation: rotation.name
 )
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
+every_transform = pytest.mark.parametrize("transform", all_transforms().values(), ids=lambda transform: transform.name)
 
 
 def seed_signs(block: int) -> torch.Tensor:
@@ -208,6 +210,67 @@ def test_a_hadamard_row_spreads_one_channel_over_its_block():
 
     assert torch.equal(y[32:48].abs(), torch.full((16,), 8.0 / 4))
     assert y[:32].count_nonzero() == y[48:].count_nonzero() == 0
+
+
+def learned(transform, head_dim, tokens=300):
+    """What a transform learns from biased keys [T, 2, D] and queries [T, 6, D], and the two, in float64."""
+    k, q = torch.randn(tokens, 2, head_dim).double() + 3, torch.randn(tokens, 6, head_dim).double()
+    rope = Rope(100.0 ** -torch.linspace(0, 1, head_dim // 2, dtype=torch.float64))
+    sample = Sample(k, q, torch.arange(tokens), rope, 2 * tokens)
+    return transform.learn(sample), k, q
+
+
+@every_transform
+@every_head_dim
+def test_what_a_transform_does_to_keys_queries_and_scores_undo(transform, head_dim):
+    """
+    query(q)·apply(k) + score(q) at the key's page of positions is q·k, whatever was learned, at every position.
+    """
+    params, k, q = learned(transform, head_dim)
+    positions = torch.arange(len(k))
+
+    keys = transform.apply(k, params, positions).to(torch.float64).repeat_interleave(3, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", transform.query(q, params), keys)
+    lacks = transform.score(q, params)  # [T, HQ, P]
+    if lacks is not None:
+        pages = positions // 64 if lacks.shape[-1] > 1 else torch.zeros_like(positions)
+        scores += lacks[..., pages].transpose(0, 1)
+
+    want = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(3, dim=1))
+    # means are learned in float32
+    assert_close(scores, want, rtol=0, atol=1e-5 * head_dim)
+
+
+@every_transform
+@every_head_dim
+def test_outputs_of_transformed_values_are_turned_back(transform, head_dim):
+    """
+    undo(P·apply(v)) is P·v for any weights P that sum to one; a transform for keys alone is refused on values.
+    """
+    params, v, _ = learned(transform, head_dim)
+    if transform.keys_only:
+        with pytest.raises(ValueError, match=f"'{transform.name}' on values can't be undone"):
+            Scheme.parse("int8", f"none:{transform.name}")
+        return
+    weights = torch.rand(len(v), len(v), dtype=torch.float64).softmax(-1)
+
+    out = torch.einsum("qk,khd->qhd", weights, transform.apply(v, params, torch.arange(len(v))).to(torch.float64))
+
+    assert_close(transform.undo(out, params), torch.einsum("qk,khd->qhd", weights, v), rtol=0, atol=1e-13 * head_dim)
+
+
+@every_transform
+def test_a_row_is_transformed_as_it_is_alone(transform):
+    """
+    Of one row and of many, to float32's rounding: a page written at once and token by token holds the same codes.
+    """
+    params, k, _ = learned(transform, 64)
+    k, positions = k.float(), torch.arange(len(k))
+
+    together = transform.apply(k, params, positions)
+    alone = torch.cat([transform.apply(k[i : i + 1], params, positions[i : i + 1]) for i in range(0, len(k), 7)])
+
+    assert torch.equal(together[::7], alone)
 
 
 def test_the_folder_is_the_list():
