@@ -5,6 +5,7 @@ In one text, `int4:int2+w64s4+l0=int8` and beside it the transforms, `center+had
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from kvbench.transforms.base import POSITIONS
 Pair = str | Mapping[str, Any]  # one name for both, "key:value", or {"key": …, "value": …}
 Layers = Sequence[tuple[int, int]]  # (KV heads, head_dim) of each
 SAME = "-"  # in a layer's dtypes: as in the other layers
+MOST_LABELS = 4  # layers that a name spells out
 SPEC = ("dtype", "key", "value", "rotation", "rotations", "window", "layers", "calibration", "scheme")
 
 
@@ -55,6 +57,10 @@ class Side:
     def learns(self) -> bool:
         """Whether it needs a calibration text."""
         return any(transform.learns for transform in self.transforms)
+
+    def resolve(self, model_dtype: torch.dtype) -> Self:
+        """This side with `auto` replaced by the model's own dtype."""
+        return replace(self, dtype=self.dtype.resolve(model_dtype))
 
     def learn(self, sample: Sample) -> tuple[Params, ...]:
         """What each transform learns of a layer, from the sample as the transforms before it left it."""
@@ -154,16 +160,22 @@ class Window:
 
 @dataclass(frozen=True)
 class Override:
-    """Other dtypes in one layer; a negative index counts from the last. None: as in the other layers."""
+    """How one layer stores its keys, and its values; a negative index counts from the last. None: as the others do."""
 
     index: int
-    key: Dtype | None
-    value: Dtype | None
+    key: Side | None
+    value: Side | None
 
-    @property
-    def label(self) -> str:
-        """`l0=int8_per_token_head`, `l-1=int4_per_token_head:-`."""
-        return f"l{self.index}=" + join_pair(*(SAME if d is None else d.name for d in (self.key, self.value)))
+    def label(self, key: Side, value: Side) -> str:
+        """`l0=int8_per_token_head`, `l-1=int4_per_token_head:-`; in parentheses transforms other than these sides'."""
+
+        def named(own: Side | None, other: Side) -> str:
+            if own is None:
+                return SAME
+            turned = "" if own.transforms == other.transforms else f"({own.name})"
+            return f"{own.dtype.name}{turned}"
+
+        return f"l{self.index}=" + join_pair(named(self.key, key), named(self.value, value))
 
     def resolve(self, model_dtype: torch.dtype) -> Self:
         """With `auto` replaced by the model's own dtype."""
@@ -183,12 +195,13 @@ class Scheme:
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
-        for transform in self.value.transforms:
-            if transform.keys_only:
-                raise ValueError(
-                    f"'{transform.name}' on values can't be undone: it is for keys alone; write KEY:VALUE, "
-                    f"such as {self.key.name}:none"
-                )
+        for value in (self.value, *(layer.value for layer in self.layers if layer.value)):
+            for transform in value.transforms:
+                if transform.keys_only:
+                    raise ValueError(
+                        f"'{transform.name}' on values can't be undone: it is for keys alone; write KEY:VALUE, "
+                        f"such as {self.key.name}:none"
+                    )
         if self.calibration is None and self.learns:
             object.__setattr__(self, "calibration", Calibration())
 
@@ -242,7 +255,7 @@ class Scheme:
         if "window" in spec:
             scheme = replace(scheme, window=Window.of(spec["window"]))
         if "layers" in spec:
-            scheme = replace(scheme, layers=_overrides(spec["layers"]))
+            scheme = replace(scheme, layers=_overrides(spec["layers"], scheme))
         return scheme.calibrated(Calibration.of(spec["calibration"])) if "calibration" in spec else scheme
 
     def _with_label(self, label: str) -> Self:
@@ -252,7 +265,7 @@ class Scheme:
                 window = Window(int(sinks or 0), None if recent is None else int(recent) // POSITIONS)
                 return replace(self, window=window)
         if match := re.fullmatch(r"l(-?\d+)=(.+)", label):
-            return replace(self, layers=(*self.layers, *_overrides({match[1]: match[2]})))
+            return replace(self, layers=(*self.layers, *_overrides({match[1]: match[2]}, self)))
         raise ValueError(
             f"'+{label}' of a scheme's name is no window, such as +w64s4 (w in steps of {POSITIONS}), "
             f"and no layer, such as +l0=int8"
@@ -266,10 +279,20 @@ class Scheme:
 
     @property
     def dtype_name(self) -> str:
-        """`int4_per_token_head:int2_per_token_head`, or one name for both; `+w64s4` and what else it has."""
-        extras = [self.window.label if self.window else "", *(layer.label for layer in self.layers)]
+        """`int4_per_token_head:int2_per_token_head`, or one name for both; `+w64s4` and what else it has.
+
+        Of many layers with dtypes of their own their number and a hash, `+l28-1f2e3d4c`: that is no name to parse.
+        """
+        own = self._layer_labels
+        if len(own) > MOST_LABELS:
+            own = [f"l{len(own)}-{hashlib.sha256('+'.join(own).encode()).hexdigest()[:8]}"]
+        extras = [self.window.label if self.window else "", *own]
         extras.append(self.calibration.label if self.calibration else "")
         return "+".join([join_pair(self.key.dtype.name, self.value.dtype.name), *filter(None, extras)])
+
+    @property
+    def _layer_labels(self) -> list[str]:
+        return [layer.label(self.key, self.value) for layer in self.layers]
 
     @property
     def rotation_name(self) -> str:
@@ -291,35 +314,50 @@ class Scheme:
         if self.window is not None:
             row["window"] = {"sinks": self.window.sinks, "recent": self.window.recent, "page": POSITIONS}
         if self.layers:
-            row["layers"] = [layer.label for layer in self.layers]
+            row["layers"] = self._layer_labels
         if self.calibration is not None:
             row["calibration"] = self.calibration.identity()
         return row
+
+    def learning(self) -> dict[str, Any]:
+        """All that decides what a scheme that learns is taught of a model."""
+        assert self.calibration is not None
+        other = {str(one.index): one.key.name for one in self.layers if one.key and one.key.name != self.key.name}
+        return {
+            "rotation": self.rotation_name,
+            "calibration": self.calibration.identity(),
+            **({"layers": other} if other else {}),
+        }
 
     # ---- what it is for a model
 
     @property
     def learns(self) -> bool:
         """Whether it needs a calibration text."""
-        return self.key.learns or self.value.learns
+        return any(side.learns for side in self.all_sides)
 
     @property
     def dtypes(self) -> list[Dtype]:
         """All that its layers have, each once."""
-        more = [dtype for layer in self.layers for dtype in (layer.key, layer.value) if dtype]
-        return list(dict.fromkeys([self.key.dtype, self.value.dtype, *more]))
+        return list(dict.fromkeys(side.dtype for side in self.all_sides))
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        """Keys', then values'."""
+        """Keys', then values', in layers without an override."""
         return self.key, self.value
+
+    @property
+    def all_sides(self) -> list[Side]:
+        """All that its layers have, each once; the keys' and the values' of layers without an override first."""
+        more = [side for layer in self.layers for side in (layer.key, layer.value) if side]
+        return list(dict.fromkeys([self.key, self.value, *more]))
 
     def resolve(self, model_dtype: torch.dtype) -> Self:
         """This scheme with `auto` replaced by the model's own dtype."""
         return replace(
             self,
-            key=replace(self.key, dtype=self.key.dtype.resolve(model_dtype)),
-            value=replace(self.value, dtype=self.value.dtype.resolve(model_dtype)),
+            key=self.key.resolve(model_dtype),
+            value=self.value.resolve(model_dtype),
             layers=tuple(layer.resolve(model_dtype) for layer in self.layers),
         )
 
@@ -328,8 +366,7 @@ class Scheme:
         key, value = self.key, self.value
         for override in self.layers:
             if override.index % count == index:
-                key = replace(key, dtype=override.key or key.dtype)
-                value = replace(value, dtype=override.value or value.dtype)
+                key, value = override.key or key, override.value or value
         return key, value
 
     def check(self, layers: Layers, max_length: int | None = None) -> None:
@@ -356,7 +393,10 @@ class Scheme:
         def side(one: Side) -> Side:
             return replace(one, dtype=all_dtypes()["fp16" if one.transforms else "auto"].resolve(model_dtype))
 
-        return type(self)(side(self.key), side(self.value), calibration=self.calibration)
+        layers = tuple(
+            replace(one, key=one.key and side(one.key), value=one.value and side(one.value)) for one in self.layers
+        )
+        return type(self)(side(self.key), side(self.value), layers=layers, calibration=self.calibration)
 
     # ---- bytes
 
@@ -407,19 +447,47 @@ def find_preset(name: str) -> str | None:
     return find_name(name, presets, "scheme") if begins else None
 
 
-def _overrides(layers: Any) -> tuple[Override, ...]:
-    """The overrides of `{0: int8, "-1": {key: int4}}`."""
+def _overrides(layers: Any, scheme: Scheme) -> tuple[Override, ...]:
+    """The overrides of `{0: int8, "-1": {key: int4}, "3,5-8": {key: {dtype: int8, rotation: center}}}`.
+
+    A dtype without a rotation has the transforms of the scheme.
+    """
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError(f"layers: expected a mapping from a layer's number to a dtype, not {layers!r}")
-    found = []
-    for index, dtype in layers.items():
-        if not re.fullmatch(r"-?\d+", str(index)):
-            raise ValueError(f"layers: {index!r} is no layer's number")
-        if isinstance(dtype, Mapping) and dtype and not set(dtype) - {"key", "value"}:
-            dtype = {"key": SAME, "value": SAME, **dtype}
-        names = split_pair(dtype)
-        found.append(Override(int(index), *(None if name == SAME else find_dtype(name) for name in names)))
-    return tuple(found)
+    found: dict[int, Override] = {}
+    for numbers, pair in layers.items():
+        if isinstance(pair, Mapping) and set(pair) <= {"key", "value"}:
+            pair = {"key": SAME, "value": SAME, **pair}
+        elif isinstance(pair, Mapping):
+            pair = {"key": pair, "value": pair}
+        sides = [_side(one, own) for one, own in zip(split_pair(pair), (scheme.key, scheme.value), strict=True)]
+        for index in _numbers(str(numbers)):
+            if index in found:
+                raise ValueError(f"layers: layer {index} stands twice")
+            found[index] = Override(index, *sides)
+    return tuple(found.values())
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of `3`, `-1` or `0,3-8`."""
+    found: list[int] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r" *(?:(-?\d{1,6})|(\d{1,6})-(\d{1,6})) *", part)):
+            raise ValueError(f"layers: {text!r} is no layer's number")
+        one, first, last = match.groups()
+        found += [int(one)] if one else range(int(first), int(last) + 1)
+    return found
+
+
+def _side(spec: Any, scheme: Side) -> Side | None:
+    """The side of a layer: a dtype's name, or a mapping with `dtype` and `rotation`; None as the scheme has it."""
+    if spec == SAME:
+        return None
+    if isinstance(spec, Mapping):
+        if set(spec) != {"dtype", "rotation"} or not isinstance(spec["rotation"], str):
+            raise ValueError(f"layers: expected a dtype, or a mapping with 'dtype' and 'rotation', not {dict(spec)!r}")
+        return Side.of(find_dtype(spec["dtype"]), spec["rotation"])
+    return replace(scheme, dtype=find_dtype(spec))
 
 
 def split_pair(pair: Pair) -> tuple[Any, Any]:

@@ -181,3 +181,54 @@ def test_layers_have_their_own_dtypes_and_the_scheme_s_transforms():
         ("int8_per_token_head", "int4_per_token_head"),
     ]
     assert {side.name for i in range(3) for side in scheme.layer(i, 3)} == {"randomized_hadamard"}
+
+
+def test_layers_may_have_transforms_of_their_own():
+    """
+    A mapping with a rotation stands for itself, a dtype alone is turned as the scheme's, and many layers are one key.
+    """
+    own = {"key": {"dtype": "int8", "rotation": "center"}, "value": "int4"}
+    scheme = Scheme.of(
+        {"dtype": "int2", "layers": {"0,2-3": own, "-1": {"value": {"dtype": "fp16", "rotation": "none"}}}}
+    )
+
+    names = [tuple((side.dtype.name, side.name) for side in scheme.layer(i, 6)) for i in range(6)]
+    plain, other = ("int2_per_token_head", "hadamard"), ("int8_per_token_head", "center")
+    assert names[0] == names[2] == names[3] == (other, ("int4_per_token_head", "hadamard"))
+    assert names[1] == names[4] == (plain, plain)
+    assert names[5] == (plain, ("fp16", "none"))
+    assert scheme.learns
+    assert scheme.identity()["layers"] == [
+        *(f"l{i}=int8_per_token_head(center):int4_per_token_head" for i in (0, 2, 3)),
+        "l-1=-:fp16(none)",
+    ]
+
+
+def test_many_layers_make_no_long_name():
+    """
+    Five layers are a number and a hash in the name, which other layers have another of; the identity has them all.
+    """
+    schemes = [Scheme.of({"dtype": "int2", "layers": {f"{first}-{first + 4}": "int8"}}) for first in (0, 1)]
+
+    names = [scheme.dtype_name.split("+")[1] for scheme in schemes]
+    assert names[0] != names[1]
+    assert all(name.startswith("l5-") and len(name) == len("l5-1f2e3d4c") for name in names)
+    assert all(len(scheme.identity()["layers"]) == 5 for scheme in schemes)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"0-": "int8"}, "layers: '0-' is no layer's number"),
+        ({"0-2": "int8", "2": "int4"}, "layers: layer 2 stands twice"),
+        ({"0": {"dtype": "int8"}}, "expected a dtype, or a mapping with 'dtype' and 'rotation'"),
+        ({"0": {"key": {"dtype": "int8", "rotation": "hadamrd"}}}, "unknown rotation 'hadamrd'"),
+        ({"0": {"value": {"dtype": "int8", "rotation": "center"}}}, "'center' on values can't be undone"),
+    ],
+)
+def test_wrong_layers_are_refused(layers, message):
+    """
+    A range without end, a layer named twice, half a side, an unknown transform, and one that values can't have.
+    """
+    with pytest.raises(ValueError, match=message):
+        Scheme.of({"dtype": "int2", "layers": layers})

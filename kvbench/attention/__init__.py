@@ -33,7 +33,7 @@ def choose(
     """
     if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
         return "reference"
-    if wanted == "auto" and any(one.name in UNPROVEN for side in scheme.sides for one in side.transforms):
+    if wanted == "auto" and any(one.name in UNPROVEN for side in scheme.all_sides for one in side.transforms):
         return "reference"
     lacking = kernels_lack(scheme, compute_dtype, device)
     if lacking and wanted == "triton":

@@ -119,7 +119,7 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) ->
         for dtype in scheme.dtypes:
             layout(dtype)
             rounding(dtype)
-        for side in scheme.sides:
+        for side in scheme.all_sides:
             turn(side, MULTIPLE, device)
     except ValueError as error:
         return str(error)

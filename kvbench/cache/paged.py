@@ -50,6 +50,15 @@ class Plane:
         return sum(t.nbytes for t in (self.codes, self.scale, self.tensor_scale) if t is not None)
 
 
+def unlearned(scheme: Scheme, layers: int) -> Learned:
+    """What the transforms of a scheme know that learned nothing."""
+
+    def nothing(side: Side) -> tuple[Params, ...]:
+        return ({},) * len(side.transforms)
+
+    return [(nothing(key), nothing(value)) for key, value in (scheme.layer(i, layers) for i in range(layers))]
+
+
 class PagedCache:
     """Packed keys and values of all layers, in pages.
 
@@ -82,8 +91,7 @@ class PagedCache:
         if learned is None:
             if scheme.learns:
                 raise ValueError(f"{scheme.label} learns from a text: give the cache what it learned")
-            nothing: list[tuple[Params, ...]] = [({},) * len(side.transforms) for side in scheme.sides]
-            learned = [(nothing[0], nothing[1])] * len(layers)
+            learned = unlearned(scheme, len(layers))
         # layers of one shape and dtype lie in one tensor each, so that few calls copy a page of all of them
         self._stacks: list[Tensor] = []
 

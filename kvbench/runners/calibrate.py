@@ -37,7 +37,7 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
     """
     calibration = scheme.calibration or Calibration()
     documents = texts(loaded, calibration)
-    queries = any(transform.reads_queries for side in scheme.sides for transform in side.transforms)
+    queries = any(transform.reads_queries for side in scheme.all_sides for transform in side.transforms)
     layers: dict[int, _Layer] = {}
 
     def keep(layer: int, q: Tensor, k: Tensor, positions: Tensor) -> None:
@@ -50,7 +50,7 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
     with observed(keep), _ropes(loaded.model) as ropes:
         loaded.runner(Scheme.parse("auto")).hidden_states(documents)
     learned: list[tuple[tuple[Params, ...], tuple[Params, ...]]] = []
-    for number, layer in sorted(layers.items()):
+    for index, (number, layer) in enumerate(sorted(layers.items())):
         sample = Sample(
             torch.cat(layer.keys),
             torch.cat(layer.queries) if layer.queries else None,
@@ -59,7 +59,9 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
             loaded.info.max_length,
         )
         layer.keys.clear()
-        learned.append((scheme.key.learn(sample), ({},) * len(scheme.value.transforms)))
+        layer.queries.clear()
+        key, value = scheme.layer(index, len(layers))
+        learned.append((key.learn(sample), ({},) * len(value.transforms)))
     return pack(learned)
 
 

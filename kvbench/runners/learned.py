@@ -25,13 +25,14 @@ def pack(learned: Learned) -> Tensors:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layers: int) -> Learned:
-    """What `pack` packed, for a scheme of the same transforms."""
+    """What `pack` packed, for a scheme of the same transforms; of a layer's side without transforms nothing."""
     found: list[list[list[dict[str, Tensor]]]] = [
-        [[{} for _ in side.transforms] for side in scheme.sides] for _ in range(layers)
+        [[{} for _ in side.transforms] for side in scheme.layer(i, layers)] for i in range(layers)
     ]
     for key, tensor in tensors.items():
         layer, which, place, name = key.split(".")
-        found[int(layer)][int(which)][int(place)][name] = tensor
+        if side := found[int(layer)][int(which)]:
+            side[int(place)][name] = tensor
 
     def params(side: list[dict[str, Tensor]]) -> tuple[Params, ...]:
         return tuple(side)

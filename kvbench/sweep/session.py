@@ -264,7 +264,6 @@ class Session:
 
     def _learned(self, cell: Cell, scheme: Scheme) -> Tensors:
         """What the scheme learned of the model, kept in the run folder: once for all that learn the same."""
-        assert scheme.calibration is not None
         seconds: list[float] = []
 
         def learn() -> Tensors:
@@ -276,15 +275,14 @@ class Session:
         identity = {
             "version": LEARNING_VERSION,
             "model": cell.identity["model"],
-            "rotation": scheme.rotation_name,
-            "calibration": scheme.calibration.identity(),
+            **scheme.learning(),
         }
         slug = f"{cell.model.name.rsplit('/', 1)[-1]}-{scheme.rotation_name}-learned"
         tensors = self.job.baselines.baseline(identity, slug, learn)
         if scheme.label in self.taught:
             return tensors
         self.taught[scheme.label] = {
-            **scheme.calibration.identity(),
+            **scheme.learning()["calibration"],
             "sha256": digest(tensors),
             **({"means": means} if (means := forms(tensors)) else {}),
             **({"seconds": seconds[0]} if seconds else {}),

@@ -50,6 +50,12 @@ SPECS = {
     "sinks": {"dtype": "int2", "window": {"sinks": 2}},
     "near": {"dtype": "int2", "rotation": CENTRED, "window": {"recent": 0}, "calibration": CALIBRATION},
     "layers": {"dtype": "int4", "layers": {0: "int8", "-1": {"key": "fp16"}}},
+    "transforms": {
+        "dtype": "int4",
+        "window": {"recent": 0},
+        "layers": {1: {"key": {"dtype": "int8", "rotation": "center"}, "value": {"dtype": "int2", "rotation": "none"}}},
+        "calibration": CALIBRATION,
+    },
     "balance": {
         "dtype": "int4",
         "rotation": {"key": "center+balance_full+hadamard", "value": "hadamard"},
@@ -206,6 +212,17 @@ def test_what_was_learned_is_kept_and_read_back(qwen):
     assert_same(given, fresh, 0)
     assert digest(learned) == digest(qwen.learn(scheme))
     assert [len(sides[0]) for sides in unpack(learned, scheme, 3)] == [2, 2, 2]
+
+
+def test_a_layer_learns_what_its_own_transforms_need(qwen):
+    """
+    Of three layers the one with centred keys has a mean, the same as where all are centred.
+    """
+    learned = qwen.learn(Scheme.of(SPECS["transforms"]))
+    everywhere = qwen.learn(Scheme.of({"dtype": "int8", "rotation": "center:none", "calibration": CALIBRATION}))
+
+    assert set(learned) == {"1.0.0.offset"}
+    assert torch.equal(learned["1.0.0.offset"], everywhere["1.0.0.offset"])
 
 
 def test_a_text_that_is_too_short_is_refused(qwen, tmp_path):
