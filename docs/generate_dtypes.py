@@ -7,7 +7,7 @@ from types import ModuleType
 
 import kvbench.dtypes
 import kvbench.transforms
-from kvbench.dtypes import Affine, Cast, Dtype, all_dtypes
+from kvbench.dtypes import Affine, Cast, Dtype, Trellis, all_dtypes
 from kvbench.presets import all_presets
 from kvbench.schemes import Scheme
 from kvbench.transforms import Rotation, Transform, all_transforms
@@ -54,6 +54,9 @@ def code(dtype: Dtype) -> str:
     if isinstance(dtype.decode, Affine):
         zero = "signed" if dtype.decode.zero == "none" else "unsigned, zero-point in the scale's low bits"
         return f"{dtype.code_bits}-bit integer, {zero}"
+    if isinstance(dtype.decode, Trellis):
+        bits = dtype.decode.state_bits
+        return f"{dtype.code_bits} bits of a string, of which the last {bits} are a value"
     centroids = ", ".join(f"{centroid:g}" for centroid in dtype.decode.centroids)
     return f"{dtype.code_bits}-bit index of {centroids}"
 

@@ -28,7 +28,7 @@ class Plane:
 
     params: what the side's transforms learned of the layer.
     codes: [P, HKV, S, code_bytes] uint8.
-    scale: [P, HKV, S] float32, or [P, HKV, S, groups], or None where rows have none.
+    scale: [P, HKV, S], or [P, HKV, S, groups], of the dtype's `scale_storage`; None where rows have none.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
     """
 
@@ -107,7 +107,7 @@ class PagedCache:
                 self._stacks.append(codes)
                 scales = None
                 if (of_row := dtype.scales_shape(head_dim)) is not None:
-                    scales = torch.empty(*shape, *of_row, dtype=torch.float32, device=device)
+                    scales = torch.empty(*shape, *of_row, dtype=dtype.scale_storage, device=device)
                     self._stacks.append(scales)
                 for i, layer in enumerate(members):
                     scale = None if scales is None else scales[i]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows
+from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows, Trellis
 from kvbench.registry import walk
 
-__all__ = ["Affine", "Cast", "Codebook", "Dtype", "Rows", "all_dtypes"]
+__all__ = ["Affine", "Cast", "Codebook", "Dtype", "Rows", "Trellis", "all_dtypes"]
 
 
 @cache

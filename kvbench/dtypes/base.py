@@ -13,7 +13,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-SCALE_BYTES = 4  # every scale is one float32
+SCALE_BYTES = 4  # of a float32 scale
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,39 @@ class Codebook:
 
 
 @dataclass(frozen=True)
+class Trellis:
+    """A code ends a window of `state_bits` bits of its row's bit string, which decodes to `value * scale`.
+
+    A window w is the level l = (2 (multiplier * w mod 2^n) + 1) / 2^n - 1 for n = state_bits + code_bits, and its value
+    is the sum of coefficient * l * |l|^exponent over `curve`, rounded to a whole number.
+    """
+
+    state_bits: int
+    multiplier: int
+    curve: tuple[tuple[int, int], ...]
+
+    def values(self, code_bits: int) -> tuple[int, ...]:
+        """Of each window; computed in whole numbers, so the same on every machine."""
+        levels = 1 << (self.state_bits + code_bits)
+        top = max(exponent for exponent, _ in self.curve)
+        found = []
+        for window in range(1 << self.state_bits):
+            level = 2 * (self.multiplier * window % levels) + 1 - levels
+            size = abs(level)
+            # over levels^(top + 1)
+            total = sum(c * size ** (exponent + 1) * levels ** (top - exponent) for exponent, c in self.curve)
+            whole = levels ** (top + 1)
+            value = (2 * total + whole) // (2 * whole)
+            found.append(value if level > 0 else -value)
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Quantized rows.
 
     codes: [..., code_bytes] uint8, packed as `Dtype.pack` says.
-    scale: [...] float32, or [..., groups], or None where the dtype has no scale a row.
+    scale: [...], or [..., groups], of the dtype's `scale_storage`; None where the dtype has no scale a row.
     """
 
     codes: Tensor
@@ -70,7 +98,7 @@ class Dtype:
 
     name: str
     code_bits: int
-    decode: Cast | Affine | Codebook
+    decode: Cast | Affine | Codebook | Trellis
     granularity: Literal["none", "per_tensor", "per_token_head", "per_group"]
     source: str
     default_rotation: str = "none"
@@ -110,10 +138,15 @@ class Dtype:
             return (head_dim // self.group_size,)
         return () if self.granularity == "per_token_head" else None
 
+    @property
+    def scale_storage(self) -> torch.dtype:
+        """The type of stored scales."""
+        return torch.float32
+
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one row: its codes and its scales."""
         scales = self.scales_shape(head_dim)
-        return self.code_bytes(head_dim) + (0 if scales is None else SCALE_BYTES * math.prod(scales))
+        return self.code_bytes(head_dim) + (0 if scales is None else self.scale_storage.itemsize * math.prod(scales))
 
     def bits_per_value(self, head_dim: int) -> float:
         """True bits a value, every byte of the row counted.
@@ -168,6 +201,7 @@ class Dtype:
             table = torch.tensor(self.decode.centroids, dtype=dtype, device=rows.codes.device)
             values = table[self.unpack(rows.codes)]
         else:
+            assert isinstance(self.decode, Affine), "other forms have a `dequantize` of their own"
             values = self.unpack(rows.codes).to(dtype)
             if self.decode.zero == "in_scale":
                 assert rows.scale is not None
@@ -189,7 +223,7 @@ class Dtype:
         return scale.contiguous().view(torch.int32) & ((1 << self.code_bits) - 1)
 
     def clean_scale(self, scale: Tensor) -> Tensor:
-        """[...] float32 scales without a hidden zero-point."""
+        """[...] float32 scales of stored ones, without what else is stored in them."""
         if self.decode != Affine("in_scale"):
             return scale
         return (scale.contiguous().view(torch.int32) & ~((1 << self.code_bits) - 1)).view(torch.float32)

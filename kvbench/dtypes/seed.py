@@ -50,7 +50,7 @@ def import_rows(stored: Tensor, dtype: Dtype, rotation: Rotation, head_dim: int)
 
 
 def _check(dtype: Dtype) -> None:
-    if dtype.granularity != "per_token_head":
+    if dtype.granularity != "per_token_head" or dtype.scale_storage != torch.float32:
         raise ValueError(f"the seed's byte layout is defined for per-token-head caches, not for {dtype.name}")
 
 

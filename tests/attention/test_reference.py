@@ -73,7 +73,7 @@ def check(scheme, draw, heads=(6, 2), head_dim=16, page_size=4, lengths=(9, 1, 1
     for plane in (*cache.keys, *cache.values):
         plane.codes.fill_(0xFF)  # NaN in every floating-point type: what was never written must not be read
         if plane.scale is not None:
-            plane.scale.fill_(torch.nan)
+            plane.scale.view(torch.uint8).fill_(0xFF)  # and NaN as a scale
     batch = write(cache, PagePool(16, page_size), k, v, new)
     got = attend(q, cache, 0, batch, impl="reference", scaling=head_dim**-0.5, **options)
 

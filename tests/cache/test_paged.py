@@ -21,7 +21,7 @@ def filled(scheme, page_size=4, pages=5, tokens=11, **options):
     for plane in (*cache.keys, *cache.values):
         plane.codes.fill_(0xFF)  # NaN in every floating-point type
         if plane.scale is not None:
-            plane.scale.fill_(torch.nan)
+            plane.scale.view(torch.uint8).fill_(0xFF)  # and NaN as a scale
     written = []
     slots = torch.randperm(pages * page_size, generator=torch.Generator().manual_seed(0))[:tokens]
     for layer, (heads, head_dim) in enumerate(LAYERS):

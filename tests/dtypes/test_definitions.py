@@ -8,12 +8,14 @@ import itertools
 import math
 import struct
 from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
-from kvbench.dtypes import all_dtypes
+from kvbench.dtypes import Rows, all_dtypes
 
 F = np.float32
 Row = Sequence[np.float32]
@@ -157,6 +159,81 @@ def int2_of(x: Row, large: bool) -> tuple[bytes, bytes]:
     return words([code(v * factor) for v in x], 2), scale_bytes(scale)
 
 
+# of each: bits before a row's first code, multiplier, exponents and coefficients of the curve
+TCQ = {2: (6, 275, {0: 46, 6: 36}), 3: (5, 1801, {0: 47, 2: 17, 16: 35}), 4: (4, 3163, {0: 48, 2: 17, 16: 37})}
+
+
+@cache
+def tcq_values(bits: int) -> list[int]:
+    """What each of the 256 windows of 8 bits decodes to."""
+    _, multiplier, curve = TCQ[bits]
+    levels = 2 ** (8 + bits)
+    found = []
+    for window in range(256):
+        level = Fraction(2 * (multiplier * window % levels) + 1, levels) - 1
+        value = sum(c * level * abs(level) ** exponent for exponent, c in curve.items())
+        found.append(int(math.copysign(math.floor(abs(value) + Fraction(1, 2)), value)))
+    return found
+
+
+def tcq(bits: int, x: Row) -> tuple[bytes, bytes]:
+    """All paths by dynamic programming from the first code on, each state knowing its whole cheapest path's cost."""
+    start_bits = TCQ[bits][0]
+    dim = len(x)
+    squares = [min(max(v, F(-(2.0**40))), F(2.0**40)) ** 2 for v in x]
+    x = [min(max(v, F(-(2.0**40))), F(2.0**40)) for v in x]
+    while len(squares) & (len(squares) - 1):
+        squares.append(F(0))
+    norm = np.sqrt(sum_by_halves(squares))
+    step = norm / F(512 * math.sqrt(dim))
+    inverse = F(1) / step if norm >= 2.0**-40 else F(0)
+    group = {2: 8, 3: 16, 4: 4}[bits]  # codes of a word, or of three
+    order = [place * (dim // group) + word for word in range(dim // group) for place in range(group)]
+    z = [round(float(x[channel] * inverse)) for channel in order]  # halves to even
+
+    values = np.array(tcq_values(bits), dtype=np.int64)
+    states = np.arange(256)
+    cost = 8 * values**2 - values * z[0]
+    before = np.zeros((dim, 256), dtype=np.int64)
+    for t in range(1, dim):
+        # predecessors of a state: its upper bits below each of 2^k others, the first of equal ones
+        candidates = np.stack([(states >> bits) + (upper << start_bits) for upper in range(2**bits)])
+        before[t] = candidates[cost[candidates].argmin(0), states]
+        cost = cost[before[t]] + 8 * values**2 - values * z[t]
+    path = [int(cost.argmin())]
+    for t in range(dim - 1, 0, -1):
+        path.insert(0, int(before[t][path[0]]))
+
+    chosen = [int(values[state]) for state in path]
+    fit = F(sum(a * b for a, b in zip(z, chosen, strict=True))) / F(sum(v * v for v in chosen))
+    string = format(path[0] >> bits, f"0{start_bits}b")
+    codes = "".join(format(state & (2**bits - 1), f"0{bits}b") for state in path)
+    packed = b"".join(int(codes[i : i + 16], 2).to_bytes(2, "little") for i in range(0, len(codes), 16))
+    word = tcq_scale(float(step * fit), 10 - start_bits) << start_bits | int(string, 2)
+    return packed, word.to_bytes(2, "little")
+
+
+def tcq_scale(scale: float, mantissa_bits: int) -> int:
+    """The code of the nearest number of 6 bits of exponent e and some of mantissa m, 2^(e-40) (1 + m)."""
+    if scale <= 0:
+        return 0
+    fraction, exponent = math.frexp(scale)  # of [0.5, 1)
+    code = math.floor(((exponent - 1 + 40) + (2 * fraction - 1)) * 2**mantissa_bits + 0.5)
+    return clamp(code, 0, 2 ** (6 + mantissa_bits) - 2)
+
+
+def tcq2(x: Row) -> tuple[bytes, bytes]:
+    return tcq(2, x)
+
+
+def tcq3(x: Row) -> tuple[bytes, bytes]:
+    return tcq(3, x)
+
+
+def tcq4(x: Row) -> tuple[bytes, bytes]:
+    return tcq(4, x)
+
+
 DEFINITIONS = {
     f.__name__: f
     for f in (
@@ -168,8 +245,16 @@ DEFINITIONS = {
         int8_per_token_head,
         int4_per_token_head,
         int2_per_token_head,
+        tcq2,
+        tcq3,
+        tcq4,
     )
 }
+
+
+def stored_scale(rows: Rows, i: int) -> bytes:
+    """The bytes of a row's scale."""
+    return b"" if rows.scale is None else bytes(rows.scale[i : i + 1].view(torch.uint8).tolist())
 
 
 # ---- what is quantized
@@ -218,7 +303,7 @@ def test_codes_and_scales_are_those_of_the_definition(name, kind, head_dim):
         with np.errstate(over="ignore", under="ignore"):
             codes, scale = DEFINITIONS[name](list(row))
         assert bytes(rows.codes[i].tolist()) == codes
-        assert (b"" if rows.scale is None else scale_bytes(rows.scale[i])) == scale
+        assert stored_scale(rows, i) == scale
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -257,6 +342,8 @@ def test_fp8_divides_and_does_not_multiply(scale):
 
 def decoded(name: str, codes: bytes, scale: bytes) -> list[float]:
     """The values of a stored row, by the table of definitions, in float64."""
+    if name.startswith("tcq"):
+        return tcq_decoded(int(name[3]), codes, int.from_bytes(scale, "little"))
     s = struct.unpack("<f", scale)[0] if scale else 1.0
     if name == "auto":
         return list(struct.unpack(f"<{len(codes) // 4}f", codes))
@@ -277,6 +364,20 @@ def decoded(name: str, codes: bytes, scale: bytes) -> list[float]:
     return [(-1.5104, -0.4528, 0.4528, 1.5104)[code] * s for code in in_order]
 
 
+def tcq_decoded(bits: int, codes: bytes, word: int) -> list[float]:
+    """The values of the windows of one string of bits, each times the scale."""
+    start_bits = TCQ[bits][0]
+    string = format(word & (2**start_bits - 1), f"0{start_bits}b")
+    string += "".join(format(codes[i] | codes[i + 1] << 8, "016b") for i in range(0, len(codes), 2))
+    code = word >> start_bits
+    exponent, mantissa = divmod(code, 2 ** (10 - start_bits))
+    scale = 0.0 if code == 0 else 2.0 ** (exponent - 40) * (1 + mantissa / 2 ** (10 - start_bits))
+    dim = len(codes) * 8 // bits
+    in_order = [tcq_values(bits)[int(string[bits * t : bits * t + 8], 2)] * scale for t in range(dim)]
+    group = {2: 8, 3: 16, 4: 4}[bits]
+    return [in_order[channel % (dim // group) * group + channel // (dim // group)] for channel in range(dim)]
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "positive", "tiny"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -290,8 +391,7 @@ def test_reading_follows_the_definition(name, kind, head_dim):
     values = dtype.dequantize(rows, torch.float64)
 
     for i in range(len(values)):
-        scale = b"" if rows.scale is None else scale_bytes(rows.scale[i])
-        assert values[i].tolist() == decoded(name, bytes(rows.codes[i].tolist()), scale)
+        assert values[i].tolist() == decoded(name, bytes(rows.codes[i].tolist()), stored_scale(rows, i))
 
 
 # ---- examples small enough for a pencil

@@ -11,13 +11,12 @@ from kvbench.attention import Batch
 from kvbench.attention import attend as reference
 from kvbench.attention import triton as kernels
 from kvbench.cache import PagedCache
-from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
 GPU = torch.cuda.is_available()
 # `auto` is one of the 16-bit types; bf16 products and casts are wrong in the interpreter
-DTYPES = [name for name in all_dtypes() if name != "auto" and (GPU or name != "bf16")]
+DTYPES = [name for name in kernels._ROUNDINGS if name != "auto" and (GPU or name != "bf16")]
 
 
 class Case:

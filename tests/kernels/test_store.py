@@ -6,12 +6,11 @@ from kvbench_kernels.hadamard import rotate
 
 from kvbench.attention import triton as kernels
 from kvbench.cache import PagedCache
-from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
 GPU = torch.cuda.is_available()
-DTYPES = [name for name in all_dtypes() if name != "auto" and (GPU or name != "bf16")]
+DTYPES = [name for name in kernels._ROUNDINGS if name != "auto" and (GPU or name != "bf16")]
 
 
 def hard_rows(tokens, heads, head_dim):

@@ -9,7 +9,7 @@ from kvbench.attention import triton as kernels
 from kvbench.dtypes import Affine, Codebook, Rows, all_dtypes
 
 GPU = torch.cuda.is_available()
-PACKED = [d for d in all_dtypes().values() if d.code_bits <= 8]
+PACKED = [d for d in all_dtypes().values() if d.code_bits <= 8 and d.name in kernels._ROUNDINGS]
 
 
 @triton.jit

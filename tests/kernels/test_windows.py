@@ -19,7 +19,7 @@ from kvbench.transforms import all_rotations
 
 GPU = torch.cuda.is_available()
 # `auto` is one of the 16-bit types; bf16 products and casts are wrong in the interpreter
-DTYPES = [name for name in all_dtypes() if name != "auto" and (GPU or name != "bf16")]
+DTYPES = [name for name in kernels._ROUNDINGS if name != "auto" and (GPU or name != "bf16")]
 POSITIONS = 64  # of a page of centres
 
 
