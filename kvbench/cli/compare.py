@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Baseline, Format, Margin, fail, say
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Baseline, Format, Margin, Wide, fail, say, show
 
 
 def compare(
@@ -20,6 +20,7 @@ def compare(
     baseline: Baseline = None,
     margin: Margin = None,
     as_format: Format = TABLE,
+    wide: Wide = False,
 ) -> None:
     """Compare every cell with its baseline on the same documents.
 
@@ -27,7 +28,6 @@ def compare(
     --baseline, the cells of DIR2 are compared with that baseline of DIR. Exits 5 where a pair had to be refused.
     """
     from kvbench import measured
-    from kvbench.render import render
     from kvbench.report import comparison_text, timings
     from kvbench.report.compare import compare as compared
     from kvbench.report.find_scheme import find_scheme
@@ -39,7 +39,7 @@ def compare(
             given = baseline or ("" if after else "fp16")
             chosen = find_scheme(timings.schemes_of(before), given, _meant) if given else None
             rows = timings.compare_speed(before, after, chosen, margin)
-            print(render(timings.document(rows), as_format), end="")
+            show(timings.document(rows), as_format, wide)
             if not rows or any(row.verdict == "INVALID" for row in rows):
                 raise typer.Exit(NOTHING_TO_COMPARE)
             return
@@ -54,7 +54,7 @@ def compare(
         fail(error, NOTHING_TO_COMPARE)
     except (FileNotFoundError, ValueError) as error:
         fail(error, BAD_INPUT)
-    print(render(comparison_text.document(first, found, second), as_format), end="")
+    show(comparison_text.document(first, found, second), as_format, wide)
     if as_format in ("csv", "json"):
         for fault in [*first.faults, *(second.faults if second else [])]:
             say(fault, to=sys.stderr)

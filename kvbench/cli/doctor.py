@@ -49,7 +49,8 @@ def doctor(
     if as_format == ListFormat.JSON:
         print_list([asdict(check) for check in checks], as_format)
     else:
-        print_rows(("", "", "", ""), [(check.status, check.name, check.detail, check.todo) for check in checks])
+        rows = [(one.status, one.name, f"{one.detail}: {one.todo}" if one.todo else one.detail) for one in checks]
+        print_rows(("", "", ""), rows)
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(UNUSABLE)
 

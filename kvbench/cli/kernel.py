@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, TABLE, UNUSABLE, Format, fail, say
+from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, TABLE, UNUSABLE, Format, Wide, fail, say, show
 
 
 class Operation(StrEnum):
@@ -57,6 +57,7 @@ def kernel(
     ] = True,
     timed: Annotated[bool, typer.Option("--timed", help="Exit 4 where there is no GPU to time on.")] = False,
     as_format: Format = TABLE,
+    wide: Wide = False,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Also keep the rows there, as cells of a run folder.")
     ] = None,
@@ -74,7 +75,6 @@ def kernel(
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
     from kvbench.dtypes import all_dtypes
     from kvbench.environment import describe
-    from kvbench.render import render
     from kvbench.results import Store
     from kvbench.timing import KernelRequest, Shape, as_record, document, load_requests, parse_grid, run, shape_of_model
 
@@ -134,7 +134,7 @@ def kernel(
         fail(f"cannot write to {output}: {error.strerror or error}", UNUSABLE)
     except ValueError as error:
         fail(error, BAD_INPUT)
-    print(render(document(done), as_format), end="")
+    show(document(done), as_format, wide)
     if output:
         say(str(output), to=sys.stdout if as_format == TABLE else sys.stderr)
     if not all(timings.passed for timings in done):

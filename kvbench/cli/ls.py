@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbench.cli.shared import AsList, ListFormat, print_list, print_rows, say
+from kvbench.cli.shared import AsList, ListFormat, Wide, print_list, print_rows, say
 
 ls = typer.Typer(
     name="ls", help="List dtypes, rotations, schemes, tasks or models.", no_args_is_help=True, rich_markup_mode=None
@@ -12,7 +12,7 @@ ls = typer.Typer(
 
 
 @ls.command("dtypes")
-def ls_dtypes(as_format: AsList = ListFormat.TABLE) -> None:
+def ls_dtypes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """KV-cache dtypes, with their true bits a value at head_dim 128."""
     from kvbench.dtypes import all_dtypes
 
@@ -26,11 +26,11 @@ def ls_dtypes(as_format: AsList = ListFormat.TABLE) -> None:
         }
         for dtype in all_dtypes().values()
     ]
-    print_list(rows, as_format, {"bits_per_value": "model's own"})
+    print_list(rows, as_format, {"bits_per_value": "model's own"}, wide)
 
 
 @ls.command("rotations")
-def ls_rotations(as_format: AsList = ListFormat.TABLE) -> None:
+def ls_rotations(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """What prepares rows: rotations, and what learns from a text. `center+hadamard` is one after the other."""
     from kvbench.transforms import all_transforms
 
@@ -44,11 +44,11 @@ def ls_rotations(as_format: AsList = ListFormat.TABLE) -> None:
         }
         for one in all_transforms().values()
     ]
-    print_list(rows, as_format)
+    print_list(rows, as_format, wide=wide)
 
 
 @ls.command("schemes")
-def ls_schemes(as_format: AsList = ListFormat.TABLE) -> None:
+def ls_schemes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """Schemes by name, with their true bits a value of 8192 tokens at head_dim 128."""
     import torch
 
@@ -65,27 +65,27 @@ def ls_schemes(as_format: AsList = ListFormat.TABLE) -> None:
         }
         for preset, scheme in schemes
     ]
-    print_list(sorted(rows, key=lambda row: -row["bits_per_value"]), as_format)
+    print_list(sorted(rows, key=lambda row: -row["bits_per_value"]), as_format, wide=wide)
 
 
 @ls.command("tasks")
-def ls_tasks(as_format: AsList = ListFormat.TABLE) -> None:
+def ls_tasks(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """Tasks: kvbench's own first, then lm-eval's."""
     from dataclasses import asdict
 
     from kvbench.tasks import list_tasks
 
-    print_list([asdict(task) for task in list_tasks()], as_format)
+    print_list([asdict(task) for task in list_tasks()], as_format, wide=wide)
 
 
 @ls.command("models")
-def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
+def ls_models(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
     from kvbench.runners.facts import list_models
 
     rows = list_models()
     if as_format == ListFormat.JSON:
-        print_list(rows, as_format)
+        print_list(rows, as_format, wide=wide)
         return
     heads = ("name", "installed", "license", "size\nMB", "KV KiB\na token", "longest", "source")
     shown = [
@@ -100,6 +100,6 @@ def ls_models(as_format: AsList = ListFormat.TABLE) -> None:
         )
         for row in rows
     ]
-    print_rows(heads, shown, numeric=(3, 4, 5))
+    print_rows(heads, shown, (3, 4, 5), wide)
     if missing := [f"{row['name']}: {row['missing']}" for row in rows if row["missing"]]:
         say("", *missing)

@@ -18,7 +18,9 @@ from kvbench.cli.shared import (
     Output,
     Set,
     Skip,
+    Wide,
     fail,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -39,13 +41,14 @@ def plan(
         ),
     ] = None,
     as_format: Format = TABLE,
+    wide: Wide = False,
 ) -> None:
     """Show what a sweep would run.
 
     Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
     missing on this machine. Runs nothing.
     """
-    print_plan(prepared(config, chosen(only, skip, settings, limit, output)), context, as_format)
+    print_plan(prepared(config, chosen(only, skip, settings, limit, output)), context, as_format, wide)
 
 
 def chosen(
@@ -82,9 +85,8 @@ def prepared(config: Path, options: Options) -> Planned:
         fail(error, BAD_INPUT)
 
 
-def print_plan(planned: Planned, context: int | None = None, as_format: Format = TABLE) -> None:
+def print_plan(planned: Planned, context: int | None = None, as_format: Format = TABLE, wide: bool = False) -> None:
     """The plan's tables, and what they add up to."""
-    from kvbench.render import render
     from kvbench.sweep.command import plan_document
 
-    print(render(plan_document(planned, context), as_format), end="")
+    show(plan_document(planned, context), as_format, wide)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, fail, say
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, fail, say, show
 
 
 def report(
@@ -18,12 +18,12 @@ def report(
         typer.Option("--kernels", metavar="DIR", help="Another one, whose kernels' speed stands beside accuracy."),
     ] = None,
     as_format: Format = TABLE,
+    wide: Wide = False,
 ) -> None:
     """Print and write the tables of a run folder.
 
     Puts report.md, report.csv and report.json into it.
     """
-    from kvbench.render import render
     from kvbench.report.tables import Report
     from kvbench.results import NotARunError
 
@@ -34,7 +34,7 @@ def report(
     except FileNotFoundError as error:
         fail(error, BAD_INPUT)
     shown = as_format == TABLE
-    print(render(found.document(portable=not shown), as_format), end="")
+    show(found.document(portable=not shown), as_format, wide)
     if as_format in ("csv", "json"):
         for fault in found.faults:
             say(fault, to=sys.stderr)

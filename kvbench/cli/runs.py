@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, UNUSABLE, AsList, ListFormat, fail, print_rows, say
+from kvbench.cli.shared import BAD_INPUT, UNUSABLE, AsList, ListFormat, Wide, fail, print_rows, say
 
 if TYPE_CHECKING:
     from kvbench.results.runs import RunFolder
@@ -29,6 +29,7 @@ def runs(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove without the question.")] = False,
     as_format: AsList = ListFormat.TABLE,
+    wide: Wide = False,
 ) -> None:
     """List run folders, the newest first; remove those that are no longer wanted.
 
@@ -50,7 +51,7 @@ def runs(
         print(json.dumps([{**asdict(run), "path": str(run.path)} for run in found], indent=1))
     elif found:
         rows = [(str(run.path), *_shown(run)) for run in found]
-        print_rows(("run folder", "finished", "cells", "MB", "models"), rows, numeric=(3,))
+        print_rows(("run folder", "finished", "cells", "MB", "models"), rows, (3,), wide)
     else:
         say(f"no run folder in {place}; kvbench sweep CONFIG makes one")
 

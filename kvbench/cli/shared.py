@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from kvbench.render import all_renderers
-from kvbench.render.text import seen, table
+from kvbench.render import Column, Document, all_renderers, render, text
+from kvbench.render.text import seen
 
 # 3 comes from the sweep itself
 GATE_FAILED, BAD_INPUT, UNUSABLE, NOTHING_TO_COMPARE, CRASHED, INTERRUPTED = 1, 2, 4, 5, 70, 130
@@ -56,6 +57,7 @@ AsList = Annotated[ListFormat, typer.Option("--format", help="A table, or JSON."
 Renderers = StrEnum("Renderers", {name: name for name in all_renderers()})  # type: ignore[misc]
 Format = Annotated[Renderers, typer.Option("--format", help="What to print.")]
 TABLE = Renderers("table")
+Wide = Annotated[bool, typer.Option("--wide", help="All columns, in a narrow terminal too.")]
 
 Margin = Annotated[
     str | None,
@@ -82,15 +84,38 @@ def say(*lines: str, to: TextIO | None = None) -> None:
     print(seen("\n".join(lines)), file=to)
 
 
-def print_list(rows: Sequence[dict[str, Any]], as_format: ListFormat, absent: dict[str, str] | None = None) -> None:
-    """Rows as a table or as JSON; `absent` says what None is called in a column."""
+def show(document: Document, as_format: str, wide: bool = False) -> None:
+    """A document on stdout; as a table with the columns that the terminal has room for, and in its colors."""
+    if as_format == TABLE:
+        print(text.render(document, None if wide else _width(), _colored()), end="")
+    else:
+        print(render(document, as_format), end="")
+
+
+def _width() -> int | None:
+    """Columns of the terminal that stdout is, or COLUMNS where that is set; None where nothing limits a line."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return os.get_terminal_size(sys.stdout.fileno()).columns or None if sys.stdout.isatty() else None
+
+
+def _colored() -> bool:
+    """Whether stdout shows colors: it is a terminal, and NO_COLOR is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def print_list(
+    rows: Sequence[dict[str, Any]], as_format: ListFormat, absent: dict[str, str] | None = None, wide: bool = False
+) -> None:
+    """Rows as a table or as JSON; `absent` says what None is called in a column. A text stands in the last."""
     if as_format == ListFormat.JSON:
         print(json.dumps(rows, indent=1))
         return
     names = list(rows[0]) if rows else []
     shown = [[_shown(row[name], (absent or {}).get(name, "-")) for name in names] for row in rows]
     numeric = [i for i, name in enumerate(names) if any(isinstance(row[name], (int, float)) for row in rows)]
-    print_rows([name.replace("_", " ") for name in names], shown, numeric)
+    print_rows([name.replace("_", " ") for name in names], shown, numeric, wide)
 
 
 def _shown(value: object, absent: str) -> str:
@@ -101,6 +126,12 @@ def _shown(value: object, absent: str) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
-    """A table in the terminal."""
-    print(table(headers, rows, numeric))
+def print_rows(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int] = (), wide: bool = False
+) -> None:
+    """A table in the terminal; where it is too narrow, texts go on in the next line, and the last columns go first."""
+    columns = [
+        Column(tuple(header.split("\n")), place in numeric, drop=place, prose=place not in numeric)
+        for place, header in enumerate(headers)
+    ]
+    print(text.table(columns, rows, None if wide else _width(), _colored()))

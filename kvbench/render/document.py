@@ -13,11 +13,16 @@ class Column:
 
     lines: its head: what it holds, and below it what and how many. numeric: set to the right.
     drop: where a terminal is too narrow, the column with the highest goes first; one with 0 never does.
+    verdict: it says what the row comes to, so a terminal shows it first. prose: a text, which may be broken into lines.
+    group: many rows have it in common, so a terminal that is too narrow shows it once above them.
     """
 
     lines: tuple[str, ...]
     numeric: bool = True
     drop: int = 0
+    verdict: bool = False
+    prose: bool = False
+    group: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,30 @@
-"""Text in a terminal: tables as wide as they need to be, and names that cannot move the cursor."""
+"""Text in a terminal: tables that fit it, and names that cannot move the cursor."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from kvbench.render.document import Document, Renderer
+from kvbench.render.document import Column, Document, Renderer
+
+GAP = "   "
+# what a text may be broken after: a space but not that between a number and a word, and in a scheme's name : or +
+WORD = re.compile(r"(?:\d+ )?\S+?(?:[:+](?=\w)|(?=\s)|$)\s*")
+COLORS = {
+    "WORSE": "31",
+    "SLOWER": "31",
+    "BETTER": "32",
+    "FASTER": "32",
+    "EQUIVALENT": "32",
+    "SAME": "32",
+    "INCONCLUSIVE": "33",
+    "AMBIGUOUS": "33",
+    "NOT-DISCRIMINATIVE": "33",
+    "INVALID": "35",
+}
 
 # what a terminal obeys instead of showing it: controls but line ends and tabs, and what turns the writing's direction
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -21,38 +40,135 @@ def cell(text: object) -> str:
     return seen(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """A table as wide as it needs to be, whatever the terminal: a value that is cut short is a wrong value.
+def table(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None = None, color: bool = False
+) -> str:
+    """A table as wide as it needs to be; where that is more than `width`, with fewer columns, which are named below it.
 
-    headers: a line break in one begins another line of it. numeric: columns that are set to the right.
+    No value is cut short, for that is a wrong value: a column is there or not, and a text goes on in the next line.
     """
-    heads = [header.split("\n") for header in headers]
-    depth = max(map(len, heads)) if any(headers) else 0
-    lines = [[*[""] * (depth - len(head)), *map(cell, head)] for head in heads]
-    head_rows = [[line[level] for line in lines] for level in range(depth)]
-    body = [[cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*head_rows, *body, strict=True)]
+    order = sorted(range(len(columns)), key=lambda place: not columns[place].verdict)
+    every = [_Shown.of(columns[place], [row[place] for row in rows]) for place in order]
+    kept = _fitting(every, width)
+    above = [one for one in every if one.column.group and not any(one.column is other.column for other in kept)]
+    depth = max((len(one.head) for one in kept), default=0)
+    heads = [[*[""] * (depth - len(one.head)), *one.head] for one in kept]
+    lines = [_line(kept, [head[level] for head in heads]) for level in range(depth)]
+    lines += ["─" * _total([one.width for one in kept])] if depth else []
+    for number in range(len(rows)):
+        group = [one.values[number] for one in above]
+        if above and (not number or group != [one.values[number - 1] for one in above]):
+            lines.append(" · ".join(group))
+        cells = [one.broken(number) for one in kept]
+        for level in range(max(map(len, cells))):
+            lines.append(_line(kept, [part[level] if level < len(part) else "" for part in cells], color and not level))
+    if dropped := [one for one in every if not any(one.column is other.column for other in (*kept, *above))]:
+        names = ", ".join(" ".join(filter(None, one.head)).replace("/ ", "/") for one in dropped)
+        lines += wrapped(f"not shown in {width} columns: {names}; --wide shows all", width)
+    return "\n".join(lines)
 
-    def joined(row: Sequence[str]) -> str:
-        cells = [
-            value.rjust(width) if index in numeric else value.ljust(width)
-            for index, (value, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "   ".join(cells).rstrip()
 
-    rule = ["─" * (sum(widths) + 3 * (len(widths) - 1))] if head_rows else []
-    return "\n".join([*map(joined, head_rows), *rule, *map(joined, body)])
+@dataclass(frozen=True)
+class _Shown:
+    """A column as it is shown: the lines of its head, its values, and its width."""
+
+    column: Column
+    head: list[str]
+    values: list[str]
+    width: int
+
+    @classmethod
+    def of(cls, column: Column, values: Sequence[str]) -> _Shown:
+        head = list(map(cell, column.lines)) if any(column.lines) else []
+        texts = list(map(cell, values))
+        return cls(column, head, texts, max(map(len, (*head, *texts)), default=0))
+
+    @cached_property
+    def least(self) -> int:
+        """How narrow it can be: as its head, and its longest word where its values may be broken."""
+        words = [word.rstrip() for value in self.values for word in WORD.findall(value)]
+        return max(map(len, (*self.head, *words)), default=0) if self.column.prose else self.width
+
+    def broken(self, row: int) -> list[str]:
+        """A value's lines: one, but for a text that is wider than the column."""
+        if len(self.values[row]) <= self.width:
+            return [self.values[row]]
+        lines = [""]
+        for word in WORD.findall(self.values[row]):
+            if lines[-1] and len(lines[-1]) + len(word.rstrip()) > self.width:
+                lines.append("")
+            lines[-1] += word
+        return [line.rstrip() for line in lines]
 
 
-def render(document: Document) -> str:
-    """Every table with its title, warnings and notes; then what the signs mean, and the notes."""
+def _fitting(every: Sequence[_Shown], width: int | None) -> list[_Shown]:
+    """The columns that there is room for where texts are as narrow as can be; these then share what room is left."""
+    kept = list(every)
+    if width is None or _total([one.width for one in kept]) <= width:
+        return kept
+    if _total([one.least for one in kept]) > width:
+        kept = [one for one in kept if not one.column.group]
+    while _total([one.least for one in kept]) > width and (droppable := [one for one in kept if one.column.drop]):
+        first = max(one.column.drop for one in droppable)
+        last = [one for one in droppable if one.column.drop == first][-1]
+        kept = [one for one in kept if one is not last]
+    widths = [one.least for one in kept]
+    while _total(widths) < width and (cut := [i for i, one in enumerate(kept) if widths[i] < one.width]):
+        widths[min(cut, key=lambda i: widths[i])] += 1
+    return [replace(one, width=size) for one, size in zip(kept, widths, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
+def _line(columns: Sequence[_Shown], cells: Sequence[str], color: bool = False) -> str:
+    padded = []
+    for one, value in zip(columns, cells, strict=True):
+        text = value.rjust(one.width) if one.column.numeric else value.ljust(one.width)
+        padded.append(_colored(text) if color and one.column.verdict else text)
+    return GAP.join(padded).rstrip()
+
+
+def _colored(text: str) -> str:
+    """A verdict in the color of its first word."""
+    code = COLORS.get(re.split("[^A-Z-]", text.lstrip("0123456789 "), maxsplit=1)[0])
+    return f"\x1b[{code}m{text}\x1b[0m" if code else text
+
+
+def wrapped(line: str, width: int | None) -> list[str]:
+    """A line in as many as it takes, broken between words, but not between a number and its unit or its error."""
+    if not width or len(line) <= width:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()))
+    kept = re.sub(r"(?<=[\d±×<>≥=]) (?=[^\s(\[])|(?<=\S) (?=[±×])", "\xa0", line.strip())
+    made = textwrap.wrap(
+        kept,
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [part.replace("\xa0", " ") for part in made]
+
+
+def render(document: Document, width: int | None = None, color: bool = False) -> str:
+    """Every table with its title, warnings and notes; then what the signs mean, and the notes.
+
+    width: of the terminal, None where nothing limits it. color: whether verdicts have one.
+    """
     lines: list[str] = []
+
+    def say(*texts: str) -> None:
+        lines.extend(part for text in texts for one in seen(text).split("\n") for part in wrapped(one, width))
+
     for one in document.sections:
-        numeric = [place for place, column in enumerate(one.columns) if column.numeric]
-        heads = ["\n".join(column.lines) for column in one.columns]
-        lines += [seen(line) for line in (one.title, *one.warnings) if line]
-        lines += [table(heads, one.rows, numeric), *map(seen, one.notes), ""]
-    lines += [seen(line) for line in (document.legend, *document.notes) if line]
+        say(*filter(None, (one.title, *one.warnings)))
+        lines.append(table(one.columns, one.rows, width, color))
+        say(*one.notes)
+        lines.append("")
+    say(*filter(None, (document.legend, *document.notes)))
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -13,19 +13,19 @@ from kvbench.report.verdicts import FIELDS, FLOOR_VERDICT, VERDICTS, Comparison
 from kvbench.results import shown_number
 
 COLUMNS = (
-    Column(("dtype",), numeric=False),
-    Column(("rotation",), numeric=False),
+    Column(("dtype",), numeric=False, prose=True, group=True),
+    Column(("rotation",), numeric=False, prose=True, group=True),
     Column(("task",), numeric=False),
     Column(("metric",), numeric=False),
     Column(("baseline",), drop=3),
     Column(("value",), drop=2),
     Column(("difference",)),
-    Column(("95 % interval",)),
+    Column(("95 % interval",), drop=1),
     Column(("flips", "−/+"), drop=4),
     Column(("n",), drop=6),
     Column(("test",), numeric=False, drop=7),
     Column(("p (Holm)",), drop=5),
-    Column(("verdict",), numeric=False),
+    Column(("verdict",), numeric=False, verdict=True, prose=True),
 )
 LEGEND = (
     "EQUIVALENT: the whole interval lies within the margin. INCONCLUSIVE (n): neither shown; so many documents would "

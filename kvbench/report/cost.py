@@ -24,14 +24,14 @@ def cost_table(title: str, records: Sequence[Record]) -> Table | None:
     for record in done:
         schemes[record.dtype, record.rotation].append(record)
     columns = [
-        Column(("", "dtype"), numeric=False),
-        Column(("", "rotation"), numeric=False),
+        Column(("", "dtype"), numeric=False, prose=True),
+        Column(("", "rotation"), numeric=False, prose=True),
         Column(("peak memory", "MiB")),
-        Column(("KV bytes/token", "computed")),
-        Column(("KV bytes/token", "measured")),
-        Column(("prefill", "tokens/s")),
+        Column(("KV bytes/token", "computed"), drop=2),
+        Column(("KV bytes/token", "measured"), drop=4),
+        Column(("prefill", "tokens/s"), drop=1),
         Column(("decode", "tokens/s")),
-        Column(("all cells", "s")),
+        Column(("all cells", "s"), drop=3),
     ]
     rows = []
     for (dtype, rotation), cells in schemes.items():

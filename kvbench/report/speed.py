@@ -30,7 +30,10 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     # a column only where such a peer was timed
     compared = any(row.get("same_dtype_speedup") for row in rows)
     names += [*(["vs same dtype"] if compared else []), "rel. error"]
-    columns = [Column((name,), numeric=name not in ("dtype", "rotation")) for name in names]
+    columns = [
+        Column((name,), numeric=name not in ("dtype", "rotation"), prose=name in ("dtype", "rotation"))
+        for name in names
+    ]
     return Table(title, columns, [_row(row, compared) for row in rows])
 
 
@@ -103,7 +106,7 @@ def speed_column(
     counted = sorted({metric.n for record in chosen for metric in record.metrics if metric.name == "us"})
     shown = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]}..{counted[-1]}"
     return SpeedColumn(
-        Column((name, "µs (× 16-bit)", f"n={shown}")),
+        Column((name, "µs (× 16-bit)", f"n={shown}"), drop=500),
         {(record.dtype, record.rotation): _speed(record.facts) for record in chosen},
         f"{name}: median time of one layer's attention kernel, {batch} sequences of {context} tokens, "
         f"{', '.join(setting[1:])}; × is against the best 16-bit attention timed in the same run",

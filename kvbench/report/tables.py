@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ FIELDS = (
     "cell",
 )
 KEPT = ("md", "csv", "json")  # the formats that stand beside the records
+NAMED = 3  # metrics that a verdict names at most
 LEGEND = (
     "± is one standard error over documents; - was not measured. Sizes count every scale and zero-point. "
     "Verdicts come from paired tests against the baseline, one by one in `kvbench compare`."
@@ -139,15 +140,19 @@ class Report:
         """The verdict of each cell and metric that was compared."""
         return {(row.cell, row.metric): row.verdict for row in self._compared[1].rows} if self._compared else {}
 
-    def _verdict(self, cells: Iterable[Record]) -> str:
-        """How many of a row's metrics got each verdict, the worst first."""
-        found = Counter(
-            verdict
-            for record in cells
-            for metric in record.metrics
-            if (verdict := self._verdicts.get((record.cell, metric.name)))
-        )
-        return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict]) or "-"
+    def _verdict(self, cells: Collection[Record]) -> str:
+        """The metrics that are WORSE, by name where they are few, and how many got each other verdict."""
+        found: dict[str, list[str]] = defaultdict(list)
+        names = Counter(metric.name for record in cells for metric in record.metrics)
+        for record in cells:
+            for metric in record.metrics:
+                if verdict := self._verdicts.get((record.cell, metric.name)):
+                    found[verdict].append(metric.name if names[metric.name] == 1 else f"{record.task} {metric.name}")
+        worse = found.pop("WORSE", [])
+        few = 0 < len(worse) <= NAMED
+        parts = [f"WORSE {', '.join(worse)}"] if few else [f"{len(worse)} WORSE"] if worse else []
+        others = ", ".join(f"{len(found[verdict])} {verdict}" for verdict in VERDICTS if found[verdict])
+        return "; ".join(filter(None, [*parts, others])) or "-"
 
     def _ordered(self) -> list[Record]:
         """The records without the canary's: models as they come, schemes as the sweep lists them, others by size."""
@@ -208,11 +213,11 @@ class Report:
             measures += [(label, name) for name in names]
 
         columns = [
-            Column(("dtype",), numeric=False),
-            Column(("rotation",), numeric=False),
+            Column(("dtype",), numeric=False, prose=True),
+            Column(("rotation",), numeric=False, prose=True),
             Column(("bits/", "value")),
-            Column(("KV KiB/", "token")),
-            Column(("smaller", "than fp16")),
+            Column(("KV KiB/", "token"), drop=1000),
+            Column(("smaller", "than fp16"), drop=999),
         ]
         for label, name in measures:
             found = [m for r in records if labels[r.cell] == label for m in r.metrics if m.name == name]
@@ -220,10 +225,10 @@ class Report:
             # a perplexity is called one
             unit = f" ({found[0].unit})" if found[0].unit not in ("", "%", "ppl") else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
-            columns.append(Column((label, f"{name}{unit}", size)))
+            columns.append(Column((label, f"{name}{unit}", size), drop=len(columns)))
         judged = self._verdict(records) != "-"
         if judged:
-            columns.append(Column(("verdict",), numeric=False))
+            columns.append(Column(("verdict",), numeric=False, verdict=True, prose=True))
 
         layers = {(heads, head_dim) for heads, head_dim in records[0].model.get("layers") or ()}
         speed = speed_column(self.kernels, by_place, layers)

@@ -242,19 +242,19 @@ def _compared(row: dict[str, Any], base: dict[str, Any] | None, limit: float, wr
 
 COLUMNS = (
     Column(("op",), numeric=False),
-    Column(("dtype",), numeric=False),
-    Column(("rotation",), numeric=False),
+    Column(("dtype",), numeric=False, prose=True),
+    Column(("rotation",), numeric=False, prose=True),
     Column(("batch",)),
     Column(("context",)),
     Column(("heads",), drop=4),
     Column(("D",), drop=5),
     Column(("page",), drop=6),
-    Column(("against",), numeric=False, drop=3),
+    Column(("against",), numeric=False, prose=True, drop=3),
     Column(("baseline µs",), drop=2),
     Column(("µs",), drop=1),
     Column(("ratio",)),
     Column(("95 % interval",)),
-    Column(("verdict",), numeric=False),
+    Column(("verdict",), numeric=False, verdict=True, prose=True),
 )
 
 

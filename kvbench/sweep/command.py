@@ -146,7 +146,7 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         contents = store.load()
 
     environment = {**describe(), "device": planned.executor.device}
-    display = Display(todo, Clock(contents.records.values()), store.cells)
+    display = Display(todo, Clock(contents.records.values()), store.cells, before=len(cells) - len(todo))
     for problem in contents.problems:
         display.say(problem, "yellow")
     before = [contents.records[cell.name].status for cell in cells if cell.name in contents.records]
@@ -339,12 +339,12 @@ def plan_tables(planned: Planned, context: int | None = None) -> list[Table]:
         windowed = any(cell.scheme.window for cell in first_cells.values())
         at = [f"at {length} tokens"] if windowed and length else [] if model.layers else ["at D=128"]
         columns = [
-            Column(("dtype",), numeric=False),
-            Column(("rotation",), numeric=False),
+            Column(("dtype",), numeric=False, prose=True),
+            Column(("rotation",), numeric=False, prose=True),
             Column(("bits/value", *at)),
             Column(("KV KiB/", "token"), drop=2),
             Column(("KV MiB at", f"{length or '?'} tokens"), drop=1),
-            *(Column((task,), numeric=False) for task in tasks),
+            *(Column((task,), numeric=False, drop=place + 3) for place, task in enumerate(tasks)),
         ]
         table = []
         for dtype, rotation in dict.fromkeys((row["dtype"], row["rotation"]) for row in of_model):

@@ -10,8 +10,8 @@ from kvbench.results import shown_megabytes
 from kvbench.timing.grid import SMALL_BATCH, SMALL_CONTEXT, Timings
 
 COLUMNS = (
-    Column(("dtype",), numeric=False),
-    Column(("rotation",), numeric=False),
+    Column(("dtype",), numeric=False, prose=True),
+    Column(("rotation",), numeric=False, prose=True),
     Column(("batch",)),
     Column(("context",)),
     Column(("read MB",), drop=4),

@@ -44,7 +44,7 @@ def test_a_table_keeps_its_lines(rows):
     """
     Head, rule and one line a row, whatever the names; nothing that a terminal obeys.
     """
-    shown = text.table(["a", "b"], rows)
+    shown = text.table([Column(("a",)), Column(("b",))], rows)
 
     assert len(shown.split("\n")) == 2 + len(rows)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)

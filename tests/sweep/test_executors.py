@@ -105,7 +105,7 @@ def test_records_are_those_of_one_process(sweep, ends, tmp_path, store, inline_r
         assert store.samples(name).equals(alone.samples(name))
     assert Report.read(store.folder).rows() == Report.read(alone.folder).rows()
     assert len(computed) == 1
-    assert sum("/16  " in line for line in errors.splitlines()) == 16
+    assert sum(" of 16  " in line for line in errors.splitlines()) == 16
     assert not list(store.folder.rglob(".draft-*"))
 
 
