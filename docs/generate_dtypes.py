@@ -7,7 +7,7 @@ from types import ModuleType
 
 import kvbench.dtypes
 import kvbench.transforms
-from kvbench.dtypes import Affine, Cast, Dtype, Trellis, all_dtypes
+from kvbench.dtypes import Affine, Cast, Dtype, Tiers, Trellis, all_dtypes
 from kvbench.presets import all_presets
 from kvbench.schemes import Scheme
 from kvbench.transforms import Rotation, Transform, all_transforms
@@ -57,6 +57,8 @@ def code(dtype: Dtype) -> str:
     if isinstance(dtype.decode, Trellis):
         bits = dtype.decode.state_bits
         return f"{dtype.code_bits} bits of a string, of which the last {bits} are a value"
+    if isinstance(dtype.decode, Tiers):
+        return f"{', '.join(map(str, dtype.decode.widths))} bits, an eighth of the channels each"
     centroids = ", ".join(f"{centroid:g}" for centroid in dtype.decode.centroids)
     return f"{dtype.code_bits}-bit index of {centroids}"
 

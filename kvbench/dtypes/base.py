@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Self
 
 import torch
@@ -42,6 +43,59 @@ class Codebook:
     """A code is an index; it decodes to `centroids[code] * scale`."""
 
     centroids: tuple[float, ...]
+
+
+# of the uniform code of so many bits that suits a unit Gaussian best (Max 1960)
+STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
+
+
+@dataclass(frozen=True)
+class Field:
+    """`bits` bits of a slice's codes, from `bit` on, that lie in a word from bit `place` on."""
+
+    slice: int
+    bit: int
+    bits: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """A row is eight equal slices of channels; slice i has codes of `widths[i]` bits.
+
+    A code decodes to `(code - 2^(bits-1) + 1/2) * STEPS[bits] * scale`.
+    """
+
+    widths: tuple[int, ...]
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """What a word of 16 bits holds."""
+        return self._fields[0]
+
+    @cached_property
+    def rest(self) -> tuple[Field, ...]:
+        """What follows the words, a bit a channel."""
+        return self._fields[1]
+
+    @cached_property
+    def _fields(self) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
+        words: list[Field] = []
+        rest: list[Field] = []
+        place = 0
+        for index, width in enumerate(self.widths):
+            inside = min(width - width % 2 if width > 1 else 1, 16 - place)
+            if inside:
+                words.append(Field(index, 0, inside, place))
+            place += inside
+            rest += [Field(index, bit, 1, 0) for bit in range(inside, width)]
+        if len(self.widths) != 8 or place != 16:
+            raise ValueError(f"tiers of {self.widths} bits do not fill words of 16 bits")
+        return tuple(words), tuple(rest)
+
+    def by_channel(self, head_dim: int) -> tuple[int, ...]:
+        """Bits of each channel's code."""
+        return tuple(width for width in self.widths for _ in range(head_dim // len(self.widths)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +142,7 @@ class Rows:
 class Dtype:
     """How the rows of K or V become bytes. A subclass adds `quantize`; everything else follows from the fields.
 
-    code_bits: bits of one code, without the scale's share.
+    code_bits: bits of one code, without the scale's share; of tiers, the mean, rounded down.
     granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head"),
         `group_size` neighbouring channels of a row ("per_group").
     word_bits: codes are packed into little-endian words of this many bits.
@@ -98,7 +152,7 @@ class Dtype:
 
     name: str
     code_bits: int
-    decode: Cast | Affine | Codebook | Trellis
+    decode: Cast | Affine | Codebook | Tiers | Trellis
     granularity: Literal["none", "per_tensor", "per_token_head", "per_group"]
     source: str
     default_rotation: str = "none"

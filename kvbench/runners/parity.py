@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbench.attention import append, choose
+from kvbench.attention import append, choose, kernels_lack
 from kvbench.cache import PagedCache
 from kvbench.dtypes import all_dtypes
 from kvbench.runners.transformers import TransformersModel
@@ -51,7 +51,8 @@ def parity(loaded: TransformersModel, tokens: list[int]) -> Iterator[Parity]:
         for rotation in all_rotations():
             scheme = Scheme.parse(name, rotation)
             # Triton's interpreter gets bf16 wrong
-            if name != "auto" and not (name == "bf16" and loaded.model.device.type == "cpu"):
+            wrong_here = name == "auto" or (name == "bf16" and loaded.model.device.type == "cpu")
+            if not wrong_here and not kernels_lack(scheme, dtype, loaded.model.device):
                 yield _compare(loaded, scheme, exact, len(pages))
 
 

@@ -43,6 +43,11 @@ def float_of(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<I", bits))[0]
 
 
+def stored_scale(rows: Rows, i: int) -> bytes:
+    """The bytes of a row's scale."""
+    return b"" if rows.scale is None else bytes(rows.scale[i].reshape(1).view(torch.uint8).tolist())
+
+
 def scale_bytes(scale: float) -> bytes:
     return struct.pack("<f", scale)
 
@@ -234,6 +239,91 @@ def tcq4(x: Row) -> tuple[bytes, bytes]:
     return tcq(4, x)
 
 
+def e5m3_value(code: int) -> np.float32:
+    return F((1 + code % 8 / 8) * 2.0 ** (code // 8 - 21))
+
+
+def half_to_even(x: np.float32) -> int:
+    return round(float(x))  # as Python rounds
+
+
+def searched(x: Row, widths: Sequence[int], steps: Sequence[float]) -> tuple[list[int], int]:
+    """Codes, channel by channel, and the scale's code."""
+    y = [v * F(1 / step) for v, step in zip(x, steps, strict=True)]
+    squares = [v * v for v in x]
+    squares += [F(0)] * ((1 << (len(x) - 1).bit_length()) - len(x))
+    root = np.sqrt(sum_by_halves(squares) * F(1 / len(x)))
+    middle = max((code for code in range(255) if e5m3_value(code) <= root), default=0)
+
+    def codes(scale: np.float32) -> tuple[list[int], np.float32]:
+        inverse = F(1) / scale
+        z = [v * inverse - F(0.5) for v in y]
+        found = [
+            half_to_even(min(max(v, F(-(2 ** (w - 1)))), F(2 ** (w - 1) - 1))) for v, w in zip(z, widths, strict=True)
+        ]
+        left = [v - F(c) for v, c in zip(z, found, strict=True)]
+        left = [v * v for v in left] + [F(0)] * (len(squares) - len(x))
+        return [c + 2 ** (w - 1) for c, w in zip(found, widths, strict=True)], sum_by_halves(left) * (scale * scale)
+
+    best, chosen = F(math.inf), middle
+    for tried in range(middle - 3, middle + 8):
+        tried = clamp(tried, 0, 254)
+        error = codes(e5m3_value(tried))[1]
+        if error < best:
+            best, chosen = error, tried
+    return codes(e5m3_value(chosen))[0], chosen
+
+
+def midrise2_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    codes, scale = searched(x, [2] * len(x), [1.0] * len(x))
+    return words(codes, 2), bytes([scale])
+
+
+STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
+TIERS = {"421": (4, 4, 2, 2, 2, 2, 1, 1), "4321": (4, 4, 3, 3, 2, 2, 1, 1), "42": (4, 4, 2, 2, 2, 2, 2, 2)}
+# of each word from its low bits up, and of what follows the words: (slice, lowest bit, bits)
+FIELDS = {
+    "421": (((0, 0, 4), (1, 0, 4), (2, 0, 2), (3, 0, 2), (4, 0, 2), (5, 0, 2)), ((6, 0), (7, 0))),
+    "4321": (
+        ((0, 0, 4), (1, 0, 4), (2, 0, 2), (3, 0, 2), (4, 0, 2), (5, 0, 2)),
+        ((2, 2), (3, 2), (6, 0), (7, 0)),
+    ),
+    "42": (
+        ((0, 0, 4), (1, 0, 4), (2, 0, 2), (3, 0, 2), (4, 0, 2), (5, 0, 2)),
+        ((6, 0), (6, 1), (7, 0), (7, 1)),
+    ),
+}
+
+
+def tiers(kind: str, x: Row) -> tuple[bytes, bytes]:
+    width = len(x) // 8
+    widths = [bits for bits in TIERS[kind] for _ in range(width)]
+    codes, scale = searched(x, widths, [STEPS[bits] for bits in widths])
+    in_words, behind = FIELDS[kind]
+    packed = b""
+    for j in range(width):
+        word = place = 0
+        for part, low, bits in in_words:
+            word |= (codes[part * width + j] >> low & (1 << bits) - 1) << place
+            place += bits
+        packed += word.to_bytes(2, "little")
+    single = [codes[part * width + j] >> low & 1 for part, low in behind for j in range(width)]
+    single += [0] * (-len(single) % 16)
+    return packed + words(single, 1), bytes([scale])
+
+
+def tiers421_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    return tiers("421", x)
+
+
+def tiers4321_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    return tiers("4321", x)
+
+
+def tiers42_per_token_head(x: Row) -> tuple[bytes, bytes]:
+    return tiers("42", x)
+
+
 DEFINITIONS = {
     f.__name__: f
     for f in (
@@ -248,13 +338,12 @@ DEFINITIONS = {
         tcq2,
         tcq3,
         tcq4,
+        midrise2_per_token_head,
+        tiers421_per_token_head,
+        tiers4321_per_token_head,
+        tiers42_per_token_head,
     )
 }
-
-
-def stored_scale(rows: Rows, i: int) -> bytes:
-    """The bytes of a row's scale."""
-    return b"" if rows.scale is None else bytes(rows.scale[i : i + 1].view(torch.uint8).tolist())
 
 
 # ---- what is quantized
@@ -344,6 +433,12 @@ def decoded(name: str, codes: bytes, scale: bytes) -> list[float]:
     """The values of a stored row, by the table of definitions, in float64."""
     if name.startswith("tcq"):
         return tcq_decoded(int(name[3]), codes, int.from_bytes(scale, "little"))
+    if name.startswith("tiers"):
+        return decoded_tiers(name.removeprefix("tiers").removesuffix("_per_token_head"), codes, scale)
+    if name == "midrise2_per_token_head":
+        stored = [int.from_bytes(codes[i : i + 2], "little") for i in range(0, len(codes), 2)]
+        step = float(e5m3_value(scale[0]))
+        return [((word >> shift & 3) - 1.5) * step for shift in range(0, 16, 2) for word in stored]
     s = struct.unpack("<f", scale)[0] if scale else 1.0
     if name == "auto":
         return list(struct.unpack(f"<{len(codes) // 4}f", codes))
@@ -376,6 +471,29 @@ def tcq_decoded(bits: int, codes: bytes, word: int) -> list[float]:
     in_order = [tcq_values(bits)[int(string[bits * t : bits * t + 8], 2)] * scale for t in range(dim)]
     group = {2: 8, 3: 16, 4: 4}[bits]
     return [in_order[channel % (dim // group) * group + channel // (dim // group)] for channel in range(dim)]
+
+
+def decoded_tiers(kind: str, codes: bytes, scale: bytes) -> list[float]:
+    in_words, behind = FIELDS[kind]
+    words_and_rest = [int.from_bytes(codes[i : i + 2], "little") for i in range(0, len(codes), 2)]
+    width = next(w for w in range(len(codes)) if w + -(-len(behind) * w // 16) == len(words_and_rest))
+    stored, rest = words_and_rest[:width], words_and_rest[width:]
+    found = [[0] * width for _ in range(8)]
+    place = 0
+    for part, low, bits in in_words:
+        for j, word in enumerate(stored):
+            found[part][j] |= (word >> place & (1 << bits) - 1) << low
+        place += bits
+    single = [word >> shift & 1 for shift in range(16) for word in rest]
+    for n, (part, low) in enumerate(behind):
+        for j in range(width):
+            found[part][j] |= single[n * width + j] << low
+    gain = float(e5m3_value(scale[0]))
+    return [
+        (code - 2 ** (bits - 1) + 0.5) * gain * STEPS[bits]
+        for slice_codes, bits in zip(found, TIERS[kind], strict=True)
+        for code in slice_codes
+    ]
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)

@@ -47,7 +47,7 @@ class Case:
         for plane in (*self.cache.keys, *self.cache.values):
             plane.codes.fill_(0xFF)  # NaN in every floating-point code
             if plane.scale is not None:
-                plane.scale.fill_(math.nan)
+                plane.scale.view(torch.uint8).fill_(0xFF)
             if plane.tensor_scale is not None:
                 plane.tensor_scale.fill_(0.02)
         pages = torch.randperm(self.cache.keys[0].codes.shape[0]).tolist()

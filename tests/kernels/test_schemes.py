@@ -37,7 +37,7 @@ def caches(scheme, pages, device):
         for plane in (cache.keys[0], cache.values[0]):
             plane.codes.fill_(0xFF)
             if plane.scale is not None:
-                plane.scale.fill_(torch.nan)
+                plane.scale.view(torch.uint8).fill_(0xFF)
     return made[0], made[1] if scheme.window else None, bias
 
 

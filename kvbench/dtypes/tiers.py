@@ -1,0 +1,166 @@
+"""Uniform codes with one searched 8-bit scale a row: of 2 bits, and in tiers, fewer bits for channels that weigh less.
+
+Tiers are for keys whose channels come in the order of what they weigh in scores, each with a spread of 1, as the
+transform `rank` leaves them: then no channel needs a scale of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvbench.dtypes import e5m3
+from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers
+from kvbench.dtypes.int2 import sum_of_squares
+
+SEARCHED = range(-3, 8)  # the scales that are tried, in codes from that of the row's root mean square on
+
+
+@lru_cache(maxsize=64)
+def _by_channel(
+    widths: tuple[int, ...], steps: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[D] float32 each: one over the step, and the lowest and the highest code less 2^(bits-1)."""
+    inverse = torch.tensor([1 / step for step in steps], device=device)
+    half = torch.tensor([2.0 ** (bits - 1) for bits in widths], device=device)
+    return inverse, -half, half - 1
+
+
+def search(x: Tensor, widths: tuple[int, ...], steps: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Codes [..., D] uint8 of x [..., D], channel c with widths[c] bits, and e5m3 scales [...] uint8.
+
+    With y = x / steps, a scale s gives the codes c = clamp(round(y / s - 1/2)), halves to even, which decode to
+    (c + 1/2) s, and the error s² Σ (y / s - 1/2 - c)², summed as `sum_of_squares` does: each channel's error counts in
+    its own steps. The scales tried are 11 that follow each other, the fourth of them the last one up to the root mean
+    square of x; the smallest error wins, of equal ones the smallest scale. A row with NaN or ±inf has codes 0 and the
+    scale NaN. All in float32, divisions as products with a rounded inverse.
+    """
+    x = x.to(torch.float32)
+    inverse, low, high = _by_channel(widths, steps, x.device)
+    whole = (x.abs() < torch.inf).all(-1)
+    y = x * inverse
+    # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
+    first = e5m3.floor((sum_of_squares(x) * (1 / x.shape[-1])).double().sqrt().float())
+    least, chosen = torch.full(first.shape, torch.inf, device=x.device), first
+    for step in SEARCHED:
+        tried = (first + step).clamp(0, e5m3.NAN - 1)
+        scale = e5m3.decode(tried)
+        z = y * (1 / scale).unsqueeze(-1) - 0.5
+        error = sum_of_squares(z - z.clamp(low, high).round()) * (scale * scale)
+        better = error < least
+        least, chosen = torch.where(better, error, least), torch.where(better, tried, chosen)
+    z = y * (1 / e5m3.decode(chosen)).unsqueeze(-1) - 0.5
+    codes = (z.clamp(low, high).round() - low).masked_fill(~whole.unsqueeze(-1), 0)
+    return codes.to(torch.uint8), torch.where(whole, chosen, e5m3.NAN).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Searched(Dtype):
+    """Scales are e5m3."""
+
+    @property
+    def scale_storage(self) -> torch.dtype:
+        return torch.uint8
+
+    def clean_scale(self, scale: Tensor) -> Tensor:
+        return e5m3.decode(scale)
+
+
+@dataclass(frozen=True)
+class MidrisePerTokenHead(_Searched):
+    """Uniform codes for a Gaussian row, as a Hadamard rotation leaves it."""
+
+    def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
+        codes, scale = search(x, (self.code_bits,) * x.shape[-1], (1.0,) * x.shape[-1])
+        return Rows(self.pack(codes), scale)
+
+
+@dataclass(frozen=True)
+class TiersPerTokenHead(_Searched):
+    """Eight slices of D/8 channels, with codes of their own width each.
+
+    A row is W = D/8 words of 16 bits: word j holds, from its low bits up, codes of the channels j, j+W, j+2W, …, of
+    three bits the lower two. What then has no place follows the words, one bit a channel, slice after slice, packed as
+    codes of one bit are.
+    """
+
+    @property
+    def tiers(self) -> Tiers:
+        assert isinstance(self.decode, Tiers)
+        return self.decode
+
+    def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
+        widths = self.tiers.by_channel(x.shape[-1])
+        codes, scale = search(x, widths, tuple(STEPS[bits] for bits in widths))
+        return Rows(self.pack(codes), scale)
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if head_dim <= 0 or head_dim % 8:
+            raise ValueError(
+                f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of 8; "
+                f"use a dtype of 8 or more bits for this model"
+            )
+
+    def word_bytes(self, head_dim: int) -> int:
+        return head_dim // 4
+
+    def code_bytes(self, head_dim: int) -> int:
+        self.check_head_dim(head_dim)
+        return self.word_bytes(head_dim) + 2 * -(-len(self.tiers.rest) * head_dim // 128)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        slices = codes.to(torch.int64).unflatten(-1, (8, -1))  # [..., 8, W]
+        words = torch.zeros_like(slices[..., 0, :])
+        for field in self.tiers.fields:
+            words |= ((slices[..., field.slice, :] >> field.bit) & ((1 << field.bits) - 1)) << field.place
+        if self.tiers.rest:
+            bits = torch.cat([(slices[..., field.slice, :] >> field.bit) & 1 for field in self.tiers.rest], -1)
+            bits = pad(bits, (0, -bits.shape[-1] % 16)).unflatten(-1, (16, -1))
+            words = torch.cat([words, (bits << torch.arange(16, device=bits.device)[:, None]).sum(-2)], -1)
+        return words.to(torch.int16).contiguous().view(torch.uint8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        words = packed.contiguous().view(torch.int16).to(torch.int32)
+        width = words.shape[-1] * 16 // (16 + len(self.tiers.rest))
+        slices = torch.zeros(*words.shape[:-1], 8, width, dtype=torch.int32, device=words.device)
+        for field in self.tiers.fields:
+            part = (words[..., :width] >> field.place) & ((1 << field.bits) - 1)
+            slices[..., field.slice, :] |= part << field.bit
+        if self.tiers.rest:
+            bits = torch.cat([(words[..., width:] >> place) & 1 for place in range(16)], -1)
+            for at, field in enumerate(self.tiers.rest):
+                slices[..., field.slice, :] |= bits[..., at * width : (at + 1) * width] << field.bit
+        return slices.flatten(-2)
+
+    def dequantize(self, rows: Rows, dtype: torch.dtype = torch.float32, tensor_scale: Tensor | None = None) -> Tensor:
+        assert rows.scale is not None
+        codes = self.unpack(rows.codes)
+        widths = self.tiers.by_channel(codes.shape[-1])
+        middle = torch.tensor([2.0 ** (bits - 1) - 0.5 for bits in widths], device=codes.device)
+        steps = torch.tensor([STEPS[bits] for bits in widths], dtype=dtype, device=codes.device)
+        return (codes - middle).to(dtype) * self.clean_scale(rows.scale).to(dtype).unsqueeze(-1) * steps
+
+
+_STEPS = "steps of Max 1960, Quantizing for Minimum Distortion"
+_TIERS = f"kvbench: bits by reverse water-filling (Shannon 1959) over a key's channels; {_STEPS}"
+tiers421_per_token_head = TiersPerTokenHead(
+    "tiers421_per_token_head", 2, Tiers((4, 4, 2, 2, 2, 2, 1, 1)), "per_token_head", _TIERS
+)
+tiers4321_per_token_head = TiersPerTokenHead(
+    "tiers4321_per_token_head", 2, Tiers((4, 4, 3, 3, 2, 2, 1, 1)), "per_token_head", _TIERS
+)
+tiers42_per_token_head = TiersPerTokenHead(
+    "tiers42_per_token_head", 2, Tiers((4, 4, 2, 2, 2, 2, 2, 2)), "per_token_head", _TIERS
+)
+midrise2_per_token_head = MidrisePerTokenHead(
+    "midrise2_per_token_head",
+    2,
+    Codebook((-1.5, -0.5, 0.5, 1.5)),
+    "per_token_head",
+    "uniform codes without a zero, their scale searched",
+    default_rotation="hadamard",
+)

@@ -1,0 +1,72 @@
+"""Ranking: key channels in the order of what they weigh in scores, each in units of its spread.
+
+A channel's error reaches a score times the query's value there, so a channel weighs E[q²]·E[k²], both over the
+calibration text and q over the query heads that read the KV head. A dtype that gives some places of a row more bits
+than others (`Tiers`) then gives them to the channels that matter, and needs no scale a channel: queries are multiplied
+by the spreads instead, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.transforms.base import NOTHING, Lowered, Params, Sample, Transform, grouped
+
+SKIPPED = 4  # tokens of a document, the first: the keys that all attend to lie far from all others
+SMALLEST = 2.0**-10  # of a spread, of its head's largest
+
+
+@dataclass(frozen=True)
+class Rank(Transform):
+    """Channels sorted by E[q²]·E[k²], largest first, equal ones as they were; each divided by its spread, sqrt(E[k²]).
+
+    Learned: order [HKV, D] int64; spread [HKV, D] float32, of the sorted channels.
+    """
+
+    keys_only: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
+    reads_queries: ClassVar[bool] = True
+
+    def learn(self, sample: Sample) -> Params:
+        assert sample.queries is not None, "it reads queries"
+        later = sample.positions >= SKIPPED
+        if not bool(later.any()):
+            later = torch.ones_like(later)
+        keys, queries = sample.keys[later], sample.queries[later]
+        heads, head_dim = keys.shape[1:]
+        of_keys = _mean_square(keys)  # [HKV, D]
+        of_queries = _mean_square(queries).view(heads, -1, head_dim).mean(1)
+        order = torch.argsort(of_keys * of_queries, dim=-1, descending=True, stable=True)
+        spread = of_keys.sqrt()
+        spread = spread.clamp_min(SMALLEST * spread.amax(-1, keepdim=True)).clamp_min(1e-6).gather(-1, order)
+        return {"order": order, "spread": spread.to(torch.float32)}
+
+    def apply(self, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return y.gather(-1, params["order"].expand(y.shape)) * (1 / params["spread"].to(y.dtype))
+
+    def query(self, q: Tensor, params: Params) -> Tensor:
+        order, spread = (grouped(params[name], q.shape[1]) for name in ("order", "spread"))
+        return q.gather(-1, order.expand(q.shape)) * spread.to(q.dtype)
+
+    def lower(self, head_dim: int, params: Params = NOTHING) -> Lowered | None:
+        return None
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """[H, D] float64 of x [T, H, D]."""
+    total = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
+    for part in x.split(1024):
+        total += part.to(torch.float64).square().sum(0)
+    return total / len(x)
+
+
+rank = Rank(
+    "rank",
+    source="bits by what an error costs: reverse water-filling, Shannon 1959; E[q²] as in "
+    "https://arxiv.org/abs/2306.00978",
+)
