@@ -8,7 +8,9 @@
 #   make fuzz                  damaged inputs by the thousand and killed sweeps; ARGS="--seed 2" for others
 #   make architectures         every causal language model of transformers, tiny: right or refused; minutes
 #   make bench                 the benchmark scripts
-#   make docs                  what is generated in docs/
+#   make docs                  what is generated in docs/, and README's picture
+#   make pages                 the committed sweeps' pages, results/*/report.html
+#   make page-script           the pages' chart library, kvbench/render/page/plot.min.js; needs npm
 #   make dist                  wheel and sdist in dist/
 #
 # PYTHON=python3.12 makes the environment with another Python. On Linux PyPI's torch brings CUDA (about 3 GB more);
@@ -17,7 +19,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env quickstart model check test test-gpu architectures fuzz bench docs dist wheel clean
+.PHONY: env quickstart model check test test-gpu architectures fuzz bench docs pages page-script dist wheel clean
 
 # only what the environment itself holds is imported
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
@@ -84,6 +86,17 @@ bench: env
 
 docs: env
 	$(BIN)/python docs/generate_dtypes.py
+	$(BIN)/python docs/generate_picture.py
+
+pages: env
+	$(BIN)/python docs/generate_pages.py
+
+page-script:
+	rm -rf build/page && mkdir -p build && cp -r kvbench/render/page/build build/page
+	cd build/page && npm install --silent --no-audit --no-fund && npx esbuild entry.js --bundle --minify --format=iife \
+		--global-name=Plot --target=es2020 --legal-comments=none \
+		--banner:js='/*! Observable Plot and d3; licences: kvbench/render/page/LICENCES.txt */' --outfile=plot.min.js
+	cp build/page/plot.min.js kvbench/render/page/plot.min.js
 
 dist: env
 	$(BIN)/python -m hatchling build

@@ -135,14 +135,19 @@ def draft_in(folder: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file with this text, on the disk when this returns: the old one or the new one, never a part of it.
+    """A file with this text, as `write_bytes` writes one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file with these bytes, on the disk when this returns: the old one or the new one, never a part of it.
 
     A symbolic link there is replaced, and what it points to is left alone.
     """
     draft = draft_in(path.parent)
     try:
-        with draft.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, fail, say, show
+
+if TYPE_CHECKING:
+    from kvbench.report.tables import Report
+
+PAGE = "html"
 
 
 def report(
@@ -17,31 +22,61 @@ def report(
         Path | None,
         typer.Option("--kernels", metavar="DIR", help="Another one, whose kernels' speed stands beside accuracy."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="The data sets' rows: with html, prompts of answers that flipped."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw size against loss, as .svg or .png.")
+    ] = None,
     as_format: Format = TABLE,
     wide: Wide = False,
 ) -> None:
     """Print and write the tables of a run folder.
 
-    Puts report.md, report.csv and report.json into it.
+    Puts report.md, report.csv and report.json into it; with --format html report.html alone, a page that needs nothing
+    beside it.
     """
     from kvbench.report.tables import Report
     from kvbench.results import NotARunError
 
     try:
         found = Report.read(folder, kernels)
+        if plot:
+            _draw(found, plot)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         fail(error, BAD_INPUT)
-    shown = as_format == TABLE
-    show(found.document(portable=not shown), as_format, wide)
+    shown = as_format in (TABLE, PAGE)
+    if as_format != PAGE:
+        show(found.document(portable=not shown), as_format, wide)
     if as_format in ("csv", "json"):
         for fault in found.faults:
             say(fault, to=sys.stderr)
     try:
-        first, *others = found.write()
+        paths = [_write_page(found, data)] if as_format == PAGE else found.write()
     except OSError as error:
         say(f"not written: {error.filename2 or error.filename}: {error.strerror}", to=sys.stderr)
     else:
+        first, *others = [*paths, *filter(None, [plot])]
         names = " · ".join([str(first), *(path.name for path in others)])
         say(names, to=sys.stdout if shown else sys.stderr)
+
+
+def _write_page(found: Report, data: Path | None) -> Path:
+    from kvbench.report.documents import texts
+    from kvbench.report.page import page
+
+    return found.write_as(PAGE, page(found, texts(found.records, data) if data else None))
+
+
+def _draw(found: Report, path: Path) -> None:
+    """A picture in a file; ValueError where there is no place or no way to draw it."""
+    from kvbench.render.picture import save
+    from kvbench.report.page import trade_off
+
+    try:
+        save(trade_off(found), path)
+    except OSError as error:
+        raise ValueError(f"{path}: not written ({error.strerror})") from None

@@ -3,9 +3,35 @@
 from functools import cache
 
 from kvbench.registry import walk
-from kvbench.render.document import Column, Document, Renderer, Table
+from kvbench.render.document import (
+    Axis,
+    Bar,
+    Cell,
+    Column,
+    Document,
+    Plot,
+    Prose,
+    Renderer,
+    Section,
+    Table,
+    View,
+)
 
-__all__ = ["Column", "Document", "Renderer", "Table", "all_renderers", "render"]
+__all__ = [
+    "Axis",
+    "Bar",
+    "Cell",
+    "Column",
+    "Document",
+    "Plot",
+    "Prose",
+    "Renderer",
+    "Section",
+    "Table",
+    "View",
+    "all_renderers",
+    "render",
+]
 
 
 @cache

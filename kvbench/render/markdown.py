@@ -31,7 +31,7 @@ def render(document: Document) -> str:
     """A section a table, then what the signs mean, then the notes."""
     lines = [f"# {plain(document.title)}", ""] if document.title else []
     lines += [plain(document.lead), ""] if document.lead else []
-    for one in document.sections:
+    for one in document.tables:
         lines += [f"## {plain(one.title)}", ""] if one.title else []
         lines += [line for warning in one.warnings for line in (f"**{plain(warning)}**", "")]
         lines += [*table(one), ""]

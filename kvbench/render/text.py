@@ -163,7 +163,7 @@ def render(document: Document, width: int | None = None, color: bool = False) ->
     def say(*texts: str) -> None:
         lines.extend(part for text in texts for one in seen(text).split("\n") for part in wrapped(one, width))
 
-    for one in document.sections:
+    for one in document.tables:
         say(*filter(None, (one.title, *one.warnings)))
         lines.append(table(one.columns, one.rows, width, color))
         say(*one.notes)

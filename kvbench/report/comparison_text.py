@@ -56,7 +56,7 @@ def _cells(row: Comparison, against: str) -> list[str]:
         _number(row.baseline),
         _number(row.value),
         shown_difference(row.difference, row.unit),
-        _interval(row),
+        shown_interval(row),
         f"{row.worse}/{row.better}" if flips else "-",
         _number(row.n),
         row.test or "-",
@@ -65,7 +65,7 @@ def _cells(row: Comparison, against: str) -> list[str]:
     ]
 
 
-def _interval(row: Comparison) -> str:
+def shown_interval(row: Comparison) -> str:
     """Both ends in the unit of the difference, which stands beside it."""
     if row.ci_low is None or row.ci_high is None:
         return "-"

@@ -60,7 +60,7 @@ def flips(path: Path) -> Flips:
     rows = [
         Flip(task, doc_id, name, before, after, there[task, doc_id, flt], here[task, doc_id, flt])
         for name in shares
-        for (task, doc_id, flt), before, after in _moved(cell.series[name], base.series[name])
+        for (task, doc_id, flt), before, after in moved(cell.series[name], base.series[name])
     ]
     names = [" · ".join(one.scheme) for one in (cell, base)]
     counts = ", ".join(
@@ -99,7 +99,8 @@ def _baseline(measured: Measured, cell: Cell) -> Cell:
     return base
 
 
-def _moved(series: Series, base: Series) -> list[tuple[tuple[str, str, str], float, float]]:
+def moved(series: Series, base: Series) -> list[tuple[tuple[str, str, str], float, float]]:
+    """Each document whose number is another, with the baseline's and this one's."""
     triples = zip(series.documents, base.values, series.values, strict=True)
     return [(doc[:3], float(before), float(after)) for doc, before, after in triples if before != after]
 

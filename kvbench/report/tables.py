@@ -89,6 +89,11 @@ class Report:
         records = list(contents.records.values())
         return cls(folder, records, store.run(), contents.problems, [record for record in records if record.kernel])
 
+    @property
+    def store(self) -> Store:
+        """Where the records are."""
+        return Store(self.folder)
+
     # ---- one list, a row a metric
 
     def rows(self) -> list[dict[str, Any]]:
@@ -128,7 +133,7 @@ class Report:
         return rows
 
     @cached_property
-    def _compared(self) -> tuple[measured.Measured, compare.Comparisons] | None:
+    def compared(self) -> tuple[measured.Measured, compare.Comparisons] | None:
         """Every cell against the baseline; None for a run that names none."""
         if not self.run.get("baseline"):
             return None
@@ -138,7 +143,7 @@ class Report:
     @cached_property
     def _verdicts(self) -> dict[tuple[str, str], str | None]:
         """The verdict of each cell and metric that was compared."""
-        return {(row.cell, row.metric): row.verdict for row in self._compared[1].rows} if self._compared else {}
+        return {(row.cell, row.metric): row.verdict for row in self.compared[1].rows} if self.compared else {}
 
     def _verdict(self, cells: Collection[Record]) -> str:
         """The metrics that are WORSE, by name where they are few, and how many got each other verdict."""
@@ -265,8 +270,8 @@ class Report:
         lines += self._without_verdicts()
         lines += list(self._agreement())
         lines += list(self._canary())
-        if self._compared:
-            cells, found = self._compared
+        if self.compared:
+            cells, found = self.compared
             lines += comparison_text.summary(cells, found)
         for record in self.records:
             if record.status == "failed":
@@ -334,12 +339,14 @@ class Report:
 
     def write(self) -> list[Path]:
         """Puts report.md, report.csv and report.json into the run folder."""
-        document, paths = self.document(), []
-        for name in KEPT:
-            path = self.folder / f"report.{all_renderers()[name].ending}"
-            write_text(path, render(document, name))
-            paths.append(path)
-        return paths
+        document = self.document()
+        return [self.write_as(name, document) for name in KEPT]
+
+    def write_as(self, name: str, document: Document) -> Path:
+        """Puts a document of this report in one format into the run folder."""
+        path = self.folder / f"report.{all_renderers()[name].ending}"
+        write_text(path, render(document, name))
+        return path
 
 
 def _limited(limit: int | None) -> str:

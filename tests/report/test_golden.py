@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
 from kvbench.measured import read
-from kvbench.render import render
+from kvbench.render import Axis, View, render
+from kvbench.render.picture import save
 from kvbench.report.compare import compare
 from kvbench.report.comparison_text import document
 from kvbench.report.tables import Report
 
-RESULTS = Path(__file__).parents[2] / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "matrix-gemma3"])
@@ -41,3 +44,37 @@ def test_a_committed_report_is_made_again(name, tmp_path):
 
     for path in paths:
         assert path.read_text(encoding="utf-8") == (RESULTS / name / path.name).read_text(encoding="utf-8"), path.name
+
+
+def test_the_committed_pages_are_made_again():
+    """
+    `make pages` gives the report.html beside the records, to the byte.
+    """
+    pages = runpy.run_path(str(ROOT / "docs" / "generate_pages.py"))["pages"]
+
+    for path, text in pages():
+        assert path.read_text(encoding="utf-8") == text, f"{path.parent.name}: run make pages"
+
+
+def test_readmes_picture_is_drawn_again(tmp_path):
+    """
+    `make docs` draws docs/trade-off.svg, to the byte.
+    """
+    drawing = runpy.run_path(str(ROOT / "docs" / "generate_picture.py"))
+
+    save(drawing["views"](), tmp_path / "again.svg")
+
+    assert (tmp_path / "again.svg").read_bytes() == drawing["PICTURE"].read_bytes(), "run make docs"
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+def test_a_picture_is_what_its_name_says(name, begins, tmp_path):
+    """
+    .svg and .png are drawn; another ending is refused with those two.
+    """
+    view = View({"model": "toy"}, "", Axis("bits"), Axis("loss"), [{"x": 4, "y": 1, "mark": "worse", "label": "int4"}])
+    save([view], tmp_path / name)
+
+    assert (tmp_path / name).read_bytes().startswith(begins)
+    with pytest.raises(ValueError, match=r"ends in .svg or .png"):
+        save([view], tmp_path / "a.pdf")

@@ -1,0 +1,1 @@
+export { cell, dot, line, link, plot, ruleX, ruleY, text } from "@observablehq/plot";

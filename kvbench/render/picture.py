@@ -1,0 +1,108 @@
+"""A picture of its own, as a file: SVG or PNG by matplotlib, which comes with `pip install kvbench[plot]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from kvbench.files import write_bytes
+from kvbench.render.document import Axis, View
+
+ENDINGS = (".svg", ".png")
+# as in the page: a colour and a shape for each verdict
+MARKS = {
+    "worse": ("#b3261e", "^", "WORSE"),
+    "better": ("#1a6e2e", "*", "BETTER"),
+    "same": ("#1a6e2e", "o", "EQUIVALENT"),
+    "open": ("#8a5a00", "D", "INCONCLUSIVE"),
+    "void": ("#57606a", "s", "not tested"),
+}
+TICKS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def save(views: Sequence[View], path: Path) -> None:
+    """Draws views of points beside each other into a file; the same views give the same SVG.
+
+    Raises:
+        ValueError: the file's name ends in neither .svg nor .png, or matplotlib is not there.
+        OSError: it can't be written.
+    """
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path}: a picture is a file that ends in {' or '.join(ENDINGS)}")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs matplotlib, which is not installed: pip install 'kvbench[plot]'") from None
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": "kvbench",
+        "svg.fonttype": "path",
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(1 + 5.2 * len(views), 4.2), layout="constrained")
+        for place, view in enumerate(views, start=1):
+            _draw(figure.add_subplot(1, len(views), place), view)
+        drawn = BytesIO()
+        # without the day, so that the same numbers are the same file
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(drawn, format=path.suffix[1:], dpi=160, metadata=metadata)
+    write_bytes(path, drawn.getvalue())
+
+
+def _draw(panel: Any, view: View) -> None:
+    front = sorted((point for point in view.points if point.get("front")), key=lambda point: float(point["x"]))
+    panel.plot([p["x"] for p in front], [p["y"] for p in front], color="#57606a", linewidth=1, zorder=1)
+    for line in view.y.lines:
+        panel.axhline(line, color="#57606a", linewidth=0.8, linestyle="--")
+    used = dict.fromkeys(str(point["mark"]) for point in view.points)
+    for mark in used:
+        colour, shape, word = MARKS[mark]
+        points = [point for point in view.points if point["mark"] == mark]
+        for point in points:
+            if point.get("low") is not None and not (view.y.log and point["low"] <= 0):
+                panel.plot([point["x"]] * 2, [point["low"], point["high"]], color=colour, linewidth=1.2, zorder=2)
+        xs, ys = [p["x"] for p in points], [p["y"] for p in points]
+        panel.scatter(xs, ys, marker=shape, facecolor=f"{colour}55", edgecolor=colour, s=36, zorder=3, label=word)
+    _scale(panel, view.x, "x")
+    _scale(panel, view.y, "y")
+    panel.grid(color="#d0d7de", linewidth=0.5)
+    panel.set_axisbelow(True)
+    panel.margins(x=0.14, y=0.08)
+    panel.legend(frameon=False, fontsize=8)
+    panel.set_title(", ".join(view.choice.values()), fontsize=9.5)
+    _name(panel, view)
+
+
+def _name(panel: Any, view: View) -> None:
+    """Names beside the points, those on the frontier first; none over another."""
+    taken: list[Any] = []
+    panel.figure.draw_without_rendering()  # which settles where points are
+    for point in sorted(view.points, key=lambda point: not point.get("front")):
+        place = point["x"], point["y"]
+        # away from the nearer edge
+        right = panel.transAxes.inverted().transform(panel.transData.transform(place))[0] > 0.6
+        side, align = (-6, "right") if right else (6, "left")
+        text = panel.annotate(
+            point.get("label", ""), place, xytext=(side, 3), textcoords="offset points", ha=align, fontsize=7.5
+        )
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(box)
+
+
+def _scale(panel: Any, axis: Axis, which: str) -> None:
+    getattr(panel, f"set_{which}label")(axis.label)
+    if not axis.log:
+        return
+    getattr(panel, f"set_{which}scale")("log", base=2 if which == "x" else 10)
+    if which == "x":
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_xticks([], minor=True)
