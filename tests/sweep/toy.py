@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from kvbench.sweep.parts import ModelFacts, Parts
 from kvbench.tasks.base import RunContext, Work
 
 LAYERS = ((2, 64),) * 3
-MODELS = {"toy": "r1", "other": "r2"}
+MODELS = {"toy": "r1", "other": "r2", "blind": "r3"}  # the last does not read its cache
 
 
 @dataclass
@@ -80,6 +81,7 @@ class ToyTask:
     log: str = ""
     swallows: str = ""
     dies: str = ""
+    once: str = ""
     breaks: str = ""
     fills: str = ""
     timed: bool = False
@@ -119,7 +121,9 @@ class ToyTask:
                 file.write(f"{self.name} {runner.scheme.dtype_name}\n")
             with Path(f"{self.log} of the processes").open("a") as file:
                 file.write(f"{os.getpid()}\n")
-        if self.dies and self.dies in runner.scheme.dtype_name:
+        if self.dies and self.dies in runner.scheme.dtype_name and not (self.once and Path(self.once).exists()):
+            if self.once:
+                Path(self.once).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if self.breaks and self.breaks in runner.scheme.dtype_name:
             session.is_broken = lambda: True
@@ -177,7 +181,7 @@ def fetch_model(spec: Any) -> None:
 
 
 def open_model(spec: Any, compute_dtype: str, device: str) -> ToyModel:
-    reads_cache = "TOY_IGNORES_CACHE" not in os.environ
+    reads_cache = "TOY_IGNORES_CACHE" not in os.environ and spec.name != "blind"
     return ToyModel(ModelInfo(spec.name, MODELS[spec.name], compute_dtype, LAYERS, 1024), reads_cache)
 
 
@@ -202,9 +206,20 @@ def write_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def kvbench(arguments: list[str], errors: Path | None = None) -> None:
+    """The command over the toys, in a process group of its own where its stderr goes to a file."""
     import kvbench.sweep.command
     from kvbench.cli import main
 
+    if errors is not None:
+        os.setpgrp()
+        for number, path in ((1, errors.with_name("stdout")), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.argv = ["kvbench", *arguments]
     kvbench.sweep.command.REAL = PARTS
     main()
+
+
+if __name__ == "__main__":
+    kvbench(sys.argv[1:])

@@ -96,16 +96,17 @@ class Queue:
         return counts
 
     def take(self, seat: Seat, seats: Sequence[Seat]) -> Cell | None:
-        """The next cell for a seat: of the model that is loaded there, else of one that is loaded nowhere.
+        """The next cell for a seat: of the model that is loaded there, else of the first that is loaded nowhere.
 
-        Else of that with the most cells left a worker. One that died on a node goes to another, where there is one.
+        Else of that with the most cells left a worker. One whose worker died goes to another node, if there is one.
         """
         fit = [other for other in seats if other.share == seat.share]
         loaded = Counter(other.model for other in fit if other is not seat)
         nodes = {other.node for other in fit}
 
         def order(model: Model) -> tuple[bool, bool, float]:
-            return model != seat.model, model in loaded, -len(self.models[model]) / (loaded[model] + 1)
+            a_worker = len(self.models[model]) / (loaded[model] + 1)
+            return model != seat.model, model in loaded, -a_worker if model in loaded else 0.0
 
         those = [model for model, cells in self.models.items() if cells and seat.share in (None, model[0].gpus)]
         for model in sorted(those, key=order):

@@ -1,0 +1,217 @@
+"""Cells in a Ray cluster: what a dead worker costs, a cluster that grows, and what a cluster can lack."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from kvbench.results import Store
+from kvbench.sweep.command import Options, make_executor, run_sweep
+from kvbench.sweep.executors.ray import Node, capacity, check_address, differences
+from kvbench.sweep.executors.ray_worker import Needs, look
+from kvbench.sweep.stopping import UnusableError
+from kvbench.yaml_text import ConfigError
+
+
+@pytest.fixture
+def kvbench_in_a_cluster(tmp_path, toy, cluster):
+    """Starts `kvbench ARGUMENTS` with the cluster's address; `ended` gives its exit code and stderr."""
+
+    def started(*arguments):
+        arguments = [*map(str, arguments), "--executor", "ray", "--address", cluster.address]
+        process = multiprocessing.get_context("spawn").Process(
+            target=toy.kvbench, args=(arguments, tmp_path / "stderr")
+        )
+        process.start()
+        return process
+
+    return started
+
+
+def ended(process, tmp_path, seconds=400):
+    process.join(seconds)
+    errors = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in errors
+    return process.exitcode, errors
+
+
+def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_cluster, tmp_path, toy):
+    """
+    A cell whose worker dies once is measured elsewhere; one that kills three of them is kept as failed with each end.
+    """
+    tasks = [
+        {"task": "toy_a", "dies": "int8", "once": str(tmp_path / "once")},
+        {"task": "toy_b", "dies": "int2"},
+    ]
+    path = toy.write_config(tmp_path / "toys.yaml", tasks=tasks)
+    code, errors = ended(kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run"), tmp_path)
+    records = Store(tmp_path / "run").load().records.values()
+    (failed,) = [record for record in records if record.status == "failed"]
+
+    assert code == 3, errors
+    assert len(records) == 16
+    assert (tmp_path / "once").exists()
+    assert (failed.dtype, failed.task) == ("int2_per_token_head", "toy_b")
+    assert failed.error.startswith("WorkerDiedError: it was tried 3 times, and each time its worker died: on ")
+    assert "Worker unexpectedly exits" in failed.error
+    places = [part.split(":")[0] for part in failed.error.split("on ")[1:]]
+    assert len(set(places)) == 2, "all three on one node"
+
+
+def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, tmp_path, toy, cluster):
+    """
+    A node that joins takes cells, and one that leaves costs none.
+    """
+    log = tmp_path / "log"
+    path = toy.write_config(
+        tmp_path / "toys.yaml", tasks=[{"task": f"toy_{i}", "seconds": 1.0, "log": str(log)} for i in range(5)]
+    )
+    process = kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run")
+    workers = tmp_path / "log of the processes"
+
+    def count(at_least):
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.is_alive():
+            if workers.exists() and len(set(workers.read_text().split())) >= at_least:
+                return True
+            time.sleep(0.1)
+        return False
+
+    assert count(2)
+    node = cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 * 2**20)
+    try:
+        assert count(3), "the new node took no cell"
+    finally:
+        cluster.remove_node(node, allow_graceful=False)
+    code, errors = ended(process, tmp_path)
+
+    assert code == 0, errors
+    assert {record.status for record in Store(tmp_path / "run").load().records.values()} == {"done"}
+
+
+# ---- what can be lacking: a line each, exit code 4
+
+
+def test_more_workers_than_there_is_room_for_are_refused(kvbench_in_a_cluster, tmp_path, toy):
+    """
+    Before anything runs, with what the cluster has.
+    """
+    path = toy.write_config(tmp_path / "toys.yaml")
+    process = kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run", "--workers", "9")
+    code, errors = ended(process, tmp_path)
+
+    assert code == 4
+    assert "--workers 9: the cluster has 2 CPUs on 2 nodes, room for 2" in errors
+
+
+def test_doctor_says_what_a_cluster_has(kvbench_in_a_cluster, tmp_path):
+    """
+    A row for Ray and one for each node.
+    """
+    code, errors = ended(kvbench_in_a_cluster("doctor", "--format", "json"), tmp_path)
+    rows = json.loads((tmp_path / "stdout").read_text())
+
+    assert code == 0, errors
+    assert [row["name"].split()[0] for row in rows] == ["ray", "node", "node"]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(row["detail"].startswith("0 GPUs, 1 CPUs, ") for row in rows[1:])
+
+
+def test_without_ray_it_is_said_what_to_install(monkeypatch):
+    """
+    And nothing else of kvbench imports it.
+    """
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UnusableError, match=r"--executor ray needs Ray \(.*\): pip install 'kvbench\[ray\]'"):
+        make_executor(Options(executor="ray"))
+
+
+def test_ray_is_imported_for_its_executor_alone():
+    """
+    No verb loads it, nor does a sweep by another executor.
+    """
+    program = (
+        "import sys, kvbench.cli.app, kvbench.sweep.command as c; c.make_executor(c.Options(devices=['cpu']));"
+        "sys.exit('ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_address_without_a_cluster_is_said_at_once():
+    """
+    Where nothing listens, and where the address is that of a client, which would be outside of the cluster.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        with pytest.raises(UnusableError, match=rf"no Ray cluster at 127.0.0.1:{port}: .*refused; `ray start --head`"):
+            check_address(f"127.0.0.1:{port}")
+    for wrong in ("ray://head:10001", "head", "head:port"):
+        with pytest.raises(UnusableError, match="expected auto or HOST:PORT"):
+            check_address(wrong)
+
+
+def test_versions_that_differ_are_named():
+    """
+    All that decide numbers, but for how torch was built; else the code of kvbench by its hash.
+    """
+    here = {
+        "python": "3.12.1",
+        "kvbench": "1",
+        "versions": {"torch": "2.11.0+cpu", "numpy": "2.5"},
+        "source_sha256": "a",
+    }
+    there = {**here, "versions": {"torch": "2.11.0+cu130", "numpy": "2.4"}}
+
+    assert differences(here, here) == []
+    assert differences(here, there) == ["it has numpy 2.4, and this machine 2.5"]
+    assert differences(here, {**here, "source_sha256": "b"}) == [
+        "its code of kvbench is another than this machine's; a runtime_env sends it along"
+    ]
+    assert differences(here, {**here, "versions": {}})[0] == "it has torch not at all, and this machine 2.11.0+cpu"
+
+
+def test_a_node_says_which_model_and_data_it_lacks(toy):
+    """
+    A model that is not there or is another one, and a task's file.
+    """
+    spec = SimpleNamespace(name="toy")
+    planned = toy.ModelFacts("toy", "float32", "r1")
+    task = toy.ToyTask("toy_a", lacks="toy_a wants a file: put it there")
+
+    def lacks(found):
+        return look(Needs([(spec, planned)], [task], lambda _: found))[1]
+
+    assert lacks(planned) == ["toy_a wants a file: put it there"]
+    assert lacks(toy.ModelFacts("toy", "float32", missing="fetch it"))[0] == "model toy: fetch it"
+    assert lacks(toy.ModelFacts("toy", "float32", "r2"))[0] == "model toy: its revision is r2, and here r1"
+
+
+def test_flags_of_a_cluster_go_with_its_executor(tmp_path, toy):
+    """
+    One line, exit code 2.
+    """
+    for options in (Options(address="auto"), Options(workers=2, executor="process")):
+        with pytest.raises(ConfigError, match="--address and --workers are of a cluster: add --executor ray"):
+            make_executor(options)
+    with pytest.raises(ConfigError, match="--executor ray takes no --devices"):
+        make_executor(Options(executor="ray", devices=["0"]))
+    with pytest.raises(ConfigError, match=r"gpus.*less than or equal to 1|gpus"):
+        run_sweep(toy.write_config(tmp_path / "toys.yaml", model={"name": "toy", "gpus": 1.5}), Options(), toy.PARTS)
+
+
+def test_small_models_share_a_gpu():
+    """
+    A node has room for as many workers as its GPUs have of their share, whole to each; without a GPU one to a CPU.
+    """
+    gpus, cpus = Node("a", "a", 2.0, 16.0), Node("b", "b", 0.0, 3.0)
+
+    assert [capacity(gpus, share) for share in (1.0, 0.5, 0.4, 0.3, 0.1)] == [2, 4, 4, 6, 20]
+    assert capacity(cpus, 0.5) == 3
