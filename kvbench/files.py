@@ -88,6 +88,16 @@ def portable(value: Any) -> Any:
         return value
 
 
+def unwritable(path: Path) -> str:
+    """Why nothing can be written at a path, as far as its folders say; empty where something can."""
+    place = path.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is no folder"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
+
+
 # ---- files of ours
 
 

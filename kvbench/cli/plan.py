@@ -49,7 +49,18 @@ def plan(
     Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
     missing on this machine. Runs nothing.
     """
+    check_file(config)
     print_plan(prepared(config, chosen(only, skip, settings, limit, output)), context, as_format, wide)
+
+
+def check_file(config: Path) -> None:
+    """Says at once, before torch is imported, that CONFIG is no file that can be read."""
+    from kvbench.yaml_text import ConfigError, read_file
+
+    try:
+        read_file(config)
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
 
 
 def chosen(
@@ -66,7 +77,7 @@ def chosen(
     workers: int | None = None,
 ) -> Options:
     """What the options of sweep and plan ask for."""
-    from kvbench.sweep.command import Options
+    from kvbench.sweep.command import Options  # imports torch
 
     names = [name.strip() for name in devices.split(",")] if devices is not None else []
     if wrong := [name for name in names if not (name.isdecimal() or name == "cpu")]:

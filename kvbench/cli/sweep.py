@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.plan import chosen, prepared, print_plan
+from kvbench.cli.plan import check_file, chosen, prepared, print_plan
 from kvbench.cli.shared import BAD_INPUT, UNUSABLE, Address, Config, Limit, Only, Output, Set, Skip, fail
 
 
@@ -57,6 +57,7 @@ def sweep(
 
     A cell is one model × dtype × rotation × task. What is done is kept, whatever stops the sweep.
     """
+    check_file(config)
     from kvbench.sweep.command import run_sweep
     from kvbench.sweep.stopping import UnusableError
 

@@ -6,12 +6,14 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvbench.environment import describe
+from kvbench.files import unwritable
 from kvbench.measured import of_records, prompt_forms
 from kvbench.render import Column, Document, Table
 from kvbench.results import DEFAULT_FOLDER, Contents, Record, Store
@@ -26,7 +28,7 @@ from kvbench.sweep.executors.inline import Inline
 from kvbench.sweep.executors.process import Processes
 from kvbench.sweep.job import Job
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
-from kvbench.sweep.plan import Cell, choose, done_otherwise, missing_data, plan, too_long, unserved, unsuited
+from kvbench.sweep.plan import Cell, choose, done_otherwise, doubts, missing_data, plan, too_long, unserved, unsuited
 from kvbench.sweep.progress import Clock, Display, duration
 from kvbench.sweep.run import NotInEffectError, not_in_effect, run_cells
 from kvbench.sweep.sensitivity import sensitivities, shown_size
@@ -63,6 +65,11 @@ class Planned:
     cells: list[Cell]
     store: Store
     executor: Executor
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What the run folder held when it was first asked for."""
+        return self.store.load()
 
 
 def prepare(path: Path, options: Options, parts: Parts | None = None, executor: Executor | None = None) -> Planned:
@@ -297,7 +304,7 @@ def _conclude(planned: Planned, display: Display, records: dict[str, Record]) ->
 
 def plan_rows(planned: Planned) -> list[dict[str, Any]]:
     """A row a cell, with what is known of it before it runs."""
-    records = planned.store.load().records
+    records = planned.contents.records
     clock = Clock(records.values())
     return [
         {
@@ -323,9 +330,11 @@ def plan_rows(planned: Planned) -> list[dict[str, Any]]:
 def plan_lacks(planned: Planned) -> list[str]:
     """What this machine or a model lacks to run the cells, one line each with what to do."""
     models = {cell.model.name: cell.model.missing for cell in planned.cells if cell.model.missing}
-    left = _left(planned.cells, planned.store.load(), retry_failed=True)
+    place = unwritable(planned.store.folder)
+    left = _left(planned.cells, planned.contents, retry_failed=True)
     return (
-        [f"model {name}: {todo}" for name, todo in models.items()]
+        ([f"output {planned.store.folder}: {place}; --output takes another"] if place else [])
+        + [f"model {name}: {todo}" for name, todo in models.items()]
         + missing_data(left)
         + too_long(left)
         + unsuited(left)
@@ -381,7 +390,7 @@ def plan_summary(planned: Planned) -> list[str]:
     rows = plan_rows(planned)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
     lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
-    lines += done_otherwise(planned.cells, planned.store.load().records.values())
+    lines += done_otherwise(planned.cells, planned.contents.records.values())
     lines += _time([row for row in rows if row["status"] == "to run"])
     for model in dict.fromkeys(cell.model for cell in planned.cells):
         if model.parameters:
@@ -389,12 +398,13 @@ def plan_summary(planned: Planned) -> list[str]:
             lines.append(f"memory: {size / 2**30:.1f} GiB of weights ({model.name}), and the KV cache of the table")
     if planned.sweep.limit:
         lines.append(f"limit {planned.sweep.limit}: NOT A REAL SCORE")
-    records = planned.store.load().records.values()
+    records = planned.contents.records.values()
     peaks = [record.timings["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record.timings]
     if peaks:
         lines.append(f"peak memory {max(peaks) / 2**30:.1f} GiB in the cells done before")
     lines += prompt_forms((cell.task.name, cell.task.identity()) for cell in planned.cells)
     lines += plan_sensitivity(planned)
+    lines += doubts([cell for cell in planned.cells if cell.name not in planned.contents.records])
     lacking = plan_lacks(planned)
     lines += ["missing here:", *(f"  {line}" for line in lacking)] if lacking else ["nothing is missing here"]
     return [*lines, str(planned.store.folder)]
@@ -414,14 +424,19 @@ def _time(left: Sequence[dict[str, Any]]) -> list[str]:
     known = [row["expected_seconds"] for row in left if row["estimated_seconds"] is None]
     if not left:
         return []
-    if None in known:
-        unknown = [row["task"] for row in left if row["estimated_seconds"] is None and row["expected_seconds"] is None]
-        return [f"time: unknown until a cell is done of {', '.join(dict.fromkeys(unknown))}"]
+    unknown = dict.fromkeys(row["task"] for row in left if row["estimated_seconds"] is row["expected_seconds"] is None)
+    without = f"unknown until a cell is done of {', '.join(unknown)}"
+    known = [seconds for seconds in known if seconds is not None]
+    if not known and not guessed:
+        return [f"time: {without}"]
     total = sum(known) + sum(guessed)
     by = ["by the cells done before"] * bool(known)
     by += [f"estimated by parameters, tokens and the speed of this {default_device()} just now"] * bool(guessed)
-    sign = "±" if guessed else "about"
-    lines = [f"time: {sign} {duration(total)}, {' and '.join(by)}"]
+    low, high = sum(known) + sum(guessed) / estimate.FACTOR, sum(known) + sum(guessed) * estimate.FACTOR
+    within = f" (± a factor of {estimate.FACTOR}: {duration(low)} to {duration(high)})" if guessed else ""
+    lines = [f"time: about {duration(total)}{within}, {' and '.join(by)}"]
+    if unknown:
+        lines.append(f"  and {without}")
     if total > HOUR:
         lines.append("WARNING: more than an hour; --limit N, --only or --skip makes it shorter")
     return lines
@@ -430,7 +445,7 @@ def _time(left: Sequence[dict[str, Any]]) -> list[str]:
 def plan_sensitivity(planned: Planned) -> list[str]:
     """A line for each task and metric: the smallest difference that it can show, and whether that is wide."""
     margin = planned.sweep.margin
-    records = list(planned.store.load().records.values())
+    records = list(planned.contents.records.values())
     rows = sensitivities(planned.cells, of_records(planned.store.folder, records, planned.store.run()), margin)
     if not rows:
         return []
@@ -438,9 +453,12 @@ def plan_sensitivity(planned: Planned) -> list[str]:
     lines = [f"smallest difference that can be shown (80 % power, Holm over {family}; margin {margin}):"]
     for row in rows:
         name = f"{row.task} {row.metric}" if row.metric else row.task
-        shown = "nothing" if row.smallest is None and row.n is not None else shown_size(row.smallest, row.unit)
-        wide = "   WIDER THAN THE MARGIN" if row.wide else ""
-        lines.append(f"  {name:24} {shown:>12}   n={row.n or '?'}, {row.basis}{wide}")
+        about = f"n={row.n or '?'}, {row.basis}"
+        if row.smallest is None and row.n is not None:
+            lines.append(f"  {name:24} no difference can be shown: {about}")
+        else:
+            wide = "   WIDER THAN THE MARGIN" if row.wide else ""
+            lines.append(f"  {name:24} {shown_size(row.smallest, row.unit):>12}   {about}{wide}")
     return lines
 
 

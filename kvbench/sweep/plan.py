@@ -316,16 +316,20 @@ def done_otherwise(cells: Sequence[Cell], records: Iterable[Record]) -> list[str
     lines = []
     for (task, differing), count in found.items():
         cells_are = f"{count} {'cell is' if count == 1 else 'cells are'} done"
-        why = "over data files that are not here" if differing == ("data",) else f"with another {', '.join(differing)}"
+        why = (
+            "over data files that are not here"
+            if differing == ("task.data",)
+            else f"with another {', '.join(differing)}"
+        )
         lines.append(f"{task}: {cells_are} {why}, and {'does' if count == 1 else 'do'} not count")
     return lines
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity with the options of its model, scheme and task beside the rest."""
+    """An identity with the options of its task beside the rest."""
     flat: dict[str, Any] = {}
     for name, value in identity.items():
-        flat |= value if name == "task" else {name: value}
+        flat |= {f"task.{key}": one for key, one in value.items()} if name == "task" else {name: value}
     return flat
 
 
@@ -333,6 +337,12 @@ def missing_data(cells: Sequence[Cell]) -> list[str]:
     """What this machine lacks to run the cells' tasks, one line each with what to do."""
     tasks = {cell.task.name: cell.task for cell in cells}
     return list(dict.fromkeys(line for task in tasks.values() for line in task.missing()))
+
+
+def doubts(cells: Sequence[Cell]) -> list[str]:
+    """A line for each thing that may go wrong in the cells' tasks."""
+    tasks = {cell.task.name: cell.task for cell in cells}
+    return list(dict.fromkeys(f"WARNING: {name}: {line}" for name, task in tasks.items() for line in task.doubts()))
 
 
 def too_long(cells: Sequence[Cell]) -> list[str]:

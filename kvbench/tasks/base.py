@@ -90,6 +90,10 @@ class Task(Protocol):
         """What this machine lacks to run it, one line each with what to do; empty when it can run."""
         ...
 
+    def doubts(self) -> list[str]:
+        """What may go wrong when it runs, one line each, where only a tokenizer could say."""
+        ...
+
     def answers(self) -> int | None:
         """Documents to be answered right or wrong; None where there are none, or the data that says is not here."""
         ...
@@ -113,6 +117,9 @@ class Task(Protocol):
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Measures the runner."""
         ...
+
+
+LETTERS_PER_TOKEN = 3.5  # Qwen's tokens of GSM8K's prompts have 3.1, its tokens of Python's help topics 4.2
 
 
 def beyond(tokens: int, positions: int) -> str:
@@ -141,6 +148,10 @@ class Options(BaseModel):
     def timed(self) -> bool:
         """See Task."""
         return False
+
+    def doubts(self) -> list[str]:
+        """See Task."""
+        return []
 
     def longest(self) -> int | None:
         """See Task."""

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.sizes import tokens
 from kvbench.tasks import text
-from kvbench.tasks.base import Line, NamedPath, Options, RunContext, Tokens, Work
+from kvbench.tasks.base import LETTERS_PER_TOKEN, Line, NamedPath, Options, RunContext, Tokens, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,10 +69,27 @@ class Divergence(Options):
 
     def missing(self) -> list[str]:
         try:
-            text.read(self.text)
+            source = text.read(self.text).text
         except ValueError as error:
             return [str(error)]
-        return []
+        # a token has a byte at least
+        enough = len(source.encode()) >= self._tokens
+        return [] if enough else [f"{self.name}: {self._size(source)}: give a longer text or fewer tokens"]
+
+    def doubts(self) -> list[str]:
+        if self.missing():
+            return []
+        source = text.read(self.text).text
+        about = int(len(source) / LETTERS_PER_TOKEN)
+        return [] if about >= self._tokens else [f"{self._size(source)}, about {about} tokens: it may be too short"]
+
+    @property
+    def _tokens(self) -> int:
+        return self._documents * self.context
+
+    def _size(self, source: str) -> str:
+        asked = f"{self._documents} documents of {self.context} are {self._tokens} tokens"
+        return f"{asked}, and the text has {len(source)} letters"
 
     def answers(self) -> None:
         return None
@@ -81,7 +98,7 @@ class Divergence(Options):
         return self.context
 
     def work(self) -> Work:
-        return Work(self._documents * self.context)
+        return Work(self._tokens)
 
     def metrics(self) -> tuple[str, ...]:
         return "kld", "same_top", "ppl_ratio", *(f"kld@{a}-{b}" for a, b in pairwise(self.positions))

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import LM_EVAL, Metric, Outcome, exponential, headline, of_lm_eval
 from kvbench.tasks import lm_eval_index, mirror, text
-from kvbench.tasks.base import NamedPath, Need, Options, RunContext, Work, no_template
+from kvbench.tasks.base import LETTERS_PER_TOKEN, NamedPath, Need, Options, RunContext, Work, no_template
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -35,7 +35,6 @@ UNITS = {name: known["unit"] for name, known in LM_EVAL.items() if "unit" in kno
 MEANS = ("acc", "acc_norm", "exact_match")  # what lm-eval averages where a task does not say how
 NOT_MEASURED = -1.0  # what RULER's tasks say of lengths that were not asked for
 MAX_GEN_TOKS = 256  # lm-eval's, where a task does not say
-LETTERS_PER_TOKEN = 3.5  # Qwen's tokens of GSM8K's prompts have 3.1
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 

@@ -83,16 +83,21 @@ def test_a_plan_says_time_and_memory(plan):
     """An estimate is marked, and more than an hour is warned of."""
     lines = plan(LONG)
 
-    assert lines[1] == "time: ± 0:03:20, estimated by parameters, tokens and the speed of this cpu just now"
+    assert lines[1] == (
+        "time: about 0:03:20 (± a factor of 3: 0:01:07 to 0:10:00), "
+        "estimated by parameters, tokens and the speed of this cpu just now"
+    )
     assert lines[2] == "memory: 0.0 GiB of weights (toy), and the KV cache of the table"
     lines = plan({**LONG, "tokens": 20_000})
-    assert lines[1].startswith("time: ± 1:06:40,")
+    assert lines[1].startswith("time: about 1:06:40 (± a factor of 3: ")
     assert lines[2] == "WARNING: more than an hour; --limit N, --only or --skip makes it shorter"
 
 
 def test_what_cannot_be_estimated_is_said(plan):
     """A task that does not say what it computes, and a model whose weights were not counted."""
-    assert plan(LONG, "toy_b")[1] == "time: unknown until a cell is done of toy_b"
+    some = plan(LONG, "toy_b")
+    assert some[1].startswith("time: about 0:03:20 (± a factor of 3")
+    assert some[2] == "  and unknown until a cell is done of toy_b"
     lines = plan(LONG, weights=None)
     assert lines[1] == "time: unknown until a cell is done of toy_a"
     assert not any(line.startswith("memory") for line in lines)
@@ -103,6 +108,8 @@ def test_what_was_measured_goes_before_what_was_estimated(plan):
     line = plan(LONG, run=True)[1]
     assert line.startswith("time: about 0:00:0")
     assert line.endswith(", by the cells done before")
-    line = plan({**LONG, "limit": 9}, {**LONG, "task": "toy_b"})[1]
-    assert line.startswith("time: ± 0:03:2")
+    _, other, line, *_ = plan({**LONG, "limit": 9}, {**LONG, "task": "toy_b"})
+    assert other == "toy_a: 1 cell is done with another task.limit, and does not count"
+    assert line.startswith("time: about 0:03:2")
+    assert "(± a factor of 3: 0:01:0" in line
     assert ", by the cells done before and estimated by parameters, tokens and the speed of this cpu" in line

@@ -281,7 +281,7 @@ def test_done_cells_that_do_not_count_are_said(toy):
         "toy_a: 2 cells are done over data files that are not here, and do not count"
     ]
     assert done_otherwise(here, done(planned(data={}, n=5))[:1]) == [
-        "toy_a: 1 cell is done with another n, and does not count"
+        "toy_a: 1 cell is done with another task.n, and does not count"
     ]
 
 

@@ -105,6 +105,9 @@ class ToyTask:
     def metrics(self) -> tuple[str, ...]:
         return "acc", "kld"
 
+    def doubts(self) -> list[str]:
+        return []
+
     def missing(self) -> list[str]:
         return [self.lacks] if self.lacks else []
 

@@ -216,3 +216,21 @@ def test_a_document_beyond_the_model_is_refused_and_not_scored(small, context):
     assert make_task(small).run(ToyRunner(max_length=40), context).metrics
     with pytest.raises(ValueError, match="40 tokens are more than the model's 39; ask for fewer"):
         make_task(small).run(ToyRunner(max_length=39), context)
+
+
+def test_a_text_that_is_too_short_is_said_before_it_runs(tmp_path):
+    """
+    Fewer bytes than tokens cannot be; fewer letters than such a text has as a rule are a doubt.
+    """
+    path = tmp_path / "text.txt"
+    path.write_text("seven l" * 1000)
+
+    def said(tokens):
+        task = make_task({"task": "divergence", "tokens": tokens, "context": 100, "text": str(path)})
+        return task.missing(), task.doubts()
+
+    lack = "documents of 100 are 8000 tokens, and the text has 7000 letters: give a longer text or fewer tokens"
+    doubt = "documents of 100 are 6000 tokens, and the text has 7000 letters, about 2000 tokens: it may be too short"
+    assert said(1500) == ([], [])
+    assert said(6000) == ([], [f"60 {doubt}"])
+    assert said(8000) == ([f"divergence: 80 {lack}"], [])
