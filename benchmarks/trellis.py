@@ -23,40 +23,42 @@ from typing import Any
 import torch
 from scipy import integrate, special, stats
 
-from kvbench.dtypes import Trellis, all_dtypes
+from kvbench.dtypes import Part, Trellis
 from kvbench.dtypes.int2 import CENTROIDS, THRESHOLD
-from kvbench.dtypes.trellis import TrellisPerTokenHead
+from kvbench.dtypes.trellis import FOUR, ONE, THREE, TWO, TrellisPerTokenHead, tcq2
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BITS = (2, 3, 4)
+BITS = (1, 2, 3, 4)
 STATE_BITS = (8, 10, 12)
 LONG = 4096
-FORMS = {2: (0, 6), 3: (0, 2, 16), 4: (0, 2, 16)}  # exponents of the curve that is searched
+# where the search of a curve begins: nearly the quantile of a Gaussian, the wider the more bits
+WIDE = ((0, 47), (2, 17), (16, 36))
+CURVES = {1: ((0, 38), (6, 30)), 2: ((0, 46), (6, 36)), 3: WIDE, 4: WIDE}
 TRIED = {8: None, 10: 256, 12: 64}  # odd multipliers, of all that there are; None: all
 PERMUTATIONS = 8  # of which the table has the mean
 QTIP = 34038481, 76625530  # 1MAD's multiplier and addend
 
 
 @dataclass(frozen=True)
-class Permutation(Trellis):
+class Permutation(Part):
     """The quantiles of a Gaussian in random order: QTIP's ideal, which its computed codes come near to."""
 
     seed: int = 0
 
-    def values(self, code_bits: int) -> tuple[int, ...]:
-        states = 1 << self.state_bits
+    def values(self, state_bits: int) -> tuple[int, ...]:
+        states = 1 << state_bits
         found = [round(32 * special.ndtri((i + 0.5) / states)) for i in range(states)]
         random.Random(self.seed).shuffle(found)
         return tuple(found)
 
 
 @dataclass(frozen=True)
-class OneMad(Trellis):
+class OneMad(Part):
     """QTIP's 1MAD: the sum of the four bytes of a product and an addend."""
 
-    def values(self, code_bits: int) -> tuple[int, ...]:
+    def values(self, state_bits: int) -> tuple[int, ...]:
         factor, addend = QTIP
-        products = [(factor * state + addend) & 0xFFFFFFFF for state in range(1 << self.state_bits)]
+        products = [(factor * state + addend) & 0xFFFFFFFF for state in range(1 << state_bits)]
         spread = math.sqrt(4 * (2**16 - 1) / 12)
         return tuple(round(32 * (sum(p >> s & 255 for s in (0, 8, 16, 24)) - 510) / spread) for p in products)
 
@@ -68,12 +70,8 @@ def gaussian(rows: int, width: int, seed: int) -> torch.Tensor:
 
 def distortion(dtype: TrellisPerTokenHead, x: torch.Tensor, stored: bool = False) -> float:
     """The error's square over the rows' own; with the scale as it is stored, or with the one that fits best."""
-    rows = dtype.quantize(x)
-    if stored:
-        values = dtype.dequantize(rows, torch.float64)
-    else:
-        values = torch.tensor(dtype.trellis.values(dtype.code_bits), dtype=torch.float64, device=DEVICE)
-        values = values[dtype.windows(rows)]
+    values = dtype.dequantize(dtype.quantize(x), torch.float64)
+    if not stored:
         values *= (values * x).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
     return float((values - x).square().sum() / x.double().square().sum())
 
@@ -83,33 +81,29 @@ def db(share: float) -> float:
     return -10 * math.log10(share)
 
 
-def of(bits: int, trellis: Trellis) -> TrellisPerTokenHead:
-    """The dtype of so many bits with another code."""
-    dtype = all_dtypes()[f"tcq{bits}"]
-    assert isinstance(dtype, TrellisPerTokenHead)
-    return replace(dtype, decode=trellis)
+def of(part: Part, state_bits: int) -> TrellisPerTokenHead:
+    """Rows that are all of this part."""
+    word_bits = math.lcm(16, part.bits)
+    return replace(tcq2, code_bits=part.bits, word_bits=word_bits, decode=Trellis(state_bits, (part,)))
 
 
-def best(options: list[Trellis], bits: int, x: torch.Tensor, keep: int) -> list[tuple[float, Trellis]]:
+def best(options: list[Part], state_bits: int, x: torch.Tensor, keep: int) -> list[tuple[float, Part]]:
     """The `keep` options of least distortion on x, the best first."""
-    return sorted(((distortion(of(bits, one), x), one) for one in options), key=lambda pair: pair[0])[:keep]
+    return sorted(((distortion(of(one, state_bits), x), one) for one in options), key=lambda pair: pair[0])[:keep]
 
 
 # ---- the search
 
 
-def search(bits: int, state_bits: int, say: Callable[[str], None]) -> Trellis:
-    """The best multiplier of those tried, with a curve that is climbed to by single steps of its coefficients."""
+def search(bits: int, state_bits: int, say: Callable[[str], None]) -> Part:
+    """The best multiplier of those tried, with a curve that is climbed to by steps of its coefficients."""
     few, many = gaussian(256, 128, 1), gaussian(8192, 128, 2)
-    # nearly the quantile of a Gaussian, somewhat wider for more bits
-    start = {2: (46, 36), 3: (47, 17, 35), 4: (48, 17, 37)}[bits]
-    curve = tuple(zip(FORMS[bits], start, strict=True))
     all_odd = range(1, 1 << (state_bits + bits), 2)
     tried = TRIED[state_bits]
     multipliers = list(all_odd) if tried is None else random.Random(0).sample(all_odd, tried)
-    options = [Trellis(state_bits, multiplier, curve) for multiplier in multipliers]
-    finalists = [one for _, one in best(options, bits, few, 16)]
-    ((least, found),) = best(finalists, bits, many, 1)
+    options = [Part(bits, multiplier, CURVES[bits]) for multiplier in multipliers]
+    finalists = [one for _, one in best(options, state_bits, few, 16)]
+    ((least, found),) = best(finalists, state_bits, many, 1)
     say(f"{bits} bits, 2^{state_bits} states: {len(options)} tried, best {found.multiplier}, {db(least):.3f} dB")
     while state_bits == min(STATE_BITS):
         near = [
@@ -117,8 +111,8 @@ def search(bits: int, state_bits: int, say: Callable[[str], None]) -> Trellis:
             for at in range(len(found.curve))
             for by in (-4, -1, 1, 4)
         ]
-        near = [one for one in near if max(map(abs, one.values(bits))) <= 127]
-        ((share, better),) = best(near, bits, many, 1)
+        near = [one for one in near if max(map(abs, one.values(state_bits))) <= 127]
+        ((share, better),) = best(near, state_bits, many, 1)
         if share >= least:
             break
         least, found = share, better
@@ -129,7 +123,7 @@ def search(bits: int, state_bits: int, say: Callable[[str], None]) -> Trellis:
 # ---- the table
 
 
-def table(codes: dict[tuple[int, int], Trellis]) -> Iterator[dict[str, Any]]:
+def table(codes: dict[tuple[int, int], Part]) -> Iterator[dict[str, Any]]:
     """A row a code and width of rows; codes by bits and state bits."""
     rows = {LONG: gaussian(256, LONG, 3), 64: gaussian(16384, 64, 4), 128: gaussian(8192, 128, 5)}
 
@@ -140,21 +134,17 @@ def table(codes: dict[tuple[int, int], Trellis]) -> Iterator[dict[str, Any]]:
     for bits in BITS:
         yield row("limit", bits, None, LONG, 2.0 ** (-2 * bits), bits)
     yield row("Lloyd-Max", 2, None, LONG, lloyd_max(), 2)
-    for (bits, state_bits), trellis in codes.items():
-        dtype = of(bits, trellis)
+    for (bits, state_bits), part in codes.items():
+        dtype = of(part, state_bits)
         yield row("cosets", bits, state_bits, LONG, distortion(dtype, rows[LONG]), bits)
-        if state_bits == 8:  # the dtypes
+        if state_bits == min(STATE_BITS):  # the dtypes
             for width in (64, 128):
                 share = distortion(dtype, rows[width], stored=True)
                 yield row("stored", bits, state_bits, width, share, dtype.bits_per_value(width))
-        if state_bits == min(STATE_BITS) or bits == 2:
-            random_codes = [of(bits, Permutation(state_bits, 1, ((0, 1),), seed)) for seed in range(PERMUTATIONS)]
-            if state_bits > 10:
-                random_codes = random_codes[:2]
-            mean = sum(distortion(dtype, rows[LONG]) for dtype in random_codes) / len(random_codes)
-            yield row("permutation", bits, state_bits, LONG, mean, bits)
-            one_mad = of(bits, OneMad(state_bits, 1, ((0, 1),)))
-            yield row("1MAD", bits, state_bits, LONG, distortion(one_mad, rows[LONG]), bits)
+        count = PERMUTATIONS if state_bits < max(STATE_BITS) else 2
+        of_each = [distortion(of(Permutation(bits, 1, (), seed=i), state_bits), rows[LONG]) for i in range(count)]
+        yield row("permutation", bits, state_bits, LONG, sum(of_each) / count, bits)
+        yield row("1MAD", bits, state_bits, LONG, distortion(of(OneMad(bits, 1, ()), state_bits), rows[LONG]), bits)
 
 
 def lloyd_max() -> float:
@@ -175,11 +165,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.time() - begun:6.0f} s  {text}", flush=True)
 
-    codes: dict[tuple[int, int], Trellis] = {}
-    for bits in BITS:
-        shipped = all_dtypes()[f"tcq{bits}"].decode
-        assert isinstance(shipped, Trellis)
-        codes[bits, shipped.state_bits] = shipped
+    codes = {(part.bits, min(STATE_BITS)): part for part in (ONE, TWO, THREE, FOUR)}
     if "--search" in sys.argv:
         codes = {(bits, s): search(bits, s, say) for s in STATE_BITS for bits in BITS if s == 8 or bits == 2}
     found = []
@@ -188,7 +174,7 @@ def main() -> None:
         name = f"{row['code']} 2^{row['state_bits']}" if row["state_bits"] else row["code"]
         say(f"{name:18} {row['bits']} bits, rows of {row['width']:4} ({row['bits_per_value']:.3f}): {row['db']:.2f} dB")
         if arguments:  # after each row, so that a stop loses little
-            constants = [{"bits": bits} | asdict(trellis) for (bits, _), trellis in codes.items()]
+            constants = [{"state_bits": s} | asdict(part) for (_, s), part in codes.items()]
             Path(arguments[0]).write_text(json.dumps({"constants": constants, "rows": found}, indent=1) + "\n")
 
 

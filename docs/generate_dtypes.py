@@ -55,8 +55,10 @@ def code(dtype: Dtype) -> str:
         zero = "signed" if dtype.decode.zero == "none" else "unsigned, zero-point in the scale's low bits"
         return f"{dtype.code_bits}-bit integer, {zero}"
     if isinstance(dtype.decode, Trellis):
-        bits = dtype.decode.state_bits
-        return f"{dtype.code_bits} bits of a string, of which the last {bits} are a value"
+        parts = dtype.decode.parts
+        shares = "".join(f", {part.bits} for {part.eighths}/8 of the channels" for part in parts if len(parts) > 1)
+        bits = ", ".join(str(part.bits) for part in parts)
+        return f"{bits} bits of a string, of which the last {dtype.decode.state_bits} are a value{shares}"
     if isinstance(dtype.decode, Tiers):
         return f"{', '.join(map(str, dtype.decode.widths))} bits, an eighth of the channels each"
     centroids = ", ".join(f"{centroid:g}" for centroid in dtype.decode.centroids)

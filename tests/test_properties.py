@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbench.cache.pages import OutOfPages, PagePool, PageTable
-from kvbench.dtypes import Tiers, all_dtypes
+from kvbench.dtypes import Tiers, Trellis, all_dtypes
 from kvbench.results import name_of
 from kvbench.yaml_text import ConfigError, Loader, apply_setting, read_document
 
-PACKED = [dtype for dtype in all_dtypes().values() if dtype.code_bits < 8 and not isinstance(dtype.decode, Tiers)]
+PACKED = [d for d in all_dtypes().values() if d.code_bits < 8 and not isinstance(d.decode, Tiers | Trellis)]
+PACKED += [d for d in all_dtypes().values() if isinstance(d.decode, Trellis) and len(d.decode.parts) == 1]
 
 # what JSON holds, and a YAML too; YAML has no half characters, and a file none that are not seen
 texts = st.text(

@@ -99,23 +99,25 @@ class Tiers:
 
 
 @dataclass(frozen=True)
-class Trellis:
-    """A code ends a window of `state_bits` bits of its row's bit string, which decodes to `value * scale`.
+class Part:
+    """A slice of a row's channels, `eighths` of them, with codes of `bits` bits.
 
-    A window w is the level l = (2 (multiplier * w mod 2^n) + 1) / 2^n - 1 for n = state_bits + code_bits, and its value
-    is the sum of coefficient * l * |l|^exponent over `curve`, rounded to a whole number.
+    A window w of L bits is the level l = (2 (multiplier * w mod 2^n) + 1) / 2^n - 1 for n = L + bits, and its value is
+    the sum of coefficient * l * |l|^exponent over `curve`, rounded to a whole number. An error counts `weight` times.
     """
 
-    state_bits: int
+    bits: int
     multiplier: int
     curve: tuple[tuple[int, int], ...]
+    eighths: int = 8
+    weight: int = 1
 
-    def values(self, code_bits: int) -> tuple[int, ...]:
+    def values(self, state_bits: int) -> tuple[int, ...]:
         """Of each window; computed in whole numbers, so the same on every machine."""
-        levels = 1 << (self.state_bits + code_bits)
+        levels = 1 << (state_bits + self.bits)
         top = max(exponent for exponent, _ in self.curve)
         found = []
-        for window in range(1 << self.state_bits):
+        for window in range(1 << state_bits):
             level = 2 * (self.multiplier * window % levels) + 1 - levels
             size = abs(level)
             # over levels^(top + 1)
@@ -124,6 +126,17 @@ class Trellis:
             value = (2 * total + whole) // (2 * whole)
             found.append(value if level > 0 else -value)
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """A row's codes are one string of bits; a code ends a window of `state_bits` of them, which is `value * scale`.
+
+    parts: of the channels in their order, with what a window decodes to in each.
+    """
+
+    state_bits: int
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)

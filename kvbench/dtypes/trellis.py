@@ -10,21 +10,46 @@ docs/two-bits.md has the figures, benchmarks/trellis.py found the constants.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Dtype, Rows, Trellis
+from kvbench.dtypes import e5m3
+from kvbench.dtypes.base import Dtype, Part, Rows, Trellis
 from kvbench.dtypes.int2 import sum_of_squares
 
-UNIT = 32  # of values: a row's root mean square
+UNIT_BITS = 5
+UNIT = 1 << UNIT_BITS  # of values: a row's root mean square
 FINE = 16  # of the row that the path is sought for, in parts of such a unit
+REACH = 8 * UNIT * FINE - 1  # a value further out costs what this one does; no code decodes to half as much
 # values beyond are taken for it, and rows of a smaller norm for zeros; scales end long before
 LARGEST, SMALLEST = 2.0**40, 2.0**-40
 EXPONENT_BITS, BIAS = 6, 40  # of a scale, which has no sign
+WORD = 16
+UNREACHED = 1 << 29  # the cost of a state that no path has come to
 CHUNK = {"cpu": 2**9, "cuda": 2**15}  # rows whose paths are sought at once; on a CPU, in its cache
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A row in the order of its bits.
+
+    channel: [D] int64, of each step. step: [D] int64, of each channel. part: [D] int64, of each step.
+    mask: [D] int64, of each step's code. word, shift: [D], its window is the low bits of words word-1 and word, shifted
+    right. weight: [D] of its error.
+    bits: of the whole string.
+    """
+
+    channel: Tensor
+    step: Tensor
+    part: Tensor
+    mask: Tensor
+    word: Tensor
+    shift: Tensor
+    weight: Tensor
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -32,14 +57,19 @@ class TrellisPerTokenHead(Dtype):
     """The path that is nearest to the row in units of its root mean square; then the scale that suits the path best.
 
     All of the search is in integers. z = x / rms in steps of 1/512, rounded to the nearest (halves to even), and a
-    state s whose value is v costs 8v² - vz; of equally cheap predecessors the one with the smallest bits is taken, and
-    of equally cheap last states the smallest. The scale, rms/512 · Σvz / Σv² in float32, goes to the nearest number
-    with 6 bits of exponent and as many of mantissa as the row's word of 16 bits leaves beside the L - k bits that come
-    before its first code; it has no sign, 0 is 0 and all ones are NaN.
+    state s whose value is v costs 8v² - vz, times its part's weight; of equally cheap predecessors the one with the
+    smallest bits is taken, and of equally cheap last states the smallest. The scale, rms/512 · Σvz / Σv² in float32,
+    goes to the nearest number with 6 bits of exponent and as many of mantissa as the row's word of 16 bits leaves
+    beside the L - k bits that come before its first code; it has no sign, 0 is 0 and all ones are NaN.
 
-    Bits are counted from the top of each word. Word w holds the codes of channels w, w + W, w + 2W, ... one after
-    another, where W is the words' number, so the channels at one place of all words are a slice, as in other dtypes.
+    Without `starts` the bits before the first code are zeros, 32 times the scale is an e5m3 of 8 bits, the nearest one,
+    and the path is sought a second time in units of that.
+
+    Bits are counted from the top of each word. A part of W words has the codes of its channels w, w + W, w + 2W, ...
+    one after another in word w, so the channels at one place of all words are a slice, as in other dtypes.
     """
+
+    starts: bool = True
 
     @property
     def trellis(self) -> Trellis:
@@ -49,154 +79,223 @@ class TrellisPerTokenHead(Dtype):
 
     @property
     def start_bits(self) -> int:
-        """L - k, the bits before a row's first code."""
-        return self.trellis.state_bits - self.code_bits
+        """L - k, the bits before a row's first code, where they are stored; else 0."""
+        return self.trellis.state_bits - self.trellis.parts[0].bits if self.starts else 0
 
     @property
     def scale_storage(self) -> torch.dtype:
-        return torch.int16
+        return torch.int16 if self.starts else torch.uint8
+
+    def check_head_dim(self, head_dim: int) -> None:
+        parts = self.trellis.parts
+        multiple = math.lcm(*(WORD // math.gcd(WORD, p.bits) for p in parts)) if len(parts) == 1 else 16
+        if head_dim <= 0 or head_dim % multiple:
+            raise ValueError(
+                f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of {multiple}; "
+                f"use a dtype of 8 or more bits for this model"
+            )
+
+    def code_bytes(self, head_dim: int) -> int:
+        self.check_head_dim(head_dim)
+        bits = sum(part.bits * part.eighths for part in self.trellis.parts) * head_dim // 8
+        return -(-bits // WORD) * WORD // 8
 
     # ---- writing
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         self.check_head_dim(x.shape[-1])
+        steps = _steps(self.trellis, x.shape[-1], x.device)
         whole = (x.abs() < torch.inf).all(-1)
         x = x.to(torch.float32).clamp(-LARGEST, LARGEST).masked_fill(~whole.unsqueeze(-1), 0)
         # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
         norm = sum_of_squares(x).double().sqrt().float()
         step = norm / (UNIT * FINE * math.sqrt(x.shape[-1]))
-        inverse = torch.where(norm >= SMALLEST, 1 / step, 0)
-        z = (x * inverse.unsqueeze(-1)).round().to(torch.int32)
-        states = self._paths(self._steps(z).reshape(-1, z.shape[-1])).view(z.shape)
-        values = self._values(torch.int32, x.device)[states]
-        fit = (self._steps(z) * values).sum(-1).float() / (values * values).sum(-1).float()
+        z = (x * torch.where(norm >= SMALLEST, 1 / step, 0).unsqueeze(-1)).round()[..., steps.channel]
+        states = self._paths(z, steps)
+        values = self._values(torch.int32, states, steps)
+        weighted = values * steps.weight
+        fit = (z.to(torch.int32) * weighted).sum(-1).float() / (values * weighted).sum(-1).float()
         scale = torch.where(whole, self._scale_code(step * fit), self._broken)
-        word = (scale << self.start_bits) | (states[..., 0] >> self.code_bits)
-        codes = self._channels(states & ((1 << self.code_bits) - 1))
-        return Rows(
-            self.pack(codes.masked_fill(~whole.unsqueeze(-1), 0)),
-            torch.where(whole, word, scale << self.start_bits).to(torch.int16),
-        )
+        if not self.starts:
+            inverse = 1 / (e5m3.decode(scale) / (UNIT * FINE))
+            z = (x * inverse.nan_to_num(0).unsqueeze(-1)).round()[..., steps.channel]
+            states = self._paths(z, steps)
+        codes = (states & steps.mask)[..., steps.step].masked_fill(~whole.unsqueeze(-1), 0)
+        if self.starts:
+            first = states[..., 0] >> self.trellis.parts[0].bits
+            scale = (scale << self.start_bits) | first.masked_fill(~whole, 0)
+        return Rows(self.pack(codes), scale.to(self.scale_storage))
 
-    def _paths(self, z: Tensor) -> Tensor:
-        """[N, D] int64 states of the cheapest path of each row z [N, D] int32, in the order of its bits."""
+    def _paths(self, z: Tensor, steps: _Steps) -> Tensor:
+        """[..., D] int64 states of the cheapest path of each row z [..., D], in the order of its bits."""
         chunk = CHUNK.get(z.device.type, CHUNK["cuda"])
-        found = [self._path(part.T.contiguous()).T for part in z.split(chunk)]
-        return torch.cat(found) if found else z.to(torch.int64)
-
-    def _path(self, z: Tensor) -> Tensor:
-        """[D, N] int64 states of z [D, N], by the Viterbi algorithm.
-
-        A cost lies above k bits that hold which predecessor its state is: the least of both is the cheapest and, of
-        equal ones, the first. Costs are taken relative to one of them, so they stay far below 2^31.
-        """
-        steps, rows = z.shape
-        k, rest = self.code_bits, self.start_bits
-        codes, pasts = 1 << k, 1 << rest
-        value = self._values(torch.int32, z.device)[:, None]
-        state = torch.arange(codes * pasts, dtype=torch.int32, device=z.device)[:, None]
-        fixed = ((FINE // 2 * value * value) << k) | (state >> rest)
-        slope = value << k
-        back = torch.empty(steps, pasts, rows, dtype=torch.uint8, device=z.device)
-        cost = fixed - slope * z[0]
-        best = torch.empty(pasts, rows, dtype=torch.int32, device=z.device)
-        for t in range(1, steps):
-            torch.amin(cost.view(codes, pasts, rows), 0, out=best)
-            back[t] = best & (codes - 1)
-            best &= ~(codes - 1)
-            best -= best[0].clone()
-            torch.mul(slope, z[t], out=cost)
-            torch.sub(fixed, cost, out=cost)
-            cost.view(pasts, codes, rows).add_(best[:, None])
-        last = ((cost.to(torch.int64) >> k) << self.trellis.state_bits) | state
-        at = last.amin(0) & (codes * pasts - 1)
-        path = torch.empty(steps, rows, dtype=torch.int64, device=z.device)
-        for t in range(steps - 1, 0, -1):
-            path[t] = at
-            past = at >> k
-            at = back[t].gather(0, past[None])[0].to(torch.int64) << rest | past
-        path[0] = at
-        return path
+        rows = z.clamp(-REACH, REACH).to(torch.int32).reshape(-1, z.shape[-1])
+        parts = steps.part.tolist()
+        found = [cheapest_path(some.T.contiguous(), self.trellis, parts, self.starts).T for some in rows.split(chunk)]
+        return torch.cat(found).view(z.shape) if found else rows.to(torch.int64).view(z.shape)
 
     @property
     def _broken(self) -> int:
         """The code of a scale that is NaN."""
-        return (1 << (16 - self.start_bits)) - 1
+        return (1 << (WORD - self.start_bits)) - 1 if self.starts else e5m3.NAN
 
     def _scale_code(self, scale: Tensor) -> Tensor:
         """[...] int32, the code of the nearest number that a scale can be; the nearest end beyond."""
-        mantissa = 16 - self.start_bits - EXPONENT_BITS
+        mantissa, bias = (WORD - self.start_bits - EXPONENT_BITS, BIAS) if self.starts else (3, e5m3.BIAS + UNIT_BITS)
         bits = scale.contiguous().view(torch.int32)
-        code = ((bits + (1 << (22 - mantissa))) >> (23 - mantissa)) - ((127 - BIAS) << mantissa)
+        code = ((bits + (1 << (22 - mantissa))) >> (23 - mantissa)) - ((127 - bias) << mantissa)
         return torch.where(scale > 0, code.clamp(0, self._broken - 1), 0)
 
     # ---- reading
 
     def dequantize(self, rows: Rows, dtype: torch.dtype = torch.float32, tensor_scale: Tensor | None = None) -> Tensor:
         assert rows.scale is not None
-        values = self._values(dtype, rows.codes.device)[self.windows(rows)]
+        head_dim = self._head_dim(rows.codes.shape[-1])
+        steps = _steps(self.trellis, head_dim, rows.codes.device)
+        words = rows.codes.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+        start = rows.scale.to(torch.int32).unsqueeze(-1) & ((1 << self.start_bits) - 1)
+        pairs = torch.cat([start, words[..., :-1]], -1) << WORD | words
+        windows = (pairs[..., steps.word] >> steps.shift) & ((1 << self.trellis.state_bits) - 1)
+        values = self._values(dtype, windows, steps)[..., steps.step]
         return values * self.clean_scale(rows.scale).to(dtype).unsqueeze(-1)
 
-    def windows(self, rows: Rows) -> Tensor:
-        """[..., D] int64: of each channel, the L bits that end with its code."""
-        assert rows.scale is not None
-        k, bits = self.code_bits, self.trellis.state_bits
-        codes = self._steps(self.unpack(rows.codes))
-        before = -(-self.start_bits // k)  # codes that the bits before the first make, the first of them not whole
-        start = (rows.scale.to(torch.int32) & ((1 << self.start_bits) - 1)).unsqueeze(-1)
-        early = (start >> torch.arange(k * (before - 1), -1, -k, device=start.device)) & ((1 << k) - 1)
-        string = torch.cat([early, codes], -1)
-        steps = codes.shape[-1]
-        window = codes.to(torch.int64)
-        for back in range(1, before + 1):
-            window = window | string[..., before - back : before - back + steps].to(torch.int64) << (k * back)
-        return self._channels(window & ((1 << bits) - 1))
-
     def clean_scale(self, scale: Tensor) -> Tensor:
-        mantissa = 16 - self.start_bits - EXPONENT_BITS
+        if not self.starts:
+            return e5m3.decode(scale) / UNIT
+        mantissa = WORD - self.start_bits - EXPONENT_BITS
         code = (scale.to(torch.int32) & 0xFFFF) >> self.start_bits
         bits = (code << (23 - mantissa)) + ((127 - BIAS) << 23)
         return bits.view(torch.float32).masked_fill(code == 0, 0).masked_fill(code == self._broken, math.nan)
 
-    def _values(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[2^L], of each state."""
-        return _table(self.trellis, self.code_bits, dtype, device)
+    def _values(self, dtype: torch.dtype, windows: Tensor, steps: _Steps) -> Tensor:
+        """[..., D] of windows [..., D], both in the order of steps."""
+        table = _table(self.trellis, dtype, windows.device)
+        return table.flatten()[windows + (steps.part << self.trellis.state_bits)]
+
+    def _head_dim(self, code_bytes: int) -> int:
+        eighths = sum(part.bits * part.eighths for part in self.trellis.parts)
+        return 8 * code_bytes * 8 // eighths // 16 * 16 if len(self.trellis.parts) > 1 else 64 * code_bytes // eighths
 
     # ---- packing
 
     def pack(self, codes: Tensor) -> Tensor:
-        string = self._steps(codes).to(torch.int32)
-        count = math.lcm(8, self.code_bits) // self.code_bits  # codes that fill whole bytes
-        shifts = torch.arange(self.code_bits * (count - 1), -1, -self.code_bits, device=codes.device)
-        whole = (string.unflatten(-1, (-1, count)) << shifts).sum(-1)
-        size = count * self.code_bits // 8
-        octets = (whole.unsqueeze(-1) >> torch.arange(8 * (size - 1), -1, -8, device=codes.device)) & 0xFF
-        packed: Tensor = octets.flatten(-2).unflatten(-1, (-1, 2)).flip(-1).flatten(-2).to(torch.uint8)
-        return packed
+        steps = _steps(self.trellis, codes.shape[-1], codes.device)
+        string = []
+        parts = codes[..., steps.channel].to(torch.int32)
+        for part, own in zip(self.trellis.parts, self._split(parts), strict=True):
+            string.append(((own.unsqueeze(-1) >> _down(part.bits, codes.device)) & 1).flatten(-2))
+        bits = torch.cat(string, -1)
+        bits = torch.nn.functional.pad(bits, (0, -steps.bits % WORD)).unflatten(-1, (-1, WORD))
+        words: Tensor = (bits << _down(WORD, codes.device)).sum(-1)
+        return words.to(torch.int16).view(torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        count = math.lcm(8, self.code_bits) // self.code_bits
-        size = count * self.code_bits // 8
-        octets = packed.unflatten(-1, (-1, 2)).flip(-1).flatten(-2).unflatten(-1, (-1, size)).to(torch.int32)
-        whole = (octets << torch.arange(8 * (size - 1), -1, -8, device=packed.device)).sum(-1)
-        shifts = torch.arange(self.code_bits * (count - 1), -1, -self.code_bits, device=packed.device)
-        codes = (whole.unsqueeze(-1) >> shifts) & ((1 << self.code_bits) - 1)
-        return self._channels(codes.flatten(-2).to(torch.int32))
+        head_dim = self._head_dim(packed.shape[-1])
+        steps = _steps(self.trellis, head_dim, packed.device)
+        words = packed.contiguous().view(torch.int16).to(torch.int32)
+        bits = ((words.unsqueeze(-1) >> _down(WORD, packed.device)) & 1).flatten(-2)
+        codes, first = [], 0
+        for part in self.trellis.parts:
+            last = first + part.bits * part.eighths * head_dim // 8
+            own = bits[..., first:last].unflatten(-1, (-1, part.bits))
+            codes.append((own << _down(part.bits, packed.device)).sum(-1))
+            first = last
+        return torch.cat(codes, -1)[..., steps.step].to(torch.int32)
 
-    def _steps(self, x: Tensor) -> Tensor:
-        """[..., D] by channel, in the order of the row's bits."""
-        by_place: Tensor = x.unflatten(-1, (self.word_bits // self.code_bits, -1))
-        return by_place.transpose(-1, -2).flatten(-2)
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[..., D] by part."""
+        parts: tuple[Tensor, ...] = x.split([p.eighths * x.shape[-1] // 8 for p in self.trellis.parts], -1)
+        return parts
 
-    def _channels(self, x: Tensor) -> Tensor:
-        """The inverse of `_steps`."""
-        by_word: Tensor = x.unflatten(-1, (-1, self.word_bits // self.code_bits))
-        return by_word.transpose(-1, -2).flatten(-2)
+
+def cheapest_path(z: Tensor, trellis: Trellis, parts: list[int], free: bool = True) -> Tensor:
+    """[D, N] int64 states for rows z [D, N] int32 whose step t is of part parts[t], by the Viterbi algorithm.
+
+    free: the first state is any, else one of those whose bits before the first code are zeros. A cost lies above the
+    bits that say which of the next step's predecessors its state is: the least of both is the cheapest and, of equal
+    ones, the first. Costs are taken relative to one of them, so they stay below 2^31.
+    """
+    steps, rows = z.shape
+    bits = trellis.state_bits
+    widths = [trellis.parts[part].bits for part in parts]
+    after = [*widths[1:], 0]
+    terms = {pair: _terms(trellis, *pair, z.device) for pair in set(zip(parts, after, strict=True))}
+    back: list[Tensor] = []
+    cost = torch.empty(1 << bits, rows, dtype=torch.int32, device=z.device)
+    for t, (part, own, next_own) in enumerate(zip(parts, widths, after, strict=True)):
+        best = None
+        if t:
+            best = torch.amin(cost.view(1 << own, 1 << (bits - own), rows), 0)
+            back.append((best & ((1 << own) - 1)).to(torch.uint8))
+            best >>= own
+            best -= best[0].clone()
+            best <<= next_own
+        fixed, slope = terms[part, next_own]
+        torch.mul(slope, z[t], out=cost)
+        torch.sub(fixed, cost, out=cost)
+        if t == 0 and not free:
+            cost[1 << own :] += UNREACHED
+        if best is not None:
+            cost.view(1 << (bits - own), 1 << own, rows).add_(best[:, None])
+    state = torch.arange(1 << bits, device=z.device)[:, None]
+    at = ((cost.to(torch.int64) << bits) | state).amin(0) & ((1 << bits) - 1)
+    path = torch.empty(steps, rows, dtype=torch.int64, device=z.device)
+    for t in range(steps - 1, 0, -1):
+        path[t] = at
+        past = at >> widths[t]
+        at = back[t - 1].gather(0, past[None])[0].to(torch.int64) << (bits - widths[t]) | past
+    path[0] = at
+    return path
 
 
 @lru_cache(maxsize=64)
-def _table(trellis: Trellis, code_bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(trellis.values(code_bits), dtype=dtype, device=device)
+def _terms(trellis: Trellis, part: int, after: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[2^L, 1] int32 each: a state costs the first less z times the second, above the `after` bits that name it."""
+    value = _table(trellis, torch.int32, device)[part][:, None]
+    state = torch.arange(len(value), dtype=torch.int32, device=device)[:, None]
+    slope = (value * trellis.parts[part].weight) << after
+    return FINE // 2 * value * slope | (state >> (trellis.state_bits - after)), slope
+
+
+@lru_cache(maxsize=64)
+def _steps(trellis: Trellis, head_dim: int, device: torch.device) -> _Steps:
+    channels: list[int] = []
+    part_of: list[int] = []
+    ends: list[int] = []
+    bits = 0
+    for index, part in enumerate(trellis.parts):
+        first, count = len(channels), part.eighths * head_dim // 8
+        places = math.gcd(count, WORD // math.gcd(WORD, part.bits))
+        words = count // places
+        channels += [first + place * words + word for word in range(words) for place in range(places)]
+        part_of += [index] * count
+        ends += [bits + part.bits * (i + 1) for i in range(count)]
+        bits += part.bits * count
+    channel, end = torch.tensor(channels), torch.tensor(ends)
+    word = (end - 1) // WORD
+    weight = torch.tensor([part.weight for part in trellis.parts])[part_of]
+    return _Steps(
+        channel.to(device),
+        channel.argsort().to(device),
+        torch.tensor(part_of, device=device),
+        ((1 << torch.tensor([part.bits for part in trellis.parts])) - 1)[part_of].to(device),
+        word.to(device),
+        (WORD * (word + 1) - end).to(device),
+        weight.to(device),
+        bits,
+    )
+
+
+@lru_cache(maxsize=64)
+def _table(trellis: Trellis, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[parts, 2^L]: what each window decodes to."""
+    return torch.tensor([part.values(trellis.state_bits) for part in trellis.parts], dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _down(bits: int, device: torch.device) -> Tensor:
+    """bits - 1, ..., 0: the places of a code's bits in the string."""
+    return torch.arange(bits - 1, -1, -1, dtype=torch.int32, device=device)
 
 
 _SOURCE = (
@@ -204,19 +303,33 @@ _SOURCE = (
     "Marcellin and Fischer 1990, Trellis Coded Quantization"
 )
 
+ONE = Part(1, 323, ((0, 41), (6, 24)))
+TWO = Part(2, 275, ((0, 46), (6, 34)))
+THREE = Part(3, 263, ((0, 46), (2, 17), (16, 36)))
+FOUR = Part(4, 1295, ((0, 48), (2, 16), (16, 41)))
 
-def _tcq(code_bits: int, trellis: Trellis, word_bits: int = 16) -> TrellisPerTokenHead:
+
+def _tcq(part: Part) -> TrellisPerTokenHead:
     return TrellisPerTokenHead(
-        f"tcq{code_bits}",
-        code_bits,
-        trellis,
+        f"tcq{part.bits}",
+        part.bits,
+        Trellis(8, (part,)),
         "per_token_head",
         _SOURCE,
         default_rotation="randomized_hadamard",
-        word_bits=word_bits,
+        word_bits=math.lcm(WORD, part.bits),
     )
 
 
-tcq2 = _tcq(2, Trellis(8, 275, ((0, 46), (6, 36))))
-tcq3 = _tcq(3, Trellis(8, 1801, ((0, 47), (2, 17), (16, 35))), word_bits=48)
-tcq4 = _tcq(4, Trellis(8, 3163, ((0, 48), (2, 17), (16, 37))))
+tcq2, tcq3, tcq4 = _tcq(TWO), _tcq(THREE), _tcq(FOUR)
+
+
+def _tiers(*shares: tuple[Part, int, int]) -> TrellisPerTokenHead:
+    """Parts with their eighths of the channels and their weights."""
+    parts = tuple(replace(part, eighths=eighths, weight=weight) for part, eighths, weight in shares)
+    name = "".join(str(part.bits) for part in parts)
+    mean = sum(part.bits * part.eighths for part in parts) // 8
+    return TrellisPerTokenHead(f"tcq{name}", mean, Trellis(8, parts), "per_token_head", _SOURCE, starts=False)
+
+
+tcq421 = _tiers((FOUR, 2, 32), (TWO, 4, 4), (ONE, 2, 1))

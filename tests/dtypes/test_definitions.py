@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -164,14 +164,26 @@ def int2_of(x: Row, large: bool) -> tuple[bytes, bytes]:
     return words([code(v * factor) for v in x], 2), scale_bytes(scale)
 
 
-# of each: bits before a row's first code, multiplier, exponents and coefficients of the curve
-TCQ = {2: (6, 275, {0: 46, 6: 36}), 3: (5, 1801, {0: 47, 2: 17, 16: 35}), 4: (4, 3163, {0: 48, 2: 17, 16: 37})}
+# of each width: multiplier, exponents and coefficients of the curve
+CURVES = {
+    1: (323, {0: 41, 6: 24}),
+    2: (275, {0: 46, 6: 34}),
+    3: (263, {0: 46, 2: 17, 16: 36}),
+    4: (1295, {0: 48, 2: 16, 16: 41}),
+}
+# of each dtype: bits, eighths of the channels and weight of its parts
+PARTS = {
+    "tcq2": [(2, 8, 1)],
+    "tcq3": [(3, 8, 1)],
+    "tcq4": [(4, 8, 1)],
+    "tcq421": [(4, 2, 32), (2, 4, 4), (1, 2, 1)],
+}
 
 
 @cache
 def tcq_values(bits: int) -> list[int]:
     """What each of the 256 windows of 8 bits decodes to."""
-    _, multiplier, curve = TCQ[bits]
+    multiplier, curve = CURVES[bits]
     levels = 2 ** (8 + bits)
     found = []
     for window in range(256):
@@ -181,62 +193,79 @@ def tcq_values(bits: int) -> list[int]:
     return found
 
 
-def tcq(bits: int, x: Row) -> tuple[bytes, bytes]:
-    """All paths by dynamic programming from the first code on, each state knowing its whole cheapest path's cost."""
-    start_bits = TCQ[bits][0]
-    dim = len(x)
-    squares = [min(max(v, F(-(2.0**40))), F(2.0**40)) ** 2 for v in x]
+def tcq_steps(name: str, dim: int) -> list[tuple[int, int, int]]:
+    """Channel, bits and weight of each step, in the order of a row's bits."""
+    found = []
+    first = 0
+    for bits, eighths, weight in PARTS[name]:
+        count = dim * eighths // 8
+        places = math.gcd(count, {1: 16, 2: 8, 3: 16, 4: 4}[bits])  # codes of a word, or of three
+        stride = count // places
+        found += [(first + place * stride + word, bits, weight) for word in range(stride) for place in range(places)]
+        first += count
+    return found
+
+
+def tcq(name: str, x: Row) -> tuple[bytes, bytes]:
+    """The path in units of the root mean square, its scale, and with parts the path again in units of that."""
+    starts = len(PARTS[name]) == 1
+    steps = tcq_steps(name, len(x))
     x = [min(max(v, F(-(2.0**40))), F(2.0**40)) for v in x]
+    squares = [v * v for v in x]
     while len(squares) & (len(squares) - 1):
         squares.append(F(0))
     norm = np.sqrt(sum_by_halves(squares))
-    step = norm / F(512 * math.sqrt(dim))
+    step = norm / F(512 * math.sqrt(len(x)))
     inverse = F(1) / step if norm >= 2.0**-40 else F(0)
-    group = {2: 8, 3: 16, 4: 4}[bits]  # codes of a word, or of three
-    order = [place * (dim // group) + word for word in range(dim // group) for place in range(group)]
-    z = [round(float(x[channel] * inverse)) for channel in order]  # halves to even
+    z = [round(float(x[channel] * inverse)) for channel, _, _ in steps]  # halves to even
 
-    values = np.array(tcq_values(bits), dtype=np.int64)
+    path = tcq_path(z, steps, starts)
+    chosen = [tcq_values(bits)[state] for state, (_, bits, _) in zip(path, steps, strict=True)]
+    weights = [weight for _, _, weight in steps]
+    above = F(sum(w * a * b for w, a, b in zip(weights, z, chosen, strict=True)))
+    below = F(sum(w * v * v for w, v in zip(weights, chosen, strict=True)))
+    scale = float(step * (above / below)) if below else 0.0
+    first = steps[0][1]
+    if starts:
+        word = (tcq_scale(scale, 6, 2 + first, 40) << 8 - first | path[0] >> first).to_bytes(2, "little")
+    else:
+        code = tcq_scale(32 * scale, 5, 3, 21)
+        word = bytes([code])
+        inverse = F(1) / (F(e5m3_value(code)) / F(512))
+        path = tcq_path([round(float(x[channel] * inverse)) for channel, _, _ in steps], steps, starts)
+    codes = "".join(format(state & (2**bits - 1), f"0{bits}b") for state, (_, bits, _) in zip(path, steps, strict=True))
+    codes += "0" * (-len(codes) % 16)
+    return b"".join(int(codes[i : i + 16], 2).to_bytes(2, "little") for i in range(0, len(codes), 16)), word
+
+
+def tcq_path(z: Sequence[int], steps: Sequence[tuple[int, int, int]], starts: bool) -> list[int]:
+    """All paths by dynamic programming from the first code on, each state knowing its whole cheapest path's cost."""
     states = np.arange(256)
-    cost = 8 * values**2 - values * z[0]
-    before = np.zeros((dim, 256), dtype=np.int64)
-    for t in range(1, dim):
-        # predecessors of a state: its upper bits below each of 2^k others, the first of equal ones
-        candidates = np.stack([(states >> bits) + (upper << start_bits) for upper in range(2**bits)])
-        before[t] = candidates[cost[candidates].argmin(0), states]
-        cost = cost[before[t]] + 8 * values**2 - values * z[t]
+    before = np.zeros((len(z), 256), dtype=np.int64)
+    cost = np.zeros(256, dtype=np.int64)
+    if not starts:
+        cost[1 << steps[0][1] :] = 1 << 60
+    for t, (_, bits, weight) in enumerate(steps):
+        if t:
+            # predecessors of a state: its upper bits below each of 2^k others, the first of equal ones
+            candidates = np.stack([(states >> bits) + (upper << 8 - bits) for upper in range(2**bits)])
+            before[t] = candidates[cost[candidates].argmin(0), states]
+            cost = cost[before[t]]
+        values = np.array(tcq_values(bits), dtype=np.int64)
+        cost = cost + weight * (8 * values**2 - values * clamp(z[t], -4095, 4095))
     path = [int(cost.argmin())]
-    for t in range(dim - 1, 0, -1):
+    for t in range(len(z) - 1, 0, -1):
         path.insert(0, int(before[t][path[0]]))
-
-    chosen = [int(values[state]) for state in path]
-    fit = F(sum(a * b for a, b in zip(z, chosen, strict=True))) / F(sum(v * v for v in chosen))
-    string = format(path[0] >> bits, f"0{start_bits}b")
-    codes = "".join(format(state & (2**bits - 1), f"0{bits}b") for state in path)
-    packed = b"".join(int(codes[i : i + 16], 2).to_bytes(2, "little") for i in range(0, len(codes), 16))
-    word = tcq_scale(float(step * fit), 10 - start_bits) << start_bits | int(string, 2)
-    return packed, word.to_bytes(2, "little")
+    return path
 
 
-def tcq_scale(scale: float, mantissa_bits: int) -> int:
-    """The code of the nearest number of 6 bits of exponent e and some of mantissa m, 2^(e-40) (1 + m)."""
+def tcq_scale(scale: float, exponent_bits: int, mantissa_bits: int, bias: int) -> int:
+    """The code of the nearest number of so many bits of exponent e and of mantissa m, 2^(e - bias) (1 + m)."""
     if scale <= 0:
         return 0
     fraction, exponent = math.frexp(scale)  # of [0.5, 1)
-    code = math.floor(((exponent - 1 + 40) + (2 * fraction - 1)) * 2**mantissa_bits + 0.5)
-    return clamp(code, 0, 2 ** (6 + mantissa_bits) - 2)
-
-
-def tcq2(x: Row) -> tuple[bytes, bytes]:
-    return tcq(2, x)
-
-
-def tcq3(x: Row) -> tuple[bytes, bytes]:
-    return tcq(3, x)
-
-
-def tcq4(x: Row) -> tuple[bytes, bytes]:
-    return tcq(4, x)
+    code = math.floor(((exponent - 1 + bias) + (2 * fraction - 1)) * 2**mantissa_bits + 0.5)
+    return clamp(code, 0, 2 ** (exponent_bits + mantissa_bits) - 2)
 
 
 def e5m3_value(code: int) -> np.float32:
@@ -335,15 +364,12 @@ DEFINITIONS = {
         int8_per_token_head,
         int4_per_token_head,
         int2_per_token_head,
-        tcq2,
-        tcq3,
-        tcq4,
         midrise2_per_token_head,
         tiers421_per_token_head,
         tiers4321_per_token_head,
         tiers42_per_token_head,
     )
-}
+} | {name: partial(tcq, name) for name in PARTS}
 
 
 # ---- what is quantized
@@ -432,7 +458,7 @@ def test_fp8_divides_and_does_not_multiply(scale):
 def decoded(name: str, codes: bytes, scale: bytes) -> list[float]:
     """The values of a stored row, by the table of definitions, in float64."""
     if name.startswith("tcq"):
-        return tcq_decoded(int(name[3]), codes, int.from_bytes(scale, "little"))
+        return tcq_decoded(name, codes, int.from_bytes(scale, "little"))
     if name.startswith("tiers"):
         return decoded_tiers(name.removeprefix("tiers").removesuffix("_per_token_head"), codes, scale)
     if name == "midrise2_per_token_head":
@@ -459,20 +485,6 @@ def decoded(name: str, codes: bytes, scale: bytes) -> list[float]:
     return [(-1.5104, -0.4528, 0.4528, 1.5104)[code] * s for code in in_order]
 
 
-def tcq_decoded(bits: int, codes: bytes, word: int) -> list[float]:
-    """The values of the windows of one string of bits, each times the scale."""
-    start_bits = TCQ[bits][0]
-    string = format(word & (2**start_bits - 1), f"0{start_bits}b")
-    string += "".join(format(codes[i] | codes[i + 1] << 8, "016b") for i in range(0, len(codes), 2))
-    code = word >> start_bits
-    exponent, mantissa = divmod(code, 2 ** (10 - start_bits))
-    scale = 0.0 if code == 0 else 2.0 ** (exponent - 40) * (1 + mantissa / 2 ** (10 - start_bits))
-    dim = len(codes) * 8 // bits
-    in_order = [tcq_values(bits)[int(string[bits * t : bits * t + 8], 2)] * scale for t in range(dim)]
-    group = {2: 8, 3: 16, 4: 4}[bits]
-    return [in_order[channel % (dim // group) * group + channel // (dim // group)] for channel in range(dim)]
-
-
 def decoded_tiers(kind: str, codes: bytes, scale: bytes) -> list[float]:
     in_words, behind = FIELDS[kind]
     words_and_rest = [int.from_bytes(codes[i : i + 2], "little") for i in range(0, len(codes), 2)]
@@ -494,6 +506,29 @@ def decoded_tiers(kind: str, codes: bytes, scale: bytes) -> list[float]:
         for slice_codes, bits in zip(found, TIERS[kind], strict=True)
         for code in slice_codes
     ]
+
+
+def tcq_decoded(name: str, codes: bytes, word: int) -> list[float]:
+    """The values of the windows of one string of bits, each times the scale."""
+    eighths = sum(bits * eighths for bits, eighths, _ in PARTS[name])
+    starts = len(PARTS[name]) == 1
+    dim = 64 * len(codes) // eighths
+    steps = tcq_steps(name, dim if starts else dim // 16 * 16)  # a row of parts is filled up to a word
+    start_bits = 8 - steps[0][1]
+    if starts:
+        start, code, mantissa_bits, bias = word & (2**start_bits - 1), word >> start_bits, 10 - start_bits, 40
+    else:
+        start, code, mantissa_bits, bias = 0, word, 3, 26
+    exponent, mantissa = divmod(code, 2**mantissa_bits)
+    scale = 0.0 if starts and code == 0 else 2.0 ** (exponent - bias) * (1 + mantissa / 2**mantissa_bits)
+    string = format(start, f"0{start_bits}b")
+    string += "".join(format(codes[i] | codes[i + 1] << 8, "016b") for i in range(0, len(codes), 2))
+    found = [0.0] * len(steps)
+    end = start_bits
+    for channel, bits, _ in steps:
+        end += bits
+        found[channel] = tcq_values(bits)[int(string[end - 8 : end], 2)] * scale
+    return found
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)

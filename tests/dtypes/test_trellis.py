@@ -1,14 +1,15 @@
 """Trellis-coded rows: the path is the cheapest, the code is good, bytes are the same everywhere."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from kvbench.dtypes import Rows, Trellis, all_dtypes
+from kvbench.dtypes import Part, Rows, Trellis, all_dtypes
+from kvbench.dtypes.trellis import cheapest_path
 
-TCQ = [all_dtypes()[name] for name in ("tcq2", "tcq3", "tcq4")]
+ALL = [dtype for dtype in all_dtypes().values() if isinstance(dtype.decode, Trellis)]
+TCQ = [dtype for dtype in ALL if len(dtype.trellis.parts) == 1]
 every_tcq = pytest.mark.parametrize("dtype", TCQ, ids=lambda dtype: dtype.name)
 
 
@@ -20,11 +21,11 @@ def test_the_path_is_the_cheapest_of_all():
     """
     On a trellis of 16 states and rows of 8 values, no other string of bits costs less.
     """
-    dtype = replace(all_dtypes()["tcq2"], decode=Trellis(4, 27, ((0, 46), (6, 36))))
-    values = dtype.trellis.values(2)
+    trellis = Trellis(4, (Part(2, 27, ((0, 46), (6, 36))),))
+    values = trellis.parts[0].values(4)
     z = (torch.randn(20, 8) * 512).round().to(torch.int32)
 
-    found = dtype._path(z.T.contiguous()).T
+    found = cheapest_path(z.T.contiguous(), trellis, [0] * 8).T
 
     strings = torch.arange(2**18)[:, None]
     windows = (strings >> torch.arange(14, -1, -2)) & 15  # [2^18, 8]
@@ -38,9 +39,9 @@ def test_of_equal_paths_the_first_bits_decide():
     """
     Where all states have one value all paths cost the same, and the path of zeros is taken.
     """
-    dtype = replace(all_dtypes()["tcq2"], decode=Trellis(8, 0, ((0, 0),)))
+    trellis = Trellis(8, (Part(2, 0, ((0, 0),)),))
 
-    path = dtype._path(torch.randint(-900, 900, (64, 5), dtype=torch.int32))
+    path = cheapest_path(torch.randint(-900, 900, (64, 5), dtype=torch.int32), trellis, [0] * 64)
 
     assert torch.equal(path, torch.zeros(64, 5, dtype=torch.int64))
 
@@ -65,13 +66,43 @@ def test_no_code_near_the_values_is_random(dtype, head_dim):
     """
     The values of a code's successors lie evenly: their spread around a state's mean is that of the whole code.
     """
-    values = torch.tensor(dtype.trellis.values(dtype.code_bits), dtype=torch.float64)
+    values = torch.tensor(dtype.trellis.parts[0].values(8), dtype=torch.float64)
     of_a_state = values.view(-1, 1 << dtype.code_bits)  # a state's successors: all codes below the same bits
 
     assert of_a_state.mean(1).std() < 0.35 * values.std()
     assert int(values.abs().max()) <= 127
     x = torch.randn(64, head_dim)
     assert db(x, dtype.dequantize(dtype.quantize(x))) > 6.02 * dtype.code_bits - 2.5
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_codes_of_any_width_come_back(dtype, head_dim):
+    """
+    Unpacking undoes packing, and every byte is counted.
+    """
+    widths = [part.bits for part in dtype.trellis.parts for _ in range(part.eighths * head_dim // 8)]
+    codes = torch.randint(0, 16, (5, 3, head_dim)) & ((1 << torch.tensor(widths)) - 1)
+
+    packed = dtype.pack(codes.to(torch.uint8))
+
+    assert packed.shape == (5, 3, dtype.code_bytes(head_dim))
+    assert 0 <= 8 * dtype.code_bytes(head_dim) - sum(widths) < 16
+    assert torch.equal(dtype.unpack(packed), codes.to(torch.int32))
+
+
+def test_channels_of_more_bits_are_nearer():
+    """
+    In each part of a row of three an error is near that of a row with so many bits everywhere, and not of another.
+    """
+    dtype = all_dtypes()["tcq421"]
+    x = torch.randn(1000, 64)
+    values = dtype.dequantize(dtype.quantize(x))
+
+    for part, (first, last), least in zip(
+        dtype.trellis.parts, ((0, 16), (16, 48), (48, 64)), (20, 10.8, 5.2), strict=True
+    ):
+        assert least < db(x[:, first:last], values[:, first:last]) < 6.02 * part.bits + 0.5
 
 
 @every_tcq
@@ -126,7 +157,7 @@ def test_heavy_tails_lose_less_rotated(dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with a CPU")
-@every_tcq
+@pytest.mark.parametrize("dtype", ALL, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_a_gpu_writes_the_same_bytes(dtype, head_dim):
     """
