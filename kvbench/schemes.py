@@ -65,6 +65,8 @@ class Side:
     def learn(self, sample: Sample) -> tuple[Params, ...]:
         """What each transform learns of a layer, from the sample as the transforms before it left it."""
         found: list[Params] = []
+        dtype = self.dtype.resolve(torch.float32)
+        sample = replace(sample, stored=lambda x: dtype.dequantize(dtype.quantize(x)))
         for transform in self.transforms:
             params = transform.learn(sample)
             found.append(params)
@@ -96,6 +98,12 @@ class Side:
                 total = own if total is None else total + own
             q = transform.query(q, known)
         return total
+
+    def lift(self, q: Tensor, params: Sequence[Params] = ()) -> Tensor | None:
+        """[T, HQ] of transformed queries: what a stored key's score gets, over the square of its length."""
+        own = [transform.lift(q, known) for transform, known in self._with(params)]
+        found = [one for one in own if one is not None]
+        return sum(found[1:], found[0]) if found else None
 
     def undo(self, o: Tensor, params: Sequence[Params] = ()) -> Tensor:
         """[T, HQ, D] outputs as untransformed values would give them."""

@@ -56,6 +56,7 @@ def attend(
     lacking = keys_as.side.score(q.to(dtype), keys_as.params)  # [T, HQ, P]
     if lacking is not None and lacking.shape[-1] == 1 and softcap is None and sinks is None:
         lacking = None  # softmax does not see it
+    lift = keys_as.side.lift(queries, keys_as.params)  # [T, HQ]
     copies = [cache] if exact is None else [cache, exact]
     read = [one.read(layer, batch.pages_read[0], dtype) for one in copies]  # [pages, HKV, S, D]
     out = torch.empty_like(queries)
@@ -85,6 +86,7 @@ def attend(
                 near,
                 visible[:, None],
                 None if lacking is None else _by_key(lacking[tokens], keys[:, :seen]),
+                None if lift is None else lift[tokens].transpose(1, 2)[..., None],
                 scaling,
                 softcap,
                 sinks,
@@ -113,6 +115,7 @@ def _softmax_attention(
     near: Tensor | None,
     visible: Tensor,
     lacking: Tensor | None,
+    lift: Tensor | None,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -120,10 +123,11 @@ def _softmax_attention(
     """[B, HQ, T, D] of q: [B, HQ, T, D] over k and v: [B, HKV, L, D] where visible: [B, 1, T, L].
 
     rows: k and v as they are packed, and where near: [B, 1, T, L] as they are in the window.
-    lacking: [B, HQ, T, L], added to the scores before scaling, or None.
+    lacking: [B, HQ, T, L], added to the scores before scaling, or None. lift: [B, HQ, T, 1], added to those of packed
+    keys, times the square of their length, or None.
     """
     k, v = rows[0]
-    if softcap is None and sinks is None and lacking is None and near is None:
+    if all(one is None for one in (softcap, sinks, lacking, lift, near)):
         out: Tensor = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
@@ -131,6 +135,8 @@ def _softmax_attention(
     group = q.shape[1] // k.shape[1]
     per_query = [[x.repeat_interleave(group, dim=1) for x in both] for both in rows]
     scores = q @ per_query[0][0].mT  # [B, HQ, T, L]
+    if lift is not None:
+        scores = scores + lift * per_query[0][0].square().sum(-1)[:, :, None]
     if near is not None:
         scores = torch.where(near, q @ per_query[1][0].mT, scores)
     if lacking is not None:

@@ -22,8 +22,9 @@ from kvbench.transforms import Params, Rope, Sample
 
 @dataclass
 class _Layer:
-    """What one attention layer got, piece by piece, on the CPU."""
+    """What one attention layer got, piece by piece, on the CPU; scaling: of its scores."""
 
+    scaling: float
     keys: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -40,8 +41,8 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
     queries = any(transform.reads_queries for side in scheme.all_sides for transform in side.transforms)
     layers: dict[int, _Layer] = {}
 
-    def keep(layer: int, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        own = layers.setdefault(layer, _Layer())
+    def keep(layer: int, q: Tensor, k: Tensor, positions: Tensor, scaling: float) -> None:
+        own = layers.setdefault(layer, _Layer(scaling))
         own.keys.append(k.cpu())
         own.positions.append(positions.cpu())
         if queries:
@@ -57,6 +58,7 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
             torch.cat(layer.positions),
             ropes.get(number),
             loaded.info.max_length,
+            layer.scaling,
         )
         layer.keys.clear()
         layer.queries.clear()

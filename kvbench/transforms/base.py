@@ -7,7 +7,7 @@ added only where a softcap or a sink logit would see it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -54,7 +54,8 @@ class Sample:
 
     keys: [T, HKV, D], any floating dtype. queries: [T, HQ, D], where a transform reads them.
     positions: [T] int64. rope: None where it is not known.
-    max_length: the model's positions.
+    max_length: the model's positions. scaling: factor of the scores, or None for D^-1/2.
+    stored: what rows are read as once they are stored.
     """
 
     keys: Tensor
@@ -62,6 +63,8 @@ class Sample:
     positions: Tensor
     rope: Rope | None
     max_length: int
+    scaling: float | None = None
+    stored: Callable[[Tensor], Tensor] = lambda rows: rows
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ class Transform:
 
     def score(self, q: Tensor, params: Params) -> Tensor | None:
         """c(q), before scaling: [T, HQ, P] for keys by their page of positions, P = 1 for all alike, or None for 0."""
+        return None
+
+    def lift(self, q: Tensor, params: Params) -> Tensor | None:
+        """[T, HQ], times the square of a stored key's length: what is added to its score; or None for 0."""
         return None
 
     def undo(self, o: Tensor, params: Params) -> Tensor:

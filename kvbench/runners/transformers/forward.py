@@ -52,7 +52,7 @@ class _Step:
 _step: ContextVar[_Step] = ContextVar("kvbench_step")
 
 # called with the model's number of a layer, its new queries [T, HQ, D] and keys [T, HKV, D], and their positions [T]
-Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
 _observer: ContextVar[Observer | None] = ContextVar("kvbench_observer", default=None)
 
 
@@ -82,8 +82,10 @@ def _attention(
     step = _step.get()
     layer = step.layer_index[module.layer_idx]
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (observer := _observer.get()) is not None:
-        observer(module.layer_idx, queries, keys, torch.cat([part.batch.positions for part in step.parts]))
+        new = torch.cat([part.batch.positions for part in step.parts])
+        observer(module.layer_idx, queries, keys, new, scaling)
     outs = []
     sizes = [len(part.batch.slot_mapping) for part in step.parts]
     for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
@@ -100,7 +102,7 @@ def _attention(
                 layer,
                 part.batch,
                 impl=step.impl,
-                scaling=q.shape[-1] ** -0.5 if scaling is None else scaling,
+                scaling=scaling,
                 sliding_window=step.windows[module.layer_idx],
                 softcap=softcap,
                 sinks=s_aux,
