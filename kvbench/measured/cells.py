@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.measured.series import NoSeriesError, Series, series_of
+from kvbench.measured.series import NoSeriesError, Samples, Series, series_of
 from kvbench.results import Record, Store, describe, headline, plain_json
 
 
@@ -151,7 +151,7 @@ def _cell(store: Store, record: Record) -> Cell:
     series: dict[str, Series] = {}
     absent: dict[str, str] = {}
     try:
-        samples = store.samples(record.cell, lists=False)
+        samples = Samples(store.samples(record.cell, lists=False))
     except (OSError, ValueError) as error:
         absent = {metric.name: f"its samples cannot be read: {describe(error)}" for metric in wanted}
         wanted = []

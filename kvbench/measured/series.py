@@ -44,35 +44,65 @@ class Series:
     clusters: tuple[str, ...] = ()
 
 
-def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
+class Samples:
+    """A cell's samples with each column taken out of the frame once, for all of its metrics."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self._frame = frame
+        self.names = set(frame.columns)
+        self._texts: dict[str, NDArray[np.object_]] = {}
+
+    def __len__(self) -> int:
+        return len(self._frame)
+
+    def texts(self, name: str) -> NDArray[np.object_]:
+        """[n]: a column as text."""
+        if name not in self._texts:
+            self._texts[name] = np.array(list(map(str, self._frame[name].tolist())), object)
+        return self._texts[name]
+
+    def numbers(self, name: str) -> Array:
+        """[n]: a column of numbers; what is absent is nan.
+
+        Raises:
+            NoSeriesError: it is no column of numbers.
+        """
+        if name not in self.names or self._frame[name].dtype.kind not in "bif":
+            raise NoSeriesError("the samples have no number a document")
+        return self._frame[name].to_numpy(float)
+
+
+def series_of(metric: Metric, samples: pd.DataFrame | Samples) -> Series:
     """A metric's number a document, of which the mean (for a perplexity, its logarithm's) is the metric's value.
 
     Raises:
         NoSeriesError: the samples have no such numbers, or numbers that do not give the value.
     """
-    lacking = {"doc_id", "doc_hash", "prompt_hash", "filter"} - set(samples.columns)
+    rows = samples if isinstance(samples, Samples) else Samples(samples)
+    lacking = {"doc_id", "doc_hash", "prompt_hash", "filter"} - rows.names
     if lacking:
         raise NoSeriesError(f"the samples lack {', '.join(sorted(lacking))}")
     leaf, _, name = metric.name.rpartition("/")
     name, _, filter_name = name.partition(",")
     # acc@1024 is acc of the documents of that context; kld@1024-2048 is a number of every document
-    name, _, context = (name, "", "") if name in samples else name.partition("@")
-    rows = samples[samples["filter"] == (filter_name or "none")]
+    name, _, context = (name, "", "") if name in rows.names else name.partition("@")
+    chosen = rows.texts("filter") == (filter_name or "none")
     if leaf:
-        rows = rows[rows["task"] == leaf]
-    if context and "context" in rows:
-        rows = rows[rows["context"] == int(context)]
+        chosen &= rows.texts("task") == leaf
+    if context and "context" in rows.names:
+        chosen &= rows.numbers("context") == int(context)
     log = metric.kind == "log"
-    column = f"{name}.logprob" if log and f"{name}.logprob" in rows else name
-    if metric.kind is None or column not in rows or rows[column].dtype.kind not in "bif":
+    column = f"{name}.logprob" if log and f"{name}.logprob" in rows.names else name
+    if metric.kind is None:
         raise NoSeriesError("the samples have no number a document")
-    rows = rows.dropna(subset=[column])
-    values = rows[column].to_numpy(float)
+    numbers = rows.numbers(column)
+    chosen &= ~np.isnan(numbers)
+    values = numbers[chosen]
     if not values.size:
         raise NoSeriesError("the samples have no number a document")
-    if metric.weight is not None and metric.weight not in rows:
+    if metric.weight is not None and metric.weight not in rows.names:
         raise NoSeriesError(f"the samples lack {metric.weight}")
-    weights: Array | None = rows[metric.weight].to_numpy(float) if metric.weight else None
+    weights: Array | None = rows.numbers(metric.weight)[chosen] if metric.weight else None
     if column != name:  # of all its words or bytes together
         values = -values / weights
     elif log:  # of lm-eval's `perplexity` the samples have the log-likelihood, which is never above 0
@@ -87,10 +117,10 @@ def series_of(metric: Metric, samples: pd.DataFrame) -> Series:
     value = exponential(whole) if log else whole
     if not math.isclose(value, metric.value, rel_tol=1e-4, abs_tol=1e-9):
         raise NoSeriesError("it is no mean over documents: the samples' mean is not the metric's value")
-    columns = [tuple(map(str, rows[name].tolist())) for name in ("doc_id", "filter", "doc_hash", "prompt_hash")]
-    task = tuple(map(str, rows["task"].tolist())) if "task" in rows else ("",) * len(rows)
+    columns = [tuple(rows.texts(name)[chosen]) for name in ("doc_id", "filter", "doc_hash", "prompt_hash")]
+    task = tuple(rows.texts("task")[chosen]) if "task" in rows.names else ("",) * len(values)
     # a document that is asked twice is one document
-    named = tuple(map(str, rows["cluster"].tolist())) if "cluster" in rows else columns[2]
+    named = tuple(rows.texts("cluster")[chosen]) if "cluster" in rows.names else columns[2]
     documents, clusters, order, digest = _in_order(named, task, *columns)
     picked = None if weights is None else weights[order]
     return Series(metric, values[order], picked, digest, documents, clusters)

@@ -71,6 +71,11 @@ class Planned:
         """What the run folder held when it was first asked for."""
         return self.store.load()
 
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """`plan_rows`, made once."""
+        return plan_rows(self)
+
 
 def prepare(path: Path, options: Options, parts: Parts | None = None, executor: Executor | None = None) -> Planned:
     """The cells that a command line means. executor: what runs them, where it is there already.
@@ -344,7 +349,7 @@ def plan_lacks(planned: Planned) -> list[str]:
 
 def plan_document(planned: Planned, context: int | None = None) -> Document:
     """What would run: its tables, and what they add up to."""
-    rows = plan_rows(planned)
+    rows = planned.rows
     sections, notes = plan_tables(planned, context), plan_summary(planned)
     return Document(f"{planned.sweep.name}: what it would run", sections, notes=notes, rows=rows, fields=list(rows[0]))
 
@@ -354,7 +359,7 @@ def plan_tables(planned: Planned, context: int | None = None) -> list[Table]:
 
     context: tokens of the sequence whose bytes are stated; the model's longest where it is None.
     """
-    rows = plan_rows(planned)
+    rows = planned.rows
     tables = []
     for model in dict.fromkeys(cell.model for cell in planned.cells):
         of_model = [row for row in rows if (row["model"], row["compute_dtype"]) == (model.name, model.compute_dtype)]
@@ -387,7 +392,7 @@ def plan_tables(planned: Planned, context: int | None = None) -> list[Table]:
 
 def plan_summary(planned: Planned) -> list[str]:
     """Lines below the tables: how much is left, how long that takes, what is missing, where results go."""
-    rows = plan_rows(planned)
+    rows = planned.rows
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
     lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     lines += done_otherwise(planned.cells, planned.contents.records.values())

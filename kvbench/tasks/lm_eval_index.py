@@ -45,6 +45,7 @@ class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix} {node.value}")
 
 
+@cache
 def version() -> str:
     """The installed lm-eval's version."""
     return importlib.metadata.version("lm-eval")
