@@ -37,10 +37,14 @@ PRESETS = """\
 A sweep's `schemes` takes these names, names with a window (`int4+w64s4`: the query's own page of 64 positions, the 64
 before it, and the first 4 tokens are read in 16 bits) or with other dtypes in single layers
 (`int4+l0=int8+l-1=fp16`), and mappings with `dtype` (or `scheme`, another one's name), `rotation`, `window: {sinks,
-recent}`, `layers` and `calibration: {text, tokens}`.
+recent}`, `layers` and `calibration: {text, tokens}`. A window's pages have 64 positions, or `page: 128`, or as many as
+a dtype quantizes whole.
 """
 
 SCHEMES = """\
+A dtype whose scale is shared by the tokens of a channel quantizes a page whole, once it has left the window: until
+then, and while it is being filled, its rows are in 16 bits. No kernel does so, so the reference computes it.
+
 A name may be shortened where it is unique (`int4`), and keys and values may differ: `int4:int2` is four bits for keys
 and two for values (`{key: int4, value: int2}` in YAML).
 """
@@ -52,8 +56,12 @@ def code(dtype: Dtype) -> str:
         storage = dtype.decode.storage
         return f"`{str(storage).removeprefix('torch.')}`" if storage else "the model's own type"
     if isinstance(dtype.decode, Affine):
-        zero = "signed" if dtype.decode.zero == "none" else "unsigned, zero-point in the scale's low bits"
-        return f"{dtype.code_bits}-bit integer, {zero}"
+        zeros = {
+            "none": "signed",
+            "in_scale": "unsigned, zero-point in the scale's low bits",
+            "minimum": "unsigned, above a minimum stored beside the scale",
+        }
+        return f"{dtype.code_bits}-bit integer, {zeros[dtype.decode.zero]}"
     if isinstance(dtype.decode, Trellis):
         parts = dtype.decode.parts
         shares = "".join(f", {part.bits} for {part.eighths}/8 of the channels" for part in parts if len(parts) > 1)
@@ -73,6 +81,7 @@ def first_line(thing: object) -> str:
 def scale(dtype: Dtype) -> str:
     """What shares a scale."""
     by = {"none": "-", "per_tensor": "a layer's K, and its V", "per_token_head": "a row"}
+    by["per_channel"] = f"{dtype.page_tokens} tokens of a channel"
     return by.get(dtype.granularity, f"{dtype.group_size} channels of a row")
 
 

@@ -25,6 +25,7 @@ Pair = str | Mapping[str, Any]  # one name for both, "key:value", or {"key": …
 Layers = Sequence[tuple[int, int]]  # (KV heads, head_dim) of each
 SAME = "-"  # in a layer's dtypes: as in the other layers
 MOST_LABELS = 4  # layers that a name spells out
+PAGES = (64, 128)  # tokens of a window's page, where no dtype says
 SPEC = ("dtype", "key", "value", "rotation", "rotations", "window", "layers", "calibration", "scheme")
 
 
@@ -127,43 +128,51 @@ class Side:
 class Window:
     """Which keys a query reads in 16 bits: the first `sinks` tokens, and those near it.
 
-    recent: whole pages of 64 positions before the query's own, which is read in 16 bits too; None for sinks alone.
+    recent: whole pages of `page` positions before the query's own, which is read in 16 bits too; None for sinks alone.
     """
 
     sinks: int = 0
     recent: int | None = None
+    page: int = POSITIONS
 
     @classmethod
-    def of(cls, value: Any) -> Self:
-        """The window of a mapping with `sinks` and `recent`, either of which may be left out.
+    def of(cls, value: Any, page: int = 0) -> Self:
+        """The window of a mapping with `sinks`, `recent` and `page`, any of which may be left out.
+
+        page: of the dtypes that quantize pages; 0 where none does.
 
         Raises:
-            ValueError: another key, or no whole number.
+            ValueError: another key, no whole number, or a page that is not the dtypes'.
         """
-        if not isinstance(value, Mapping) or not value or set(value) - {"sinks", "recent"}:
-            raise ValueError(f"window: expected a mapping with 'sinks' (tokens) and 'recent' (pages), not {value!r}")
+        if not isinstance(value, Mapping) or not value or set(value) - {"sinks", "recent", "page"}:
+            raise ValueError(
+                f"window: expected a mapping with 'sinks' (tokens), 'recent' (pages) and 'page' (tokens), not {value!r}"
+            )
         for name, count in value.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise ValueError(f"window: {name} is a whole number from 0 on, not {count!r}")
+        if "page" in value and value["page"] not in ((page,) if page else PAGES):
+            expected = f"{page} tokens, as the scheme's dtypes have it" if page else "64 or 128 tokens"
+            raise ValueError(f"window: a page has {expected}, not {value['page']}")
         if not value.get("sinks") and "recent" not in value:
             raise ValueError("window: no sinks and no recent pages leave nothing in 16 bits: leave it out")
-        return cls(**value)
+        return cls(**({"page": page} if page else {}) | dict(value))
 
-    @property
-    def label(self) -> str:
-        """`w64s4`: recent tokens, and sinks."""
-        near = "" if self.recent is None else f"w{self.recent * POSITIONS}"
-        return f"{near}s{self.sinks}" if self.sinks or not near else near
+    def label(self, page: int = 0) -> str:
+        """`w64s4`: recent tokens, and sinks; `w128s4p128` where a page is neither the dtypes' nor of 64 tokens."""
+        near = "" if self.recent is None else f"w{self.recent * self.page}"
+        label = f"{near}s{self.sinks}" if self.sinks or not near else near
+        return label if self.page == (page or POSITIONS) else f"{label}p{self.page}"
 
     def starts(self, positions: Tensor) -> Tensor:
         """[T] the first of the recent keys that queries at these positions [T] read in 16 bits."""
         if self.recent is None:
             return positions + 1
-        return ((positions // POSITIONS - self.recent) * POSITIONS).clamp_min(0)
+        return ((positions // self.page - self.recent) * self.page).clamp_min(0)
 
     def tokens(self, length: int) -> int:
         """Tokens that a sequence of this length keeps in 16 bits: a ring of pages, and the sinks."""
-        return min(length, self.sinks + (0 if self.recent is None else (self.recent + 1) * POSITIONS))
+        return min(length, self.sinks + (0 if self.recent is None else (self.recent + 1) * self.page))
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,10 @@ class Scheme:
                     )
         if self.calibration is None and self.learns:
             object.__setattr__(self, "calibration", Calibration())
+        if page := self.page_tokens:
+            # what is not yet a whole page is in 16 bits
+            window = self.window or Window(0, 0, page)
+            object.__setattr__(self, "window", replace(window, recent=window.recent or 0, page=page))
 
     # ---- reading
 
@@ -261,22 +274,24 @@ class Scheme:
             raise ValueError("a scheme has either 'dtype', 'key' and 'value', or 'scheme' (another one's name)")
         scheme = cls.parse(spec.get("dtype") or spec.get("scheme") or sides, rotation)
         if "window" in spec:
-            scheme = replace(scheme, window=Window.of(spec["window"]))
+            scheme = replace(scheme, window=Window.of(spec["window"], scheme.page_tokens))
         if "layers" in spec:
             scheme = replace(scheme, layers=_overrides(spec["layers"], scheme))
         return scheme.calibrated(Calibration.of(spec["calibration"])) if "calibration" in spec else scheme
 
     def _with_label(self, label: str) -> Self:
-        if match := re.fullmatch(r"(?:w(\d+))?(?:s(\d+))?", label):
-            recent, sinks = match.groups()
-            if label and int(recent or 0) % POSITIONS == 0:
-                window = Window(int(sinks or 0), None if recent is None else int(recent) // POSITIONS)
-                return replace(self, window=window)
+        if label and (match := re.fullmatch(r"(?:w(\d+))?(?:s(\d+))?(?:p(\d+))?", label)):
+            recent, sinks, page = (None if group is None else int(group) for group in match.groups())
+            size = page or self.page_tokens or POSITIONS
+            if (recent or 0) % size == 0 and (recent, sinks) != (None, None):
+                given = {"sinks": sinks, "recent": None if recent is None else recent // size, "page": page}
+                spec = {name: value for name, value in given.items() if value is not None}
+                return replace(self, window=Window.of(spec, self.page_tokens))
         if match := re.fullmatch(r"l(-?\d+)=(.+)", label):
             return replace(self, layers=(*self.layers, *_overrides({match[1]: match[2]}, self)))
         raise ValueError(
-            f"'+{label}' of a scheme's name is no window, such as +w64s4 (w in steps of {POSITIONS}), "
-            f"and no layer, such as +l0=int8"
+            f"'+{label}' of a scheme's name is no window, such as +w64s4 "
+            f"(w in steps of {self.page_tokens or POSITIONS}), and no layer, such as +l0=int8"
         )
 
     def calibrated(self, calibration: Calibration) -> Self:
@@ -294,7 +309,10 @@ class Scheme:
         own = self._layer_labels
         if len(own) > MOST_LABELS:
             own = [f"l{len(own)}-{hashlib.sha256('+'.join(own).encode()).hexdigest()[:8]}"]
-        extras = [self.window.label if self.window else "", *own]
+        page = self.page_tokens
+        # a page that is being filled goes without saying
+        window = None if page and self.window == Window(0, 0, page) else self.window
+        extras = [window.label(page) if window else "", *own]
         extras.append(self.calibration.label if self.calibration else "")
         return "+".join([join_pair(self.key.dtype.name, self.value.dtype.name), *filter(None, extras)])
 
@@ -320,7 +338,7 @@ class Scheme:
         """All that decides what it stores; what is as it was before schemes had more is left out."""
         row: dict[str, Any] = dict(self.columns())
         if self.window is not None:
-            row["window"] = {"sinks": self.window.sinks, "recent": self.window.recent, "page": POSITIONS}
+            row["window"] = {"sinks": self.window.sinks, "recent": self.window.recent, "page": self.window.page}
         if self.layers:
             row["layers"] = self._layer_labels
         if self.calibration is not None:
@@ -348,6 +366,18 @@ class Scheme:
     def dtypes(self) -> list[Dtype]:
         """All that its layers have, each once."""
         return list(dict.fromkeys(side.dtype for side in self.all_sides))
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of the pages that its dtypes quantize whole; 0 where every row is by itself.
+
+        Raises:
+            ValueError: dtypes with pages of two sizes.
+        """
+        found = {dtype.page_tokens: dtype.name for dtype in self.dtypes if dtype.page_tokens}
+        if len(found) > 1:
+            raise ValueError(f"a scheme has pages of one size: {' and '.join(found.values())} have two")
+        return next(iter(found), 0)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -412,21 +442,25 @@ class Scheme:
         """True bits a value of a token outside the window, in a layer without an override: mean of keys and values."""
         return (self.key.dtype.bits_per_value(head_dim) + self.value.dtype.bits_per_value(head_dim)) / 2
 
-    def row_bytes(self, head_dim: int) -> int:
+    def row_bytes(self, head_dim: int) -> float:
         """Bytes of K and V together for one token and one head, outside the window, in a layer without an override."""
         return self.key.dtype.row_bytes(head_dim) + self.value.dtype.row_bytes(head_dim)
 
-    def token_bytes(self, layers: Layers) -> int:
+    def token_bytes(self, layers: Layers) -> float:
         """Packed bytes of one token's keys and values over all layers. The scheme is resolved."""
         sides = [(self.layer(i, len(layers)), shape) for i, shape in enumerate(layers)]
         return sum(heads * side.dtype.row_bytes(head_dim) for both, (heads, head_dim) in sides for side in both)
 
     def nbytes(self, layers: Layers, tokens: int, model_dtype: torch.dtype) -> int:
-        """Bytes that an engine holds for a sequence of so many tokens: packed rows, and a ring in 16 bits."""
-        packed = self.resolve(model_dtype).token_bytes(layers) * tokens
+        """Bytes that an engine holds for a sequence of so many tokens: packed rows, and a ring in 16 bits.
+
+        Pages that are quantized whole count whole.
+        """
+        page = self.page_tokens or 1
+        packed = int(self.resolve(model_dtype).token_bytes(layers) * -(-tokens // page) * page)
         if self.window is None:
             return packed
-        return packed + self.exact(model_dtype).token_bytes(layers) * self.window.tokens(tokens)
+        return packed + int(self.exact(model_dtype).token_bytes(layers) * self.window.tokens(tokens))
 
 
 def find_dtype(name: Any, others: Collection[str] = ()) -> Dtype:

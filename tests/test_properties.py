@@ -39,7 +39,7 @@ def test_packing_loses_no_code(dtype, data):
     """
     Any codes of any head_dim that fills whole words come back, and take the bytes that are counted for them.
     """
-    head_dim = data.draw(st.integers(1, 12)) * (dtype.word_bits // dtype.code_bits)
+    head_dim = data.draw(st.integers(1, 12)) * math.lcm(dtype.word_bits // dtype.code_bits, dtype.group_size or 1)
     codes = torch.tensor(
         data.draw(st.lists(st.integers(0, 2**dtype.code_bits - 1), min_size=head_dim, max_size=head_dim)),
         dtype=torch.int32,

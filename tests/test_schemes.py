@@ -5,7 +5,7 @@ import torch
 
 from kvbench.dtypes import all_dtypes
 from kvbench.presets import all_presets
-from kvbench.schemes import Scheme, split_pair
+from kvbench.schemes import Scheme, Window, split_pair
 from kvbench.transforms import all_rotations
 
 PAIRS = [(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
@@ -166,6 +166,79 @@ def test_a_sequence_s_bytes_are_packed_rows_and_a_ring(tokens, kept):
     added = windowed.nbytes(layers, tokens, torch.bfloat16) - packed.nbytes(layers, tokens, torch.bfloat16)
     assert packed.nbytes(layers, tokens, torch.bfloat16) == tokens * (3 * 2 * 36 + 2 * 68)
     assert added == kept * 2 * 2 * (3 * 64 + 128)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "window"),
+    [
+        ({"dtype": "uint2_per_channel_64"}, "uint2_per_channel_64", Window(0, 0, 64)),
+        ({"dtype": "uint2_per_channel_128"}, "uint2_per_channel_128", Window(0, 0, 128)),
+        (
+            {"key": "uint2_per_channel_128", "value": "int2", "window": {"sinks": 4}},
+            "uint2_per_channel_128:int2_per_token_head+w0s4",
+            Window(4, 0, 128),
+        ),
+        (
+            {"dtype": "uint2_per_channel_128", "window": {"recent": 2}},
+            "uint2_per_channel_128+w256",
+            Window(0, 2, 128),
+        ),
+        (
+            {"dtype": "int4", "window": {"recent": 2, "sinks": 1, "page": 128}},
+            "int4_per_token_head+w256s1p128",
+            Window(1, 2, 128),
+        ),
+        ({"dtype": "int4", "window": {"recent": 2, "page": 64}}, "int4_per_token_head+w128", Window(0, 2, 64)),
+        (
+            {"dtype": "int8", "layers": {0: "uint2_per_channel_128"}},
+            "int8_per_token_head+l0=uint2_per_channel_128",
+            Window(0, 0, 128),
+        ),
+    ],
+)
+def test_a_window_has_pages_of_64_or_of_the_dtypes(spec, name, window):
+    """
+    What is quantized by page has a window of that page, which goes without saying; a name with all of it is read back.
+    """
+    scheme = Scheme.of(spec)
+
+    assert scheme.window == window
+    assert scheme.dtype_name == name
+    assert Scheme.parse(name, scheme.rotation_name) == scheme
+    assert scheme.identity()["window"]["page"] == window.page
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"dtype": "uint2_per_channel_64:uint2_per_channel_128"}, "a scheme has pages of one size"),
+        (
+            {"dtype": "uint2_per_channel_128", "window": {"recent": 1, "page": 64}},
+            "window: a page has 128 tokens, as the scheme's dtypes have it, not 64",
+        ),
+        ({"dtype": "int4", "window": {"recent": 1, "page": 32}}, "window: a page has 64 or 128 tokens, not 32"),
+        ({"dtype": "int4", "window": {"page": 64}}, "no sinks and no recent pages leave nothing in 16 bits"),
+        ("uint2_per_channel_128+w64", r"no window, such as \+w64s4 \(w in steps of 128\)"),
+    ],
+)
+def test_pages_that_do_not_go_together_are_refused(spec, message):
+    """
+    Two sizes, and a window of another page than the dtypes quantize.
+    """
+    with pytest.raises(ValueError, match=message):
+        Scheme.of(spec)
+
+
+@pytest.mark.parametrize(("tokens", "whole"), [(64, 64), (100, 128), (8192, 8192)])
+def test_pages_that_are_quantized_whole_count_whole(tokens, whole):
+    """
+    Codes of 2 bits and 32 bits a channel and page for keys, for values and 32 channels; a ring of two pages.
+    """
+    scheme = Scheme.parse("kivi2")
+    packed = 3 * 64 * (2 * whole / 4 + 4 * whole / 64 + 4 * whole / 32)
+    ring = min(tokens, 128) * 2 * 2 * 3 * 64
+
+    assert scheme.nbytes([(3, 64)], tokens, torch.bfloat16) == packed + ring
 
 
 def test_layers_have_their_own_dtypes_and_the_scheme_s_transforms():

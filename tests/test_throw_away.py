@@ -1,4 +1,4 @@
-"""A new transform and a new dtype are one file each: two that nobody keeps pass the tests that all share."""
+"""A new transform and a new dtype are one file each: three that nobody keeps pass the tests that all share."""
 
 import os
 import subprocess
@@ -74,6 +74,29 @@ SOURCE = "QLoRA, https://arxiv.org/abs/2305.14314"
 nf4 = NormalFloat("nf4", 4, Codebook(LEVELS), "per_group", source=SOURCE, group_size=16)
 '''
 
+TALL = '''\
+"""Signed 8-bit integers, one scale a channel of 32 tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvbench.dtypes.base import Affine, Dtype, Rows
+
+
+@dataclass(frozen=True)
+class Tall(Dtype):
+    def quantize(self, x, tensor_scale=None):
+        x = x.to(torch.float32)
+        scale = (x.abs().amax(-2) / 127).clamp_min(1e-6)
+        broken = ~scale.isfinite()
+        codes = (x / scale.unsqueeze(-2)).round().clamp(-127, 127).masked_fill(broken.unsqueeze(-2), 0)
+        return Rows(self.pack(codes.to(torch.int8)), scale.masked_fill(broken, torch.nan))
+
+
+tall8 = Tall("tall8", 8, Affine("none"), "per_channel", source="nobody", page_tokens=32)
+'''
+
 PLUGIN = """\
 from pathlib import Path
 
@@ -88,7 +111,12 @@ for package in (kvbench.dtypes, kvbench.transforms):
 @pytest.fixture
 def added(tmp_path):
     """The environment of a process in whose folders of dtypes and transforms a file more lies each."""
-    for name, text in (("transforms/dct.py", DCT), ("dtypes/nf4.py", NF4), ("more.py", PLUGIN)):
+    for name, text in (
+        ("transforms/dct.py", DCT),
+        ("dtypes/nf4.py", NF4),
+        ("dtypes/tall.py", TALL),
+        ("more.py", PLUGIN),
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -103,17 +131,19 @@ def run(environment, *args):
 
 def test_they_pass_every_shared_test(added):
     """
-    With no line elsewhere, sizes, packing, rows in a cache, attention and rounding hold for both, alone and together.
+    With no line elsewhere, sizes, packing, rows or pages in a cache, attention and rounding hold for them, alone and
+    together.
     """
     shared = [
         "tests/dtypes/test_dtypes.py",
+        "tests/dtypes/test_min_max.py",
         "tests/cache",
         "tests/attention",
         "tests/transforms",
         "tests/test_schemes.py",
     ]
     program = "import more, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
-    done = run(added, "-c", program, "-q", "-p", "no:cacheprovider", "-k", "dct or nf4", *shared)
+    done = run(added, "-c", program, "-q", "-p", "no:cacheprovider", "-k", "dct or nf4 or tall8", *shared)
 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert int(done.stdout.strip().splitlines()[-1].split()[0]) > 60
@@ -124,6 +154,7 @@ def test_they_pass_every_shared_test(added):
     [
         ("int4", "dct", "no kernel computes dct"),
         ("nf4", "none", "no kernel decodes nf4, which has a scale every 16 channels"),
+        ("tall8", "none", "no kernel quantizes or decodes pages as a whole, as tall8 is"),
     ],
 )
 def test_the_kernels_refuse_them_and_say_so(added, dtype, rotation, reason):

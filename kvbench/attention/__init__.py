@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kvbench.attention import reference
-from kvbench.attention.batch import Batch
+from kvbench.attention.batch import Batch, Near
 from kvbench.cache import PagedCache
 from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
 
-__all__ = ["Batch", "Implementation", "append", "attend", "choose", "kernels_lack"]
+__all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "kernels_lack"]
 
 
 # transforms whose kernels were changed since all of their tests passed on a GPU; see results/README.md
@@ -59,20 +59,26 @@ def append(
     impl: Implementation,
     positions: Tensor | None = None,
     exact: PagedCache | None = None,
+    near: Near | None = None,
 ) -> None:
     """Transform and quantize new tokens and write them to their slots: the same bytes by either implementation.
 
     k, v: [T, HKV, D], any floating dtype. slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
     positions: [T] int64 within their sequences; needed where a transform goes by position.
-    exact: gets the same rows, transformed alike, in 16 bits.
+    exact: gets the same rows, transformed alike, in 16 bits. near: where, if not in the same slots; and which pages are
+    full now, and quantized whole.
     """
     if impl == "triton":
+        assert near is None, "kernels read both copies in the same slots"
         from kvbench.attention import triton
 
         triton.append(cache, layer, k, v, slot_mapping, positions, exact)
     else:
-        for each in (cache, *([] if exact is None else [exact])):
-            each.append(layer, k, v, slot_mapping, positions)
+        cache.append(layer, k, v, slot_mapping, positions)
+        if exact is not None:
+            exact.append(layer, k, v, slot_mapping if near is None else near.slots, positions)
+        if exact is not None and near is not None and near.seals is not None:
+            cache.seal(layer, exact, *near.seals)
 
 
 def attend(
@@ -94,8 +100,9 @@ def attend(
     q: [T, HQ, D], not transformed, the new tokens of `batch`, whose keys and values are in the cache already.
     scaling: factor of the scores. sliding_window: a query sees itself and the window - 1 tokens before it.
     softcap: c in c·tanh(score / c). sinks: [HQ], one more logit a head that takes probability and gives nothing.
-    exact: the same rows in 16 bits, transformed alike, in the same pages and slots; window: which of them a query reads
-    instead of the cache's: a key before `window.sinks`, or at or after `window.starts` of the query's position.
+    exact: the same rows in 16 bits, transformed alike, in the same pages and slots, or where `batch.near` says.
+    window: which of them a query reads instead of the cache's: a key before `window.sinks`, or at or after
+    `window.starts` of the query's position.
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
     """

@@ -8,10 +8,73 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.cache import PageTable, to_device
+from kvbench.cache import PageTable, Rings, to_device
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """Where a batch's rows in 16 bits lie, in a cache of their own with pages of `page_size`.
+
+    slots: [T] int64, of the new tokens. table: [B, blocks] int64, which of `pages` [N] int64 each sequence has for each
+    of its blocks of `page_size` tokens; N for none.
+    seals: packed pages [n] int64 that are full now, their tokens' slots here [n, S], and which are a sequence's first
+    [n]; None for none.
+    """
+
+    slots: Tensor
+    table: Tensor
+    pages: Tensor
+    page_size: int
+    seals: tuple[Tensor, Tensor, Tensor] | None
+
+    @classmethod
+    def make(
+        cls,
+        rings: Rings,
+        tables: Sequence[PageTable],
+        counts: Sequence[int],
+        page_tokens: int,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Of sequences that have just grown by so many tokens each, whose rings grow with them.
+
+        page_tokens: of the pages that are quantized whole; 0 where none is.
+        """
+        slots, rows, seals = [], [], []
+        for table, count in zip(tables, counts, strict=True):
+            slots.append(rings.extend(table, table.length - count))
+            rows.append(rings.row(table))
+            if page_tokens:
+                seals += rings.seals(table, table.length - count, page_tokens)
+        padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+        for whole, row in zip(padded, rows, strict=True):
+            whole[: len(row)] = row
+        pages, index = np.unique(padded, return_inverse=True)
+        index = index.reshape(padded.shape)
+        if pages[0] < 0:  # none
+            pages, index = pages[1:], np.where(index == 0, len(pages) - 1, index - 1)
+        made = None
+        if seals:
+            made = (
+                to_device([seal.page for seal in seals], torch.int64, device),
+                to_device(torch.from_numpy(np.stack([seal.slots for seal in seals])), torch.int64, device),
+                to_device([seal.first for seal in seals], torch.bool, device),
+            )
+        own, table_of, read = (
+            to_device(torch.from_numpy(x), torch.int64, device) for x in (np.concatenate(slots), index, pages)
+        )
+        return cls(own, table_of, read, rings.page_size, made)
+
+    def rows(self, sequences: Sequence[int], first_keys: Sequence[int], length: int) -> Tensor:
+        """[n, blocks] of `table`, of some sequences, each from its first key's block on; of `length` keys at most."""
+        blocks = torch.arange(-(-length // self.page_size))
+        firsts = torch.tensor(first_keys)[:, None] // self.page_size
+        index = (firsts + blocks).clamp_max(self.table.shape[1] - 1).to(self.table.device)
+        return self.table[torch.tensor(sequences, device=self.table.device)].gather(1, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +83,7 @@ class Batch:
 
     query_starts: [B+1] int32, the first new token of each sequence. seq_lens: [B] int32, tokens with the new ones.
     page_table: [B, most pages] int32, padded with 0. slot_mapping: [T] int64, where the new tokens are written.
+    near: where the rows in 16 bits lie; None where they lie in the same slots as the packed ones, or nowhere.
     """
 
     query_starts: Tensor
@@ -27,6 +91,7 @@ class Batch:
     page_table: Tensor
     slot_mapping: Tensor
     page_size: int
+    near: Near | None = None
 
     @classmethod
     def make(
@@ -35,6 +100,7 @@ class Batch:
         slots: Sequence[Sequence[int]],
         page_size: int,
         device: torch.device | str = "cpu",
+        near: Near | None = None,
     ) -> Self:
         """The batch of these sequences (already extended) with the slots of their new tokens."""
         width = max(len(table.pages) for table in tables)
@@ -47,6 +113,7 @@ class Batch:
             to_device(pages, torch.int32, device).view(len(tables), width),
             to_device([slot for s in slots for slot in s], torch.int64, device),
             page_size,
+            near,
         )
 
     @cached_property

@@ -26,6 +26,7 @@ class _Group:
     tokens: [B, T] int64, which of the batch's tokens. real: [B, T] bool, false where padded.
     pages: [B, N] int64, which of the batch's distinct pages. positions: [B, T] int64 of the new tokens.
     first_key: [B] int64, the position of the first key read. lengths: [B] int64.
+    near: [B, blocks] int64, which of the pages in 16 bits, from the first key's on; None where they lie as the others.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class _Group:
     positions: Tensor
     first_key: Tensor
     lengths: Tensor
+    near: Tensor | None
 
 
 def attend(
@@ -57,15 +59,27 @@ def attend(
     if lacking is not None and lacking.shape[-1] == 1 and softcap is None and sinks is None:
         lacking = None  # softmax does not see it
     lift = keys_as.side.lift(queries, keys_as.params)  # [T, HQ]
-    copies = [cache] if exact is None else [cache, exact]
-    read = [one.read(layer, batch.pages_read[0], dtype) for one in copies]  # [pages, HKV, S, D]
+    read: list[Sequence[Tensor]] = [cache.read(layer, batch.pages_read[0], dtype)]  # [pages, HKV, S, D]
+    if exact is not None and batch.near is None:
+        read.append(exact.read(layer, batch.pages_read[0], dtype))
+    elif exact is not None and batch.near is not None:
+        # and a page of zeros, which stands where there is none
+        both = exact.read(layer, batch.near.pages, dtype)
+        read.append(tuple(functional.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in both))
+    by_page = [bool(plane.dtype.page_tokens) for plane in (keys_as, values_as)]
     out = torch.empty_like(queries)
     for group in _groups(batch, sliding_window):
         length = int((group.lengths - group.first_key).max())
         keys = group.first_key[:, None] + torch.arange(length, device=q.device)  # [B, L] positions
         unwritten = keys >= group.lengths[:, None]
         # [B, HKV, L, D] of k and v, packed and exact
-        rows = [[_in_order(x, group.pages, length, unwritten) for x in both] for both in read]
+        # what is quantized by page is not there before its page is full
+        unsealed = keys >= group.lengths[:, None] // cache.page_size * cache.page_size
+        absent = [unsealed if paged else unwritten for paged in by_page]
+        rows = [[_in_order(x, group.pages, length, gone) for x, gone in zip(read[0], absent, strict=True)]]
+        if len(read) > 1:
+            pages = group.pages if group.near is None else group.near
+            rows.append([_in_order(x, pages, length, unwritten) for x in read[1]])
         for tokens, real, positions in zip(
             group.tokens.split(QUERY_CHUNK, 1),
             group.real.split(QUERY_CHUNK, 1),
@@ -184,6 +198,7 @@ def _groups(batch: Batch, sliding_window: int | None) -> list[_Group]:
                 torch.stack(positions).to(device),
                 torch.tensor(first_keys, device=device),
                 torch.tensor(lengths, device=device),
+                None if batch.near is None else batch.near.rows(members, first_keys, max(lengths)),
             )
         )
     return groups

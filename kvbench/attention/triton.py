@@ -140,6 +140,8 @@ def layout(dtype: Dtype) -> Layout:
         ValueError: no kernel decodes it.
     """
     decode = dtype.decode
+    if dtype.page_tokens:
+        raise ValueError(f"no kernel quantizes or decodes pages as a whole, as {dtype.name} is")
     if dtype.granularity == "per_group":
         raise ValueError(f"no kernel decodes {dtype.name}, which has a scale every {dtype.group_size} channels")
     if isinstance(decode, Cast) and decode.storage in (torch.float16, torch.bfloat16):
@@ -201,4 +203,4 @@ def center(keys: Plane) -> Center | None:
 def _exact(cache: PagedCache, layer: int, window: Window) -> Exact:
     """A layer's rows in 16 bits, and which of them are read."""
     k, v = side(cache.keys[layer]).words, side(cache.values[layer]).words
-    return Exact(k, v, window.sinks, window.recent, POSITIONS)
+    return Exact(k, v, window.sinks, window.recent, window.page)

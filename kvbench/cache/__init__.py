@@ -2,5 +2,6 @@
 
 from kvbench.cache.paged import PagedCache, to_device
 from kvbench.cache.pages import OutOfPages, PagePool, PageTable
+from kvbench.cache.ring import Rings
 
-__all__ = ["OutOfPages", "PagePool", "PageTable", "PagedCache", "to_device"]
+__all__ = ["OutOfPages", "PagePool", "PageTable", "PagedCache", "Rings", "to_device"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes import Dtype, Rows
+from kvbench.dtypes import Cast, Dtype, Rows
 from kvbench.schemes import Layers, Scheme, Side
 from kvbench.transforms import Params
 
@@ -28,7 +28,7 @@ class Plane:
 
     params: what the side's transforms learned of the layer.
     codes: [P, HKV, S, code_bytes] uint8.
-    scale: [P, HKV, S], or [P, HKV, S, groups], of the dtype's `scale_storage`; None where rows have none.
+    scale: [P, HKV, S, *scales_shape], or [P, HKV, *scales_shape] where pages are quantized whole; None for no scale.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
     """
 
@@ -59,6 +59,15 @@ def unlearned(scheme: Scheme, layers: int) -> Learned:
     return [(nothing(key), nothing(value)) for key, value in (scheme.layer(i, layers) for i in range(layers))]
 
 
+@dataclass
+class _Stack:
+    """One tensor [layers, P, ...] for planes of one shape, of each of which it holds the field of that name."""
+
+    tensor: Tensor
+    name: str
+    planes: list[Plane]
+
+
 class PagedCache:
     """Packed keys and values of all layers, in pages.
 
@@ -67,7 +76,8 @@ class PagedCache:
     destroyed: zeros are stored instead of all keys and values: the canary of a sweep, which must wreck every score.
 
     Raises:
-        ValueError: layers or a head_dim that the scheme can't take, or a scheme that learns without what it learned.
+        ValueError: layers or a head_dim that the scheme can't take, a scheme that learns without what it learned, or
+            pages of another size than its dtypes quantize whole.
     """
 
     def __init__(
@@ -88,12 +98,16 @@ class PagedCache:
 
         self.pages = pages
         self.scheme.check(layers)
+        if self.scheme.page_tokens not in (0, page_size):
+            raise ValueError(
+                f"{scheme.label} quantizes pages of {self.scheme.page_tokens} tokens, and the cache's have {page_size}"
+            )
         if learned is None:
             if scheme.learns:
                 raise ValueError(f"{scheme.label} learns from a text: give the cache what it learned")
             learned = unlearned(scheme, len(layers))
         # layers of one shape and dtype lie in one tensor each, so that few calls copy a page of all of them
-        self._stacks: list[Tensor] = []
+        self._stacks: list[_Stack] = []
 
         def planes(which: int) -> list[Plane]:
             sides = [self.scheme.layer(i, len(layers))[which] for i in range(len(layers))]
@@ -102,18 +116,22 @@ class PagedCache:
             for kind in dict.fromkeys(kinds):
                 dtype, heads, head_dim = kind
                 members = [i for i, other in enumerate(kinds) if other == kind]
-                shape = (len(members), pages, heads, page_size)
+                shape: tuple[int, ...] = (len(members), pages, heads, page_size)
                 codes = torch.empty(*shape, dtype.code_bytes(head_dim), dtype=torch.uint8, device=device)
-                self._stacks.append(codes)
                 scales = None
-                if (of_row := dtype.scales_shape(head_dim)) is not None:
-                    scales = torch.empty(*shape, *of_row, dtype=dtype.scale_storage, device=device)
-                    self._stacks.append(scales)
+                if (scales_shape := dtype.scales_shape(head_dim)) is not None:
+                    shape = shape[: 3 if dtype.page_tokens else 4]
+                    scales = torch.empty(*shape, *scales_shape, dtype=dtype.scale_storage, device=device)
+                own = []
                 for i, layer in enumerate(members):
                     scale = None if scales is None else scales[i]
                     one = torch.ones((), device=device) if dtype.granularity == "per_tensor" else None
                     known = tuple({n: t.to(device) for n, t in params.items()} for params in learned[layer][which])
-                    found[layer] = Plane(sides[layer], known, head_dim, codes[i], scale, one)
+                    own.append(Plane(sides[layer], known, head_dim, codes[i], scale, one))
+                    found[layer] = own[-1]
+                self._stacks.append(_Stack(codes, "codes", own))
+                if scales is not None:
+                    self._stacks.append(_Stack(scales, "scale", own))
             return [plane for plane in found if plane is not None]
 
         self.keys, self.values = planes(0), planes(1)
@@ -131,10 +149,10 @@ class PagedCache:
         """
         planes = [*self.keys, *self.values]
         pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.scale) if t is not None)
-        return pages / (planes[0].codes.shape[0] * self.page_size)
+        return pages / (self.pages * self.page_size)
 
     def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, positions: Tensor | None = None) -> None:
-        """Transform and quantize new tokens, and write them to their slots.
+        """Transform and quantize new tokens, and write them to their slots; what is quantized by page, `seal` writes.
 
         k, v: [T, HKV, D], any floating dtype.
         slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
@@ -148,11 +166,48 @@ class PagedCache:
             positions = None if positions is None else positions[kept]
         page, offset = slot_mapping // self.page_size, slot_mapping % self.page_size
         for plane, x in ((self.keys[layer], k), (self.values[layer], v)):
+            if plane.dtype.page_tokens:
+                continue
             rows = plane.dtype.quantize(plane.side.apply(x, plane.params, positions), plane.tensor_scale)
             plane.codes[page, :, offset] = rows.codes
             if plane.scale is not None:
                 assert rows.scale is not None
                 plane.scale[page, :, offset] = rows.scale
+
+    def seal(self, layer: int, exact: PagedCache, pages: Tensor, slots: Tensor, first: Tensor) -> None:
+        """Quantize pages that are full, where that is done by page, from their rows in 16 bits.
+
+        pages: [N] int64, of this cache. slots: [N, S] int64, of `exact`, whose rows are transformed alike.
+        first: [N] bool, sequences' first pages: their sinks, which are never read here, do not widen a range.
+        """
+        sinks = min(self.scheme.window.sinks if self.scheme.window else 0, self.page_size - 1)
+        for plane, stored in ((self.keys[layer], exact.keys[layer]), (self.values[layer], exact.values[layer])):
+            if not plane.dtype.page_tokens:
+                continue
+            page, offset = slots // exact.page_size, slots % exact.page_size
+            assert isinstance(stored.dtype.decode, Cast)
+            precise = torch.promote_types(stored.dtype.decode.storage or torch.float32, torch.float32)
+            rows = stored.dtype.dequantize(Rows(stored.codes[page, :, offset], None), precise).transpose(1, 2)
+            rows[first, :, :sinks] = rows[first, :, sinks : sinks + 1]  # [N, HKV, S, D]
+            packed = plane.dtype.quantize(rows)
+            plane.codes[pages] = packed.codes
+            if plane.scale is not None:
+                assert packed.scale is not None
+                plane.scale[pages] = packed.scale
+
+    def grow(self, pages: int) -> None:
+        """Has so many pages at least; those that are there keep what they hold."""
+        if pages <= self.pages:
+            return
+        for stack in self._stacks:
+            # no tensor of inference mode, which could not be changed outside it
+            with torch.inference_mode(False):
+                larger = stack.tensor.new_empty(stack.tensor.shape[0], pages, *stack.tensor.shape[2:])
+                larger[:, : self.pages] = stack.tensor
+            stack.tensor = larger
+            for i, plane in enumerate(stack.planes):
+                setattr(plane, stack.name, larger[i])
+        self.pages = pages
 
     def read(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Decoded keys and values of whole pages, as they are stored: transformed.
@@ -171,10 +226,10 @@ class PagedCache:
         """Copy whole pages (source, destination), in all layers."""
         if not copies:
             return
-        flat = to_device([page for copy in copies for page in copy], torch.int64, self._stacks[0].device)
+        flat = to_device([page for copy in copies for page in copy], torch.int64, self._stacks[0].tensor.device)
         source, destination = flat.view(-1, 2).unbind(1)
         for stack in self._stacks:
-            stack[:, destination] = stack[:, source]
+            stack.tensor[:, destination] = stack.tensor[:, source]
 
 
 def fitting_tokens(
@@ -192,7 +247,7 @@ def fitting_tokens(
     Raises:
         torch.OutOfMemoryError: the device has less.
     """
-    page_bytes = scheme.token_bytes(layers) * page_size
+    page_bytes = int(scheme.token_bytes(layers) * page_size)
     # a scale that a whole layer shares is four bytes more a layer and side
     pages = max(0, free_bytes - 8 * len(layers)) // page_bytes
     cache = PagedCache(layers, scheme, pages=pages, page_size=page_size, device=device)

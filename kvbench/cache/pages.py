@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 class OutOfPages(RuntimeError):
@@ -11,17 +12,30 @@ class OutOfPages(RuntimeError):
 
 @dataclass
 class PageTable:
-    """One sequence's pages, in order, and how many of its tokens they hold."""
+    """One sequence's pages, in order, and how many of its tokens they hold.
+
+    ring: its pages in 16 bits, by their place among its blocks of that size; see `Rings`.
+    """
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
+    ring: dict[int, int] = field(default_factory=dict)
+
+
+class Ring(Protocol):
+    """What else sequences share and give back beside their pages."""
+
+    def fork(self, table: PageTable, fork: PageTable) -> None: ...
+    def trim(self, table: PageTable) -> None: ...
+    def release(self, table: PageTable) -> None: ...
 
 
 class PagePool:
-    """A fixed number of pages, each counted by the sequences that share it."""
+    """A fixed number of pages, each counted by the sequences that share it. rings: of what lies in 16 bits too."""
 
-    def __init__(self, pages: int, page_size: int) -> None:
+    def __init__(self, pages: int, page_size: int, rings: Ring | None = None) -> None:
         self.page_size = page_size
+        self._rings = rings
         self._references = [0] * pages
         self._free = list(range(pages - 1, -1, -1))  # the lowest page is taken first
 
@@ -75,7 +89,14 @@ class PagePool:
             copies = [(table.pages[full], fork.pages[full])]
         for page in table.pages[:full]:
             self._references[page] += 1
+        if self._rings is not None:
+            self._rings.fork(table, fork)
         return fork, copies
+
+    def trim(self, table: PageTable) -> None:
+        """Gives back what no later token of the sequence reads in 16 bits."""
+        if self._rings is not None:
+            self._rings.trim(table)
 
     def release(self, table: PageTable) -> None:
         """Gives the sequence's pages back; one that others share stays theirs."""
@@ -83,4 +104,6 @@ class PagePool:
             self._references[page] -= 1
             if self._references[page] == 0:
                 self._free.append(page)
+        if self._rings is not None:
+            self._rings.release(table)
         table.pages, table.length = [], 0

@@ -1,7 +1,7 @@
 """What a KV-cache dtype is: its layout as data, its generic decoding, and the byte layout of the seed.
 
 One **row** is the D values of one token and one head. A quantized row is its packed codes and, for dtypes that
-scale each row, one float32.
+scale each row, one float32. A dtype whose scales are shared by the tokens of a page quantizes the page whole.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class Cast:
 
 @dataclass(frozen=True)
 class Affine:
-    """A code is an integer; it decodes to `(code - zero) * scale`.
+    """A code is an integer; it decodes to `(code - zero) * scale`, or to `code * scale + minimum`.
 
     zero: "none" (signed codes), or "in_scale" (unsigned codes; `zero` is the low `code_bits` bits of the float32
-    scale's bit pattern, and the scale is that pattern with those bits cleared).
+    scale's bit pattern, and the scale is that pattern with those bits cleared), or "minimum" (unsigned codes; what is
+    stored as a scale is two numbers, the scale and the minimum).
     """
 
-    zero: Literal["none", "in_scale"]
+    zero: Literal["none", "in_scale", "minimum"]
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,11 @@ class Trellis:
 
 @dataclass(frozen=True)
 class Rows:
-    """Quantized rows.
+    """Quantized rows; of a dtype that quantizes pages, [..., S] rows of whole pages.
 
     codes: [..., code_bytes] uint8, packed as `Dtype.pack` says.
-    scale: [...], or [..., groups], of the dtype's `scale_storage`; None where the dtype has no scale a row.
+    scale: [..., *scales_shape] of the dtype's `scale_storage`, for each row, or for each page where those are
+        quantized; None where the dtype has no scale a row.
     """
 
     codes: Tensor
@@ -157,7 +159,8 @@ class Dtype:
 
     code_bits: bits of one code, without the scale's share; of tiers, the mean, rounded down.
     granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head"),
-        `group_size` neighbouring channels of a row ("per_group").
+        `group_size` neighbouring channels of a row ("per_group"), a channel of `page_tokens` tokens ("per_channel").
+    page_tokens: of a page that is quantized whole; 0 where every row is by itself.
     word_bits: codes are packed into little-endian words of this many bits.
     default_rotation: the rotation that the dtype's origin runs it with.
     source: where the definition comes from.
@@ -166,14 +169,15 @@ class Dtype:
     name: str
     code_bits: int
     decode: Cast | Affine | Codebook | Tiers | Trellis
-    granularity: Literal["none", "per_tensor", "per_token_head", "per_group"]
+    granularity: Literal["none", "per_tensor", "per_token_head", "per_group", "per_channel"]
     source: str
     default_rotation: str = "none"
     word_bits: int = 16
     group_size: int = 0
+    page_tokens: int = 0
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
-        """Quantized rows of x: [..., D], any floating dtype.
+        """Quantized rows of x: [..., D], or pages of x: [..., S, D] with S = page_tokens; any floating dtype.
 
         tensor_scale: scalar float32, for the "per_tensor" granularity alone; 1.0 when not given.
 
@@ -199,21 +203,32 @@ class Dtype:
         self.check_head_dim(head_dim)
         return head_dim * self.code_bits // 8
 
-    def scales_shape(self, head_dim: int) -> tuple[int, ...] | None:
-        """The shape of one row's scales, () for one or (groups,); None where a row has none."""
-        if self.granularity == "per_group":
-            return (head_dim // self.group_size,)
-        return () if self.granularity == "per_token_head" else None
-
     @property
     def scale_storage(self) -> torch.dtype:
         """The type of stored scales."""
         return torch.float32
 
-    def row_bytes(self, head_dim: int) -> int:
-        """Bytes of one row: its codes and its scales."""
+    def scales_shape(self, head_dim: int) -> tuple[int, ...] | None:
+        """The shape of the scales of a row, or of a page where those are quantized; None where a row has none.
+
+        () for one number, (groups,) or (D,); and a last 2 where a minimum is stored too.
+        """
+        numbers = (2,) if self.decode == Affine("minimum") else ()
+        match self.granularity:
+            case "per_group":
+                return (head_dim // self.group_size, *numbers)
+            case "per_channel":
+                return (head_dim, *numbers)
+            case "per_token_head":
+                return numbers
+        return None
+
+    def row_bytes(self, head_dim: int) -> float:
+        """Bytes of one row: its codes and its scales, of those of a page its share."""
         scales = self.scales_shape(head_dim)
-        return self.code_bytes(head_dim) + (0 if scales is None else self.scale_storage.itemsize * math.prod(scales))
+        shared = 0 if scales is None else self.scale_storage.itemsize * math.prod(scales)
+        rows = self.page_tokens or 1
+        return self.code_bytes(head_dim) + (shared / rows if shared % rows else shared // rows)
 
     def bits_per_value(self, head_dim: int) -> float:
         """True bits a value, every byte of the row counted.
@@ -273,6 +288,9 @@ class Dtype:
             if self.decode.zero == "in_scale":
                 assert rows.scale is not None
                 values -= self._by_channel(self.zero_point(rows.scale))
+        if rows.scale is not None and self.decode == Affine("minimum"):
+            scale, minimum = (self._by_channel(x) for x in rows.scale.to(dtype).unbind(-1))
+            return values * scale + minimum
         if rows.scale is not None:
             return values * self._by_channel(self.clean_scale(rows.scale).to(dtype))
         if tensor_scale is not None:
@@ -280,10 +298,10 @@ class Dtype:
         return values
 
     def _by_channel(self, scales: Tensor) -> Tensor:
-        """[..., D], or [..., 1] where a row has one: what belongs to each channel."""
-        return (
-            scales.repeat_interleave(self.group_size, -1) if self.granularity == "per_group" else scales.unsqueeze(-1)
-        )
+        """[..., D], or [..., 1] where a row has one, or [..., 1, D] of a page: what belongs to each channel."""
+        if self.granularity == "per_group":
+            return scales.repeat_interleave(self.group_size, -1)
+        return scales.unsqueeze(-2 if self.page_tokens else -1)
 
     def zero_point(self, scale: Tensor) -> Tensor:
         """[...] int32 zero-points hidden in the low `code_bits` bits of float32 scales."""

@@ -112,6 +112,7 @@ class Measuring(Protocol):
         """What was measured since the runner was made; a name that was not measured is absent.
 
         kv_bytes_per_token: of the cache as allocated, see PagedCache.bytes_per_token.
+        kv_window_bytes: of all rows in 16 bits beside it at most, where sequences have rings of them.
         prefill_tokens, prefill_seconds: of prompts, a shared prefix once, and of what was decoded in the same passes.
         decode_tokens, decode_seconds: of answers.
         capture_seconds: of compiling and capturing the CUDA graphs that decode.

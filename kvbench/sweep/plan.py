@@ -142,7 +142,7 @@ class Cell:
         return self.scheme.resolve(self.compute_dtype)
 
     @cached_property
-    def kv_bytes_per_token(self) -> int | None:
+    def kv_bytes_per_token(self) -> float | None:
         """Bytes of one token's keys and values over all layers; None where the model's shape is unknown."""
         if self.model.layers is None:
             return None

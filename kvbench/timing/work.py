@@ -104,8 +104,8 @@ def make_work(request: KernelRequest, scheme: Scheme, batch: int, context: int, 
 def _nbytes(request: KernelRequest, scheme: Scheme, lengths: list[int], new: int, dtype: torch.dtype) -> int:
     """What is read: codes, scales and exact rows, each once; of a write also what is written."""
     shape = request.shape
-    packed = scheme.row_bytes(shape.head_dim) * shape.kv_heads
-    exact = scheme.exact(dtype).row_bytes(shape.head_dim) * shape.kv_heads if scheme.window else 0
+    packed = int(scheme.row_bytes(shape.head_dim) * shape.kv_heads)
+    exact = int(scheme.exact(dtype).row_bytes(shape.head_dim) * shape.kv_heads) if scheme.window else 0
     if request.op == "write":  # new keys and values in, codes, scales and exact rows out
         return new * (packed + exact + 2 * shape.kv_heads * shape.head_dim * dtype.itemsize)
     total = 0

@@ -9,9 +9,11 @@ from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
-SCHEMES = [Scheme.parse(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
+ROWS = [name for name, dtype in all_dtypes().items() if not dtype.page_tokens and dtype.group_size in (0, 16)]
+SCHEMES = [Scheme.parse(dtype, rotation) for dtype in ROWS for rotation in all_rotations()]
 SCHEMES.append(Scheme.parse("int4:int2"))
 IDS = [f"{s.dtype_name}-{s.rotation_name}" for s in SCHEMES]
+WHOLE = [Scheme.parse(name, "none") for name, dtype in all_dtypes().items() if dtype.page_tokens]
 LAYERS = [(2, 64), (1, 96)]
 
 
@@ -31,12 +33,12 @@ def filled(scheme, page_size=4, pages=5, tokens=11, **options):
     return cache, written, slots
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+@pytest.mark.parametrize("scheme", SCHEMES + WHOLE, ids=str)
 def test_the_largest_cache_fits_and_a_page_more_does_not(scheme):
     """
     Its bytes are within those given, by less than a page.
     """
-    scheme, free, page_size = scheme.resolve(torch.float32), 100_000, 16
+    scheme, free, page_size = scheme.resolve(torch.float32), 100_000, scheme.page_tokens or 16
     tokens, token_bytes = fitting_tokens(LAYERS, scheme, free, page_size=page_size)
     cache = PagedCache(LAYERS, scheme, pages=tokens // page_size, page_size=page_size)
 
@@ -45,12 +47,12 @@ def test_the_largest_cache_fits_and_a_page_more_does_not(scheme):
     assert cache.nbytes <= free < cache.nbytes + token_bytes * page_size + 8 * len(LAYERS)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+@pytest.mark.parametrize("scheme", SCHEMES + WHOLE, ids=str)
 def test_memory_is_the_packed_size(scheme):
     """
     8 * nbytes == values * bits_per_value, exactly; a per-tensor scale is four bytes more a layer and side.
     """
-    pages, page_size = 5, 4
+    pages, page_size = 5, scheme.page_tokens or 4
     cache = PagedCache(LAYERS, scheme, pages=pages, page_size=page_size)
     slots = pages * page_size
     scheme = scheme.resolve(torch.float32)
@@ -75,6 +77,31 @@ def test_a_slot_gives_back_what_its_dtype_made_of_it(scheme):
             expected = side.dtype.dequantize(side.dtype.quantize(side.apply(x)))
             flat = got.transpose(1, 2).flatten(0, 1)  # [slots, HKV, D]
             assert torch.equal(flat[slots], expected)
+
+
+def test_a_cache_has_the_pages_that_its_dtypes_quantize():
+    """
+    Another size is refused, with both.
+    """
+    with pytest.raises(ValueError, match="quantizes pages of 64 tokens, and the cache's have 16"):
+        PagedCache(LAYERS, Scheme.parse("kivi2"), pages=2, page_size=16)
+
+
+def test_a_cache_that_grows_keeps_its_pages():
+    """
+    Rows that were there read as before, in all layers, and new pages can be written.
+    """
+    cache, _, _ = filled(Scheme.parse("int4:int2"))
+    before = [cache.read(layer, torch.arange(5), torch.float32) for layer in range(len(LAYERS))]
+    cache.grow(9)
+    cache.copy_pages([(1, 8)])
+
+    assert cache.pages == 9
+    assert cache.nbytes == 9 * 4 * cache.scheme.token_bytes(LAYERS)
+    for layer, rows in enumerate(before):
+        for x, old in zip(cache.read(layer, torch.tensor([0, 1, 2, 3, 4, 8]), torch.float32), rows, strict=True):
+            torch.testing.assert_close(x[:5], old, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(x[5], old[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_padding_slots_are_not_written():

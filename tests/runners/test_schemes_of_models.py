@@ -56,6 +56,13 @@ SPECS = {
         "layers": {1: {"key": {"dtype": "int8", "rotation": "center"}, "value": {"dtype": "int2", "rotation": "none"}}},
         "calibration": CALIBRATION,
     },
+    "sealed": {"dtype": "uint2_per_channel_64", "window": {"sinks": 4, "recent": 1}},
+    "sealed-keys": {
+        "key": "uint4_per_channel_128",
+        "value": "int2",
+        "rotation": {"key": "center+hadamard", "value": "hadamard"},
+        "calibration": CALIBRATION,
+    },
     "balance": {
         "dtype": "int4",
         "rotation": {"key": "center+balance_full+hadamard", "value": "hadamard"},
@@ -157,6 +164,56 @@ def test_one_pass_is_replay(qwen, spec):
     fused, replay = (qwen.runner(scheme, page_size=16, scoring=s).score(requests()) for s in ("fused", "replay"))
 
     assert_same(fused, replay, 1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "qwen2"])
+def test_sealed_pages_in_one_pass_are_replay(name):
+    """
+    Through softcaps, sink logits, sliding windows and partial rotary embeddings too.
+    """
+    loaded = tiny(name)
+    scheme = Scheme.of({"dtype": "uint4_per_channel_64", "window": {"sinks": 3, "recent": 0}})
+    asked = requests()[1:4]
+
+    fused, replay = (loaded.runner(scheme, scoring=s).score(asked) for s in ("fused", "replay"))
+
+    # gpt_oss computes in float32, and routes by it
+    assert_same(fused, replay, 1e-3 if name == "gpt_oss" else 1e-4)
+
+
+@pytest.mark.parametrize("spec", ["window", "sealed"])
+def test_an_exact_context_is_sealed_all_the_same(qwen, spec):
+    """
+    With prefill_exact a context's first prediction is the exact model's; requests together are each alone.
+    """
+    scheme = Scheme.of(SPECS[spec])
+    exact = qwen.runner(Scheme.parse("auto"), page_size=16).score(requests())
+
+    together = qwen.runner(scheme, page_size=16, scoring="prefill_exact").score(requests())
+
+    alone = [qwen.runner(scheme, page_size=16, scoring="prefill_exact").score([one])[0] for one in requests()]
+    assert_same(alone, together, 1e-6)
+    for one, other in zip(together, exact, strict=True):
+        torch.testing.assert_close(one.logprobs[:1], other.logprobs[:1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["window", "sealed"])
+def test_only_the_window_takes_sixteen_bits(qwen, spec):
+    """
+    While long answers are made, rows in 16 bits are those of the windows, whatever the sequences' length; bytes are
+    those allocated.
+    """
+    scheme, asked = Scheme.of(SPECS[spec]), [GenerateRequest(tokens(20, i), 400) for i in range(3)]
+    runner = qwen.runner(scheme, page_size=16)
+    runner.generate(asked)
+    exact, token_bytes = runner.memory.caches[1], scheme.exact(torch.float64).token_bytes(qwen.info.layers)
+
+    # a window begins up to a page late, pages in 16 bits have 16 tokens, and a half more are made at a time
+    most = 1.5 * 3 * (scheme.window.tokens(420) + scheme.window.page + 2 * 16)
+    assert runner.stats()["kv_window_bytes"] == exact.nbytes == exact.pages * 16 * token_bytes
+    assert exact.pages * 16 <= most < 3 * 420
+    # an answer ends with the runner's last call: nothing is left in a ring
+    assert len(runner.memory.rings._free) == runner.memory.rings.pages
 
 
 @pytest.mark.parametrize("spec", SPECS)

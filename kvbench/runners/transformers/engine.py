@@ -75,6 +75,7 @@ class TransformersModel:
     ) -> TransformersRunner:
         """This model with its keys and values stored by `scheme`.
 
+        page_size: of the cache, where the scheme's dtypes don't quantize pages of their own size.
         scoring: "fused" computes a prompt in one pass, each query reading what was written before it; "replay" feeds
         it token by token, as decoding does: slow, and the definition that "fused" must match; "prefill_exact" reads a
         context's keys and values exactly, and only later tokens read the cache, as engines do that attend to the
@@ -90,6 +91,7 @@ class TransformersModel:
         if scheme.learns and learned is None:
             learned = self.learn(scheme)
         known = None if learned is None else unpack(learned, scheme, len(self.info.layers))
+        page_size = scheme.page_tokens or page_size
         return TransformersRunner(self, scheme, page_size, scoring, attention, destroyed, known, nudge)
 
     def learn(self, scheme: Scheme) -> Tensors:
@@ -139,6 +141,7 @@ class TransformersRunner:
             learned=self.learned,
             destroyed=self.destroyed,
             exact_prefill=self.scoring == "prefill_exact",
+            ring=impl == "reference",
         )
         loaded = self.loaded
         self._clock = Clock(self.device)
@@ -191,7 +194,9 @@ class TransformersRunner:
         are counted apart. And the tokens of a pass at most, for they are halved where memory is too small.
         """
         caches = self.memory.caches
-        sizes = {"kv_bytes_per_token": caches[0].bytes_per_token} if caches else {}
+        sizes: dict[str, float] = {"kv_bytes_per_token": caches[0].bytes_per_token} if caches else {}
+        if self.memory.rings is not None:
+            sizes["kv_window_bytes"] = caches[1].nbytes if caches else 0
         return {**self._clock.totals(), **sizes, "pass_tokens": self.memory.limits.tokens}
 
     @property

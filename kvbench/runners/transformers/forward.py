@@ -31,12 +31,15 @@ NAME = "kvbench"  # of our attention among transformers' implementations
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a pass's tokens: what they attend to, and the caches that keep their keys and values."""
+    """Some of a pass's tokens, and the caches that keep their keys and values.
+
+    window: what `packed` holds, in 16 bits. whole: all rows exactly; read in place of the others where it is given.
+    """
 
     batch: Batch
-    read: PagedCache
-    written: tuple[PagedCache, ...]
-    exact: PagedCache | None = None  # what `read` holds, in 16 bits: its window
+    packed: PagedCache
+    window: PagedCache | None = None
+    whole: PagedCache | None = None
 
 
 @dataclass(frozen=True)
@@ -89,25 +92,25 @@ def _attention(
     outs = []
     sizes = [len(part.batch.slot_mapping) for part in step.parts]
     for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
-        for cache in part.written:
-            if cache is part.exact:
-                continue  # written with the rows that it holds in 16 bits
-            positions = part.batch.positions if cache.scheme.learns else None
-            exact = part.exact if cache is part.read else None
-            append(cache, layer, k, v, part.batch.slot_mapping, impl=step.impl, positions=positions, exact=exact)
+        batch = part.batch
+        positions = batch.positions if part.packed.scheme.learns else None
+        options: dict[str, Any] = {"impl": step.impl, "positions": positions}
+        append(part.packed, layer, k, v, batch.slot_mapping, exact=part.window, near=batch.near, **options)
+        if part.whole is not None:
+            append(part.whole, layer, k, v, batch.slot_mapping, impl=step.impl)
         outs.append(
             attend(
                 q,
-                part.read,
+                part.whole or part.packed,
                 layer,
-                part.batch,
+                batch,
                 impl=step.impl,
                 scaling=scaling,
                 sliding_window=step.windows[module.layer_idx],
                 softcap=softcap,
                 sinks=s_aux,
-                exact=part.exact,
-                window=part.read.scheme.window,
+                exact=None if part.whole else part.window,
+                window=None if part.whole else part.packed.scheme.window,
             )
         )
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None

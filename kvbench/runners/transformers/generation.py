@@ -32,6 +32,7 @@ class Generator:
         self._stopping = Stopping(tokenizer, self._forward.model.generation_config)
         self._processors = Processors(self._forward.model)
         self._graphed = graphed
+        self._running: list[Decoding] = []  # of the next step, in the rows' order
 
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None) -> list[Generation]:
         """One Generation a request, in the order of the requests. See `TransformersRunner.generate`."""
@@ -70,6 +71,7 @@ class Generator:
                     idle = False
                 for gone in batch.retire():
                     memory.pool.release(gone.table)
+                self._running = batch.running
                 chunks: list[Chunk] = []
                 room = batch.free - len(waiting)
                 if not scheduler.finished and room > 0:
@@ -161,14 +163,24 @@ class Generator:
         if not batch.running:
             return self._forward.hidden(tokens, positions, parts), []
         next_tokens, next_positions, decoded = batch.inputs()
-        parts.append(self._passes.part(decoded))
+        parts.append(self._passes.part(self._grown(decoded)))
         both = torch.cat([tokens, next_tokens]), torch.cat([positions, next_positions])
         hidden, last = self._forward.hidden(*both, parts).split([len(tokens), len(next_tokens)])
         return hidden, [batch.take(self._forward.logits(last))]
 
     def _step(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """Next-token logits [T, V] of one step of a decode batch."""
-        return self._forward.logits(self._forward.hidden(tokens, positions, [self._passes.part(batch)]))
+        parts = [self._passes.part(self._grown(batch))]
+        return self._forward.logits(self._forward.hidden(tokens, positions, parts))
+
+    def _grown(self, batch: Batch) -> Batch:
+        """The running sequences' next step; with rings, which the host keeps, their page tables grow here."""
+        if self.memory.rings is None:
+            return batch
+        tables = [one.table for one in self._running]
+        for table in tables:
+            self.memory.pool.trim(table)
+        return self._passes.batch(tables, [self.memory.pool.extend(table, 1) for table in tables])
 
     def _answer(self, made: Made, answers: list[Generation | None]) -> None:
         """Gives each sequence its new tokens, and answers those that ended."""

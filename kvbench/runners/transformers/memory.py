@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvbench.cache import OutOfPages, PagedCache, PagePool
+from kvbench.cache import OutOfPages, PagedCache, PagePool, Rings
 from kvbench.cache.paged import Learned
 from kvbench.schemes import Layers, Scheme
 
@@ -52,12 +52,14 @@ class Graphed(Protocol):
 class Memory:
     """A runner's caches over one pool of pages, made when they are asked for and kept from call to call.
 
-    caches: packed; with a window the same rows in 16 bits; with `exact_prefill` the exact cache.
+    caches: packed; with a window its rows in 16 bits; with `exact_prefill` the exact cache.
+    rings: where the window's rows lie, with `ring`; without, all rows have a copy in 16 bits, in the same slots.
     graphed: what must go when the caches go, for its graphs read them.
     limits: halved where the device runs out of memory.
     """
 
     pool: PagePool
+    rings: Rings | None = None
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Memory:
         learned: Learned | None = None,
         destroyed: bool = False,
         exact_prefill: bool = False,
+        ring: bool = False,
     ) -> None:
         self.caches: tuple[PagedCache, ...] = ()
         self.graphed: dict[Any, Graphed] = {}
@@ -80,6 +83,7 @@ class Memory:
         self._model_dtype = model_dtype
         self._learned = learned
         self._destroyed = destroyed
+        self._ring = scheme.window if ring else None
         self._schemes = [scheme.resolve(model_dtype)]
         if scheme.window:
             self._schemes.append(scheme.exact(model_dtype))
@@ -97,7 +101,7 @@ class Memory:
         """
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
-            page_bytes = self.page_size * sum(scheme.token_bytes(self._layers) for scheme in self._schemes)
+            page_bytes = int(self.page_size * sum(self._token_bytes(longest)))
             held = sum(cache.nbytes for cache in self.caches)
             graphs = sum(one.graph_bytes for one in self.graphed.values())
             free = (free_memory(self.device) - graphs + held) // page_bytes
@@ -113,13 +117,19 @@ class Memory:
         if pages <= there or (self.limits.memory and least <= there and pages < min(wanted, 1.25 * there)):
             return
         self.release()  # before the larger ones are made
-        self.pool = PagePool(pages, self.page_size)
+        rings = None
+        if window := self._ring:
+            self.rings = rings = Rings(window.sinks, window.recent, window.page, self.page_size)
+        self.pool = PagePool(pages, self.page_size, rings)
+        sizes = [(pages, self.page_size)] * len(self._schemes)
+        if rings is not None:
+            sizes[1] = rings.pages, rings.page_size
         self.caches = tuple(
             PagedCache(
                 self._layers,
                 scheme,
-                pages=pages,
-                page_size=self.page_size,
+                pages=sizes[i][0],
+                page_size=sizes[i][1],
                 model_dtype=self._model_dtype,
                 device=self.device,
                 learned=self._learned if i < self._stored else None,
@@ -133,10 +143,36 @@ class Memory:
         self.graphed.clear()
         self.caches = ()
 
+    @property
+    def packed(self) -> PagedCache:
+        """What the scheme makes of keys and values."""
+        return self.caches[0]
+
+    @property
+    def window(self) -> PagedCache | None:
+        """Rows in 16 bits: with rings, room for all that are in one."""
+        if self._stored == 1:
+            return None
+        if self.rings is not None:
+            self.caches[1].grow(self.rings.pages)
+        return self.caches[1]
+
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies whole pages (source, destination), in all caches."""
+        """Copies whole pages (source, destination), in all caches, and what rings have to copy."""
+        ring = self.window if self.rings is not None else None
         for cache in self.caches:
-            cache.copy_pages(copies)
+            if cache is not ring:
+                cache.copy_pages(copies)
+        if ring is not None and self.rings is not None:
+            ring.copy_pages(self.rings.copies)
+            self.rings.copies = []
+
+    def _token_bytes(self, longest: int) -> list[float]:
+        """Of each cache, bytes of a token; of a ring, those of a sequence of `longest` tokens, shared by them all."""
+        each = [scheme.token_bytes(self._layers) for scheme in self._schemes]
+        if self._ring is not None:
+            each[1] *= min(1.0, (self._ring.tokens(longest) + self._ring.page) / max(1, longest))
+        return each
 
     @contextmanager
     def released_by_errors(self) -> Iterator[None]:

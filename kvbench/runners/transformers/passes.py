@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvbench.attention import Batch
-from kvbench.cache import OutOfPages, to_device
+from kvbench.attention import Batch, Near
+from kvbench.cache import OutOfPages, PageTable, to_device
 from kvbench.runners.base import ScoreRequest
 from kvbench.runners.transformers.clock import Clock
 from kvbench.runners.transformers.forward import Forward, Part, paged_attention
@@ -80,21 +80,27 @@ class Passes:
         chunks.sort(key=lambda chunk: not chunk.segment.exact)
         if chunks[0].start == 0:
             self.forward.begin()
-        device, caches = self.memory.device, self.memory.caches
-        tokens = to_device([token for chunk in chunks for token in chunk.tokens], torch.int64, device)
+        tokens = to_device([token for chunk in chunks for token in chunk.tokens], torch.int64, self.memory.device)
         parts = []
         for exact in (True, False):
             own = [chunk for chunk in chunks if chunk.segment.exact == exact]
             if own:
-                batch = Batch.make([c.table for c in own], [c.slots for c in own], self.memory.page_size, device)
-                parts.append(Part(batch, caches[-1], caches) if exact else self.part(batch))
+                batch = self.batch([chunk.table for chunk in own], [chunk.slots for chunk in own])
+                parts.append(self.part(batch, exact))
         return tokens, torch.cat([part.batch.positions for part in parts]), parts
 
-    def part(self, batch: Batch) -> Part:
-        """Tokens that read the packed cache, and their window."""
-        caches = self.memory.caches
-        windowed = caches[0].scheme.window is not None
-        return Part(batch, caches[0], caches[: 1 + windowed], caches[1] if windowed else None)
+    def batch(self, tables: Sequence[PageTable], slots: Sequence[Sequence[int]]) -> Batch:
+        """Of sequences that have just grown, with the slots of their new tokens; their rings grow with them."""
+        memory, near = self.memory, None
+        if memory.rings is not None:
+            page_tokens = memory.packed.scheme.page_tokens
+            near = Near.make(memory.rings, tables, [len(own) for own in slots], page_tokens, memory.device)
+        return Batch.make(tables, slots, memory.page_size, memory.device, near)
+
+    def part(self, batch: Batch, exact: bool = False) -> Part:
+        """A batch whose tokens read the packed cache and its window, or with `exact` the exact one."""
+        memory = self.memory
+        return Part(batch, memory.packed, memory.window, memory.caches[-1] if exact else None)
 
 
 def unshared(sequences: Sequence[Sequence[int]]) -> list[Segment]:

@@ -113,6 +113,7 @@ class Scheduler:
     def computed(self, chunks: Sequence[Chunk]) -> None:
         """The pass of these chunks is over: the children of the segments it completed may start."""
         for chunk in chunks:
+            self.pool.trim(chunk.table)
             if chunk.completes:
                 self._stack += [Work(child) for child in reversed(chunk.segment.children)]
 
