@@ -17,7 +17,7 @@ MARKS = {
     "better": ("#1a6e2e", "*", "BETTER"),
     "same": ("#1a6e2e", "o", "EQUIVALENT"),
     "open": ("#8a5a00", "D", "INCONCLUSIVE"),
-    "void": ("#57606a", "s", "not tested"),
+    "void": ("#57606a", "s", "baseline, or not tested"),
 }
 TICKS = (1, 2, 3, 4, 6, 8, 12, 16)
 

@@ -88,7 +88,7 @@ def test_the_main_table_is_filtered_and_sorted(visit):
         assert head.get_attribute("aria-sort") == direction
         values = [
             float(one)
-            for one in section.locator("td:nth-child(5)").evaluate_all("all => all.map(d => d.dataset.value)")
+            for one in section.locator("td:nth-child(2)").evaluate_all("all => all.map(d => d.dataset.value)")
         ]
         assert values == sorted(values, reverse=backwards)
 

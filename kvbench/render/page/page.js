@@ -117,7 +117,7 @@
   // ---- pictures
 
   const SIGNS = { worse: "triangle", better: "star", same: "circle", open: "diamond", void: "square", good: "circle", bad: "times" };
-  const WORDS = { worse: "WORSE", better: "BETTER", same: "EQUIVALENT", open: "INCONCLUSIVE", void: "not tested" };
+  const WORDS = { worse: "WORSE", better: "BETTER", same: "EQUIVALENT", open: "INCONCLUSIVE", void: "baseline, or not tested" };
   const SYMBOLS = ["circle", "square", "triangle", "diamond", "star", "wye", "cross", "hexagon"];
   const short = (d) => (d >= 1e4 || d < 1e-3 ? d.toExponential(0).replace("e+", "e") : String(Number(d.toPrecision(3))));
   const axis = (one) => ({ label: one.label, type: one.log ? "log" : undefined, grid: true, nice: !one.log,
@@ -170,6 +170,8 @@
     const reach = points.filter((d) => d.low !== undefined && d.low !== null && !(y.log && d.low <= 0));
     const front = points.filter((d) => d.front).sort((a, b) => a.x - b.x);
     const narrow = width < 560;
+    const most = Math.max(...points.map((d) => d.x));
+    const farRight = (d) => d.x > 0.8 * most;
     return Plot.plot({ ...common, height: narrow ? 340 : 420, marginLeft: 62, marginRight: narrow ? 20 : 60, marginBottom: 45,
       x: across(x, points), y: { ...axis(y), zero: kind === "lines" && !y.log },
       marks: [
@@ -179,8 +181,10 @@
           : Plot.line(points, { x: "x", y: "y", z: "series", stroke: ink, strokeWidth: 2 }),
         Plot.link(reach, { x1: "x", x2: "x", y1: "low", y2: "high", stroke: ink, strokeOpacity: 0.8, strokeWidth: 1.5 }),
         Plot.dot(points, { ...spot, x: "x", y: "y", tip: true }),
-        Plot.text(front, { x: "x", y: "y", text: "label", dy: -9, lineAnchor: "bottom", fill: "var(--ink)", stroke: "var(--paper)", strokeWidth: 4,
-          fontSize: 12, lineWidth: 20 }),
+        // names lean away from the nearer edge
+        ...[[front.filter((d) => !farRight(d)), "middle"], [front.filter(farRight), "end"]].map(([few, textAnchor]) =>
+          Plot.text(few, { x: "x", y: "y", text: "label", dy: -9, lineAnchor: "bottom", textAnchor, fill: "var(--ink)",
+            stroke: "var(--paper)", strokeWidth: 4, fontSize: 12, lineWidth: 20 })),
       ] });
   };
 

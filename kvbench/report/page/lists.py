@@ -84,12 +84,12 @@ def comparisons(found: Found) -> Table:
     several = len(found.models) > 1
     columns = [
         Column(("verdict",), numeric=False),
+        Column(("difference",)),
+        Column(("95 % interval",)),
         *([Column(("model",), numeric=False, choose=True)] if several else []),
         Column(("scheme",), numeric=False, choose=True),
         Column(("task",), numeric=False, choose=True),
         Column(("metric",), numeric=False),
-        Column(("difference",)),
-        Column(("95 % interval",)),
         Column(("baseline",)),
         Column(("value",)),
         Column(("bits/", "value")),
@@ -104,12 +104,12 @@ def comparisons(found: Found) -> Table:
         rows.append(
             [
                 verdict_cell(row),
+                Cell(shown_difference(row.difference, row.unit), row.difference),
+                interval_cell(row),
                 *([row.model] if several else []),
                 scheme_name(row.dtype, row.rotation),
                 found.task(row),
                 row.metric,
-                Cell(shown_difference(row.difference, row.unit), row.difference),
-                interval_cell(row),
                 number_cell(row.baseline),
                 number_cell(row.value),
                 Cell(f"{bits:.2f}" if bits else "-", bits),

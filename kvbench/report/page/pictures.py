@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvbench.render import Axis, Plot, View
 from kvbench.report.page.found import MARKS, Found, said, scheme_name
 from kvbench.report.verdicts import Comparison
-from kvbench.results import shown_number
+from kvbench.results import Record, shown_number
 
 Point = dict[str, Any]
 FRONTIER = (
@@ -222,31 +222,44 @@ def needles(found: Found) -> Plot | None:
 
 
 def speed(found: Found) -> Plot | None:
-    """Speed-up of decode attention against context, a line a dtype, a picture a batch and shape."""
-    groups: dict[tuple[str, str], dict[tuple[str, int], Point]] = defaultdict(dict)
+    """How fast decode attention is against context, a line a dtype; a picture a measure, batch and shape."""
+    measures = {
+        "speed-up": ("speedup", 1, Axis("times as fast as the best 16-bit attention", False, (1.0,)), "{:.2f} ×"),
+        "share of copy": (
+            "share_of_copy",
+            100,
+            Axis("share of the bandwidth of a copy, %", False, (100.0,)),
+            "{:.0f} %",
+        ),
+    }
+    groups: dict[tuple[str, str], dict[tuple[str, int], Record]] = defaultdict(dict)
     for record in found.kernels:
         row = record.facts
-        if row.get("op") != "decode" or not row.get("speedup") or row.get("prefix"):
-            continue
-        shape = f"{row['query_heads']}/{row['kv_heads']} heads × {row['head_dim']}, pages of {row['page_size']}"
-        scheme = scheme_name(row["dtype"], row["rotation"])
-        where = f"{row['batch']} sequences of {row['context']} tokens"
-        text = (
-            f"{scheme}, {where}: {row['us']:.0f} µs, {row['speedup']:.2f} × the speed of {row['best_16bit_peer']}"
-            f", {row['share_of_copy']:.0%} of copy bandwidth"
-        )
-        point = {"x": row["context"], "y": row["speedup"], "series": short(row["dtype"]), "text": text}
-        # the same dtype under another rotation is as fast: the decode kernel turns queries, not keys
-        groups[shape, f"{row['batch']}"].setdefault((row["dtype"], row["context"]), point)
+        if row.get("op") == "decode" and row.get("speedup") and not row.get("prefix"):
+            shape = f"{row['query_heads']}/{row['kv_heads']} heads × {row['head_dim']}, pages of {row['page_size']}"
+            # the same dtype under another rotation is as fast: decoding turns queries, not keys
+            groups[shape, f"{row['batch']}"].setdefault((row["dtype"], row["context"]), record)
     views = []
-    for (shape, batch), points in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        ordered = [points[key] for key in sorted(points, key=lambda key: (key[0], key[1]))]
-        if len({point["x"] for point in ordered}) < 2:
-            continue
-        longest = max(point["x"] for point in ordered)
-        told = [f"{point['series']} {point['y']:.2f} ×" for point in ordered if point["x"] == longest]
-        says = f"Decode attention, {batch} sequences of {longest} tokens, {shape}: {', '.join(told)}."
-        y = Axis("times as fast as the best 16-bit attention", False, (1.0,))
-        views.append(View({"shape": shape, "batch": batch}, says, Axis("tokens of a sequence", True), y, ordered))
-    notes = ["One layer's attention, rotation included; dashed: as fast as 16 bits."]
+    for measure, (name, factor, y, form) in measures.items():
+        for (shape, batch), timed in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+            if len({context for _, context in timed}) < 2:
+                continue
+            longest = max(context for _, context in timed)
+            points = [
+                {"x": context, "y": factor * timed[dtype, context].facts[name], "series": short(dtype)}
+                | {"text": _timing(timed[dtype, context].facts)}
+                for dtype, context in sorted(timed)
+            ]
+            told = [f"{point['series']} {form.format(point['y'])}" for point in points if point["x"] == longest]
+            says = f"Decode attention, {batch} sequences of {longest} tokens, {shape}, {measure}: {', '.join(told)}."
+            choice = {"measure": measure, "shape": shape, "batch": batch}
+            views.append(View(choice, says, Axis("tokens of a sequence", True), y, points))
+    notes = ["One layer's attention, rotation included; dashed: as fast as 16 bits, or as a plain copy of the bytes."]
     return Plot("Kernel speed against context", "lines", views, notes) if views else None
+
+
+def _timing(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['dtype']}, {row['batch']} sequences of {row['context']} tokens: {row['us']:.0f} µs, "
+        f"{row['speedup']:.2f} × the speed of {row['best_16bit_peer']}, {row['share_of_copy']:.0%} of copy bandwidth"
+    )
