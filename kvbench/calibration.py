@@ -56,6 +56,10 @@ class Calibration:
         """
         return _read(self.path)
 
+    def spec(self) -> dict[str, Any]:
+        """The mapping that `of` makes it of."""
+        return {**({"text": str(self.path)} if self.path else {}), "tokens": self.tokens}
+
     def identity(self) -> dict[str, Any]:
         """What decides what is learned from it."""
         return {"text_sha256": hashlib.sha256(self.read().encode()).hexdigest(), "tokens": self.tokens}

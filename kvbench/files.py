@@ -83,9 +83,17 @@ def portable(value: Any) -> Any:
         return value
     try:
         path = named_path(value)
-        return path.name if path.is_absolute() and path.exists() else value
-    except (OSError, ValueError):
+    except ValueError:
         return value
+    return path.name if path.is_absolute() and is_there(path) else value
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything is there; a name that none can have is nothing."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def unwritable(path: Path) -> str:

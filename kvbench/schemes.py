@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -298,6 +298,30 @@ class Scheme:
         """This scheme learning from another text; itself where it learns nothing."""
         return replace(self, calibration=calibration) if self.learns else self
 
+    def spec(self) -> dict[str, Any]:
+        """The mapping that `of` makes it of, as a YAML has it; layers that are alike stand together."""
+        row: dict[str, Any] = {
+            "dtype": {"key": self.key.dtype.name, "value": self.value.dtype.name},
+            "rotation": {"key": self.key.name, "value": self.value.name},
+        }
+        if self.window is not None:
+            row["window"] = {name: value for name, value in asdict(self.window).items() if value is not None}
+        alike: dict[tuple[Side | None, Side | None], list[int]] = {}
+        for one in self.layers:
+            alike.setdefault((one.key, one.value), []).append(one.index)
+        if alike:
+            row["layers"] = {
+                _ranges(numbers): {
+                    name: {"dtype": side.dtype.name, "rotation": side.name}
+                    for name, side in (("key", key), ("value", value))
+                    if side
+                }
+                for (key, value), numbers in alike.items()
+            }
+        if self.calibration not in (None, Calibration()):
+            row["calibration"] = self.calibration.spec()
+        return row
+
     # ---- what it is called
 
     @property
@@ -406,6 +430,17 @@ class Scheme:
             if override.index % count == index:
                 key, value = override.key or key, override.value or value
         return key, value
+
+    def alone(self, index: int | None, count: int, which: Literal["key", "value"]) -> Self:
+        """One layer of `count` with its keys, or its values, as here, and all else exact; with index None all exact."""
+        exact = Side(all_dtypes()["auto"])
+        if index is None:
+            return replace(self, key=exact, value=exact, layers=(), calibration=None)
+        key, value = self.layer(index, count)
+        side = key if which == "key" else value
+        only = Override(index, *((side, None) if which == "key" else (None, side)))
+        calibration = self.calibration if side.learns else None
+        return replace(self, key=exact, value=exact, layers=(only,), calibration=calibration)
 
     def check(self, layers: Layers, max_length: int | None = None) -> None:
         """Raises ValueError where a model of these layers and positions can't have it."""
@@ -519,6 +554,17 @@ def _numbers(text: str) -> list[int]:
         one, first, last = match.groups()
         found += [int(one)] if one else range(int(first), int(last) + 1)
     return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """The text that `_numbers` reads: `0,3-8,-1`."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers, key=lambda n: (n < 0, n)):
+        if parts and number > 0 and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _side(spec: Any, scheme: Side) -> Side | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, runs, show, sweep
+from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, runs, search, show, sweep
 from kvbench.cli.shared import CRASHED, INTERRUPTED, UNUSABLE
 
 EPILOG = (
@@ -32,6 +32,7 @@ app.add_typer(ls.ls)
 for verb in (
     sweep.sweep,
     plan.plan,
+    search.search,
     report.report,
     compare.compare,
     check.check,

@@ -19,6 +19,30 @@ class Executor(StrEnum):
     RAY = "ray"
 
 
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="0,1",
+        help="Run on these GPUs at once, a process each; or cpu,cpu.  [default: the first GPU, else the CPU]",
+    ),
+]
+Executors = Annotated[
+    Executor | None,
+    typer.Option(
+        "--executor",
+        help="Run cells in this process, in one a device, or in a Ray cluster, a worker a GPU.  "
+        "[default: inline on a CPU, process on GPUs]",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, help="In a cluster, so many.  [default: all that it has room for]"),
+]
+
+
 def sweep(
     config: Config,
     only: Only = None,
@@ -26,31 +50,12 @@ def sweep(
     settings: Set = None,
     limit: Limit = None,
     output: Output = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results and start over.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
-    devices: Annotated[
-        str | None,
-        typer.Option(
-            "--devices",
-            metavar="0,1",
-            help="Run on these GPUs at once, a process each; or cpu,cpu.  [default: the first GPU, else the CPU]",
-        ),
-    ] = None,
-    executor: Annotated[
-        Executor | None,
-        typer.Option(
-            "--executor",
-            help="Run cells in this process, in one a device, or in a Ray cluster, a worker a GPU.  "
-            "[default: inline on a CPU, process on GPUs]",
-        ),
-    ] = None,
+    fresh: Fresh = False,
+    retry_failed: RetryFailed = False,
+    devices: Devices = None,
+    executor: Executors = None,
     address: Address = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", metavar="N", min=1, help="In a cluster, so many.  [default: all that it has room for]"
-        ),
-    ] = None,
+    workers: Workers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and run nothing.")] = False,
 ) -> None:
     """Run the cells of CONFIG that are not done yet.

@@ -19,6 +19,8 @@ MARKS = {
     "open": ("#8a5a00", "D", "INCONCLUSIVE"),
     "void": ("#57606a", "s", "baseline, or not tested"),
 }
+# of a view whose points have no verdicts: for each series one
+SERIES = (("#57606a", "s"), ("#0550ae", "o"), ("#953800", "^"), ("#1a6e2e", "D"))
 TICKS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -58,10 +60,11 @@ def _draw(panel: Any, view: View) -> None:
     panel.plot([p["x"] for p in front], [p["y"] for p in front], color="#57606a", linewidth=1, zorder=1)
     for line in view.y.lines:
         panel.axhline(line, color="#57606a", linewidth=0.8, linestyle="--")
-    used = dict.fromkeys(str(point["mark"]) for point in view.points)
+    used = dict.fromkeys(str(point.get("series") or point["mark"]) for point in view.points)
+    kinds = MARKS | {name: (*SERIES[i % len(SERIES)], name) for i, name in enumerate(n for n in used if n not in MARKS)}
     for mark in used:
-        colour, shape, word = MARKS[mark]
-        points = [point for point in view.points if point["mark"] == mark]
+        colour, shape, word = kinds[mark]
+        points = [point for point in view.points if (point.get("series") or point["mark"]) == mark]
         for point in points:
             if point.get("low") is not None and not (view.y.log and point["low"] <= 0):
                 panel.plot([point["x"]] * 2, [point["low"], point["high"]], color=colour, linewidth=1.2, zorder=2)

@@ -7,6 +7,7 @@ A run folder holds one folder a cell, written whole or not at all, and the basel
       cells/<slug>-<hash>/record.json   the cell's numbers, or its error
       cells/<slug>-<hash>/samples.parquet
       baseline/<slug>-<hash>.safetensors, and its checksum in .sha256
+      search/                           a run folder of its own: what layers cost, of `kvbench search`
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Store:
         """Why this is no place for a run; empty where it is one, or may become one."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             return "is a file" if self.folder.exists() else "is a symbolic link to nothing"
-        own = {"cells", "run.json", ".lock"}
+        own = {"cells", "run.json", ".lock", "search"}
         names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         for path in (self.cells, self.baselines):
             if os.path.lexists(path) and not is_real_folder(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Planned:
-    """A sweep laid out: all its cells, those that the filters leave, its run folder, and what will run them."""
+    """A sweep laid out: all its cells, those that the filters leave, its run folder, and what will run them.
+
+    known: how a comparison of its model with transformers ended elsewhere, as a Job has it.
+    """
 
     sweep: Sweep
     every: list[Cell]
     cells: list[Cell]
     store: Store
     executor: Executor
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def contents(self) -> Contents:
@@ -85,15 +89,34 @@ def prepare(path: Path, options: Options, parts: Parts | None = None, executor: 
         UnusableError: there is no cluster.
     """
     parts = parts or REAL
-    settings = list(options.settings)
-    if options.limit is not None:
-        settings.append(f"limit={options.limit}")
-    sweep = load_sweep(path, settings, parts=parts)
+    sweep = load(path, options, parts)
     executor = executor or make_executor(options, parts)
-    if executor.device != default_device() and sweep.compute_dtype is None and options.executor == "ray":
-        # what the cluster computes in decides the numbers, not what this machine would
-        compute_dtype = "float32" if executor.device == "cpu" else "bfloat16"
-        sweep = load_sweep(path, [*settings, f"compute_dtype={compute_dtype}"], parts=parts)
+    return lay_out(suited(sweep, options, executor), options, parts, executor)
+
+
+def load(path: Path, options: Options, parts: Parts) -> Sweep:
+    """The sweep of a file, with what the flags say of it.
+
+    Raises:
+        ConfigError: the file or a flag is wrong.
+    """
+    limit = [] if options.limit is None else [f"limit={options.limit}"]
+    return load_sweep(path, [*options.settings, *limit], parts=parts)
+
+
+def suited(sweep: Sweep, options: Options, executor: Executor) -> Sweep:
+    """The sweep, where it says nothing computing in what a cluster would: that decides the numbers."""
+    if executor.device == default_device() or sweep.compute_dtype is not None or options.executor != "ray":
+        return sweep
+    return sweep.model_copy(update={"compute_dtype": "float32" if executor.device == "cpu" else "bfloat16"})
+
+
+def lay_out(sweep: Sweep, options: Options, parts: Parts, executor: Executor) -> Planned:
+    """The cells of a sweep that the filters leave.
+
+    Raises:
+        ConfigError: a flag is wrong.
+    """
     every = plan(sweep, parts=parts, device=lambda: executor.device_name)
     cells = choose(every, options.only, options.skip)
     if not cells:
@@ -118,14 +141,17 @@ def run_sweep(path: Path, options: Options, parts: Parts | None = None) -> int:
             absent = fetch_models(planned.cells, parts)
             if any(cell.model.missing for cell in planned.cells):  # they were: now their revisions are known
                 planned = prepare(path, options, parts, planned.executor)
-            return _write(planned, options, parts, absent)
+            return measure(planned, options, parts, absent)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; finished work is kept. The same command continues it.\n")
         return INTERRUPTED
 
 
-def _write(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
-    """`_run` with the sole right to write. What a task raises is its cell's; an OSError here is the run folder's."""
+def measure(planned: Planned, options: Options, parts: Parts, absent: Sequence[str] = ()) -> int:
+    """Runs what is not done, with the sole right to write, and returns the exit code.
+
+    What a task raises is its cell's; an OSError here is the run folder's. absent: a line for each model that is.
+    """
     folder = planned.store.folder
     try:
         with planned.store.writing():
@@ -150,12 +176,12 @@ def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
     return lines
 
 
-def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) -> int:
+def _run(planned: Planned, options: Options, parts: Parts, absent: Sequence[str]) -> int:
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
     _check_run(planned, contents, options.fresh)
     todo = cells if options.fresh else _left(cells, contents, options.retry_failed)
-    if lacking := absent + missing_data(todo):
+    if lacking := [*absent, *missing_data(todo)]:
         lacking += done_otherwise(cells, contents.records.values())
         lacking.append("--skip task=NAME or --skip model=NAME runs the rest")
     if lacking := planned.executor.missing(todo) + lacking:
@@ -184,7 +210,7 @@ def _run(planned: Planned, options: Options, parts: Parts, absent: list[str]) ->
         environment=environment,
         parts=parts,
         agreement=sweep.agreement,
-        known=known(contents.records.values()),
+        known={**planned.known, **known(contents.records.values())},
     )
     # an unmoved canary is named by the conclusion, which also sees those that were run before
     with display, contextlib.suppress(NotInEffectError):
@@ -417,8 +443,10 @@ def plan_summary(planned: Planned) -> list[str]:
 
 def _estimate(cell: Cell) -> float | None:
     work, dtype = cell.task.work(), getattr(torch, cell.model.compute_dtype)
-    if work is None or cell.model.parameters is None:
+    if work is None or cell.model.parameters is None or (work.by_layer and cell.model.layers is None):
         return None
+    if work.by_layer:
+        work = replace(work, prompt_tokens=work.prompt_tokens * (1 + work.by_layer * len(cell.model.layers or ())))
     return estimate.seconds(work, cell.model.parameters, dtype.itemsize, estimate.rates(default_device(), dtype))
 
 

@@ -34,7 +34,7 @@ from kvbench.sweep.parts import LoadedModel, ModelFacts
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import raise_if_full, raise_if_stopped
-from kvbench.tasks.base import RunContext
+from kvbench.tasks.base import RunContext, SideName
 
 LEARNING_VERSION = 1  # raised when the same text comes to teach something else
 
@@ -217,8 +217,14 @@ class Session:
                 torch.cuda.reset_peak_memory_stats()
             other = cell.again and not cell.task.timed and not cell.nudge
             seed = cell.seed + 1 if other else cell.seed
-            runner = Timed(self._runner(cell, cell.scheme, destroyed=cell.canary, nudge=cell.nudge))
-            context = RunContext(self._baseline(cell), lambda done, total: self.tell(Advanced(done, total)), seed)
+            own = self._runner(cell, cell.scheme, destroyed=cell.canary, nudge=cell.nudge)
+            runner = Timed(own)
+            context = RunContext(
+                self._baseline(cell),
+                lambda done, total: self.tell(Advanced(done, total)),
+                seed,
+                lambda layer, side: self._alone(cell, own, layer, side),
+            )
             outcome = cell.task.run(Shuffled(runner, seed) if other else runner, context)
             timings = {
                 "seconds": round(time.perf_counter() - began, 3),
@@ -250,13 +256,28 @@ class Session:
         )
         return Finished(record, outcome.samples)
 
-    def _runner(self, cell: Cell, scheme: Scheme, *, destroyed: bool = False, nudge: int = 0) -> Runner:
-        options: dict[str, Any] = {"learned": self._learned(cell, scheme)} if scheme.learns else {}
+    def _alone(self, cell: Cell, own: Runner, layer: int | None, side: SideName) -> Runner:
+        """See RunContext; what the cell's scheme learned is taken, and its runner's attention."""
+        scheme = cell.scheme.alone(layer, len(own.info.layers), side)
+        attention = getattr(own, "attention", None)
+        return self._runner(cell, scheme, taught=cell.scheme, destroyed=cell.canary, attention=attention)
+
+    def _runner(
+        self,
+        cell: Cell,
+        scheme: Scheme,
+        *,
+        taught: Scheme | None = None,
+        destroyed: bool = False,
+        nudge: int = 0,
+        attention: str | None = None,
+    ) -> Runner:
+        options: dict[str, Any] = {"learned": self._learned(cell, taught or scheme)} if scheme.learns else {}
         return self.model.runner(
             scheme,
             page_size=self.job.page_size,
             scoring=cell.scoring,
-            attention=self.job.attention,
+            attention=attention or self.job.attention,
             destroyed=destroyed,
             nudge=nudge,
             **options,

@@ -15,14 +15,16 @@ from kvbench.messages import path_text, wrong
 from kvbench.tasks import lm_eval_index
 from kvbench.tasks.base import Options, RunContext, Task
 from kvbench.tasks.divergence import Divergence
+from kvbench.tasks.layers import Layers
 from kvbench.tasks.lm_eval import LmEval
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.throughput import Throughput
 
 __all__ = ["RunContext", "Task", "TaskInfo", "list_tasks", "make_task"]
 
-OURS: dict[str, type[Divergence | Needle | Throughput]] = {
+OURS: dict[str, type[Divergence | Layers | Needle | Throughput]] = {
     "divergence": Divergence,
+    "layers": Layers,
     "needle": Needle,
     "throughput": Throughput,
 }

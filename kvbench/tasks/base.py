@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a config is validated without waiting for torch
 
 
 Need = Literal["chat template", "generation"]
+SideName = Literal["key", "value"]
 
 
 def _line(value: str) -> str:
@@ -49,20 +50,27 @@ class RunContext:
 
     baseline(key, compute): the tensors that `compute` gives with a runner under the baseline scheme of the same model;
     computed at most once for a key and kept in the run folder. seed: the sweep's seed.
+    alone(layer, side): a runner that stores the keys ("key") or the values of one layer as the cell's scheme does, and
+    all else exactly; with layer None all exactly. It computes what the cell's runner computes in the same way.
     """
 
     baseline: Callable[[str, Callable[[Runner], Tensors]], Tensors]
     progress: Progress
     seed: int = 0
+    alone: Callable[[int | None, SideName], Runner] | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a task gives a model to do, about: tokens read in all, and answers of so many tokens at most."""
+    """What a task gives a model to do, about: tokens read in all, and answers of so many tokens at most.
+
+    by_layer: the tokens are read so many times for each layer.
+    """
 
     prompt_tokens: float
     answers: int = 0
     answer_tokens: int = 0
+    by_layer: int = 0
 
 
 class Task(Protocol):

@@ -128,7 +128,7 @@ class Divergence(Options):
         after = runner.hidden_states(documents, context.progress)
 
         per_document = [
-            {name: value.numpy() for name, value in _compare(runner, before[i], after[i], torch.tensor(tokens)).items()}
+            {name: value.numpy() for name, value in compare(runner, before[i], after[i], torch.tensor(tokens)).items()}
             for i, tokens in enumerate(documents)
         ]
         for i, columns in enumerate(per_document):
@@ -180,7 +180,7 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
     return [(*bos, *tokens[start : start + length]) for start in starts]
 
 
-def _compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """For each position but the last: KL in nats, change of the next token's probability, same top token, both NLLs.
 
     before, after: [T, H] hidden states. Returns float64 tensors [T - 1].

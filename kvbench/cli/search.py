@@ -1,0 +1,97 @@
+"""`kvbench search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbench.cli.plan import chosen
+from kvbench.cli.shared import BAD_INPUT, TABLE, UNUSABLE, Address, Config, Format, Limit, Output, Set, fail
+from kvbench.cli.sweep import Devices, Executors, Fresh, RetryFailed, Workers
+
+if TYPE_CHECKING:
+    from kvbench.render import Document
+
+Budgets = Annotated[
+    list[float],
+    typer.Option(
+        "--budget", metavar="BITS", min=0.1, max=32, help="Bits a value at most; repeatable.", show_default=False
+    ),
+]
+
+
+def search(
+    config: Config,
+    budgets: Budgets,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", metavar="N", min=1, help="Count the bytes of a sequence of N tokens.  [default: 8192]"
+        ),
+    ] = None,
+    best: Annotated[
+        int, typer.Option("--best", metavar="N", min=1, max=100, help="Verify so many schemes by layer a budget.")
+    ] = 2,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", metavar="N", min=2, max=10**9, help="Measure a layer on N tokens of calibration text."
+        ),
+    ] = 4096,
+    settings: Set = None,
+    limit: Limit = None,
+    output: Output = None,
+    fresh: Fresh = False,
+    retry_failed: RetryFailed = False,
+    devices: Devices = None,
+    executor: Executors = None,
+    address: Address = None,
+    workers: Workers = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be measured, and measure nothing.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw bits against loss, as .svg or .png.")
+    ] = None,
+    as_format: Format = TABLE,
+) -> None:
+    """Find the scheme of at most BITS bits a value that loses least, made of the schemes that CONFIG lists.
+
+    Keys, values and layers may each have another of them. What each layer costs alone is measured on calibration text,
+    the best are chosen by an exact program and verified as a sweep; each budget's winner is written as a YAML file.
+    What is done is kept, whatever stops the search.
+    """
+    from kvbench.render import render
+    from kvbench.sweep.search.command import Request, Search, run_search, search_plan
+    from kvbench.sweep.stopping import UnusableError
+    from kvbench.yaml_text import ConfigError
+
+    options = chosen(None, None, settings, limit, output, fresh, retry_failed, devices, executor, address, workers)
+    request = Request(tuple(dict.fromkeys(budgets)), context, best, tokens)
+    try:
+        if dry_run:
+            for document in search_plan(Search.of(config, request, options)):
+                print(render(document, as_format), end="")
+            return
+        code, found = run_search(config, request, options)
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
+    except UnusableError as error:
+        fail(error, UNUSABLE)
+    if found is not None:
+        print(render(found, as_format), end="")
+        if plot:
+            _draw(found, plot)
+    raise typer.Exit(code)
+
+
+def _draw(found: Document, path: Path) -> None:
+    from kvbench.render.document import Plot
+    from kvbench.render.picture import save
+
+    try:
+        save([view for section in found.sections if isinstance(section, Plot) for view in section.views], path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: not written ({error.strerror})" if isinstance(error, OSError) else error, BAD_INPUT)

@@ -1,0 +1,314 @@
+"""The search over keys, values and layers: what it chooses, what it measures, and what it says of that."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kvbench.results import Store
+from kvbench.runners.base import ModelInfo
+from kvbench.runners.toy import ToyRunner
+from kvbench.schemes import Scheme
+from kvbench.sweep.command import Options, run_sweep
+from kvbench.sweep.parts import ModelFacts, Parts
+from kvbench.sweep.search.choices import Problem, families
+from kvbench.sweep.search.command import Request, run_search
+from kvbench.sweep.search.solve import Slot, cheapest
+from kvbench.tasks import make_task
+from kvbench.yaml_text import ConfigError
+
+LAYERS = ((1, 16),) * 4
+WEIGHTS = (1.0, 0.01, 0.01, 0.3)  # what noise in a layer's keys does; in its values a tenth of that
+ERRORS = {32: 0.0, 16: 0.0, 8: 1e-4, 4: 0.02, 2: 0.3}  # of codes of so many bits
+
+
+# ---- a model whose layers matter as they are told to
+
+
+def noise(scheme: Scheme) -> float:
+    """Root of the sum over layers of what their codes lose."""
+    total = 0.0
+    seen = 0.5 if scheme.window else 1.0  # half of the keys are read in 16 bits
+    for index, weight in enumerate(WEIGHTS):
+        key, value = scheme.resolve(torch.float32).layer(index, len(LAYERS))
+        total += seen * weight * (ERRORS[key.dtype.code_bits] + 0.1 * ERRORS[value.dtype.code_bits])
+    return total**0.5
+
+
+class Runner(ToyRunner):
+    def __init__(self, scheme: Scheme, destroyed: bool) -> None:
+        super().__init__(9.0 if destroyed else noise(scheme))
+        self.info = ModelInfo("toy", "r1", "float32", LAYERS, 512)
+
+
+@dataclass
+class Model:
+    info: ModelInfo = field(default_factory=lambda: ModelInfo("toy", "r1", "float32", LAYERS, 512))
+    seen: list[str] = field(default_factory=list)
+
+    def runner(self, scheme: Scheme, *, destroyed: bool, **_: Any) -> Runner:
+        self.seen.append(scheme.label)
+        return Runner(scheme, destroyed)
+
+    def learn(self, scheme: Scheme) -> dict[str, torch.Tensor]:
+        return {}
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def parts(model):
+    return Parts(
+        lambda spec: ModelFacts(spec.name, "float32", "r1", LAYERS, 512),
+        lambda spec: None,
+        lambda spec, dtype, device: model,
+        make_task,
+    )
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A YAML of these keys, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**changes):
+        row = {
+            "name": "toys",
+            "model": "toy",
+            "dtypes": ["int8", "int4", "int2"],
+            "rotations": ["none"],
+            "tasks": [{"task": "divergence", "tokens": 512, "context": 128}],
+            "again": False,
+        }
+        path = tmp_path / "toys.yaml"
+        path.write_text(json.dumps({name: value for name, value in {**row, **changes}.items() if value is not None}))
+        return path
+
+    return write
+
+
+# ---- the program
+
+
+def brute(slots, room):
+    """Every choice there is."""
+    picks = itertools.product(*(range(len(slot.costs)) for slot in slots))
+    fitting = [p for p in picks if sum(s.sizes[i] for s, i in zip(slots, p, strict=True)) <= room]
+    return min(fitting, key=lambda p: sum(s.costs[i] for s, i in zip(slots, p, strict=True)), default=None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_program_is_exact(seed):
+    """
+    For sizes and costs of any scale it finds what trying every choice finds, and nothing where nothing fits.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def slot():
+        costs = torch.rand(3, generator=draw, dtype=torch.float64) * 10.0 ** -(1 + 2 * seed)
+        return Slot(tuple(costs.tolist()), tuple((96 * torch.randint(1, 99, (3,), generator=draw)).tolist()))
+
+    slots = [slot() for _ in range(7)]
+    least = sum(min(one.sizes) for one in slots)
+
+    for room in (least - 1, least, least + 5000, least + 12345, 10**9):
+        assert cheapest(slots, room) == brute(slots, room)
+
+
+def test_the_next_best_differ():
+    """
+    Each has two other choices at least than those before, and costs no less.
+    """
+    slots = [Slot((1.0, 1.1, 5.0), (3, 2, 1))] * 6
+    first = cheapest(slots, 100)
+    second = cheapest(slots, 100, [first], 2)
+    third = cheapest(slots, 100, [first, second], 2)
+
+    assert first == (0,) * 6
+    assert sorted(second) == [0, 0, 0, 0, 1, 1]
+    assert all(sum(a != b for a, b in zip(third, one, strict=True)) >= 2 for one in (first, second))
+
+
+def test_a_mixed_scheme_takes_what_its_choices_say():
+    """
+    Bytes are those of the scheme itself, window included, for every choice that a random search makes.
+    """
+    listed = [
+        Scheme.of({"dtype": dtype, "rotation": rotation, "window": {"sinks": 4, "recent": 1}})
+        for dtype, rotation in (("int8", "center:none"), ("int4", "hadamard"), ("int2", "none"))
+    ]
+    (family,) = families(listed)
+    layers = [(2, 64), (1, 128), (2, 64)]
+    costs = {(family.window, name, side): [0.3, 0.1, 0.2] for name in ("key", "value") for side in family.keys}
+    problem = Problem.of(family, costs, layers, 1000, torch.bfloat16)
+
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        picks = tuple(torch.randint(0, 3, (6,), generator=draw).tolist())
+        whole = problem.whole + sum(slot.sizes[pick] for slot, pick in zip(problem.slots, picks, strict=True))
+        scheme = family.mixed(picks)
+        assert scheme.nbytes(layers, 1000, torch.bfloat16) == whole
+        assert Scheme.of(scheme.spec()) == scheme
+        sides = [scheme.layer(i, 3) for i in range(3)]
+        assert sides == [(family.keys[k], family.values[v]) for k, v in zip(picks[::2], picks[1::2], strict=True)]
+
+
+def test_schemes_of_one_window_are_mixed_and_each_side_is_measured_once():
+    """
+    Two windows make two families; three schemes with two key sides are two probes, the second of keys alone.
+    """
+    window = {"window": {"sinks": 4}}
+    rows = [{"dtype": "int4"}, {"dtype": "int2:int4", **window}, {"dtype": "int8:int4", **window}]
+    plain, windowed = families([Scheme.of(row) for row in rows])
+
+    assert (len(plain.keys), len(windowed.keys), len(windowed.values)) == (1, 2, 1)
+    assert [(scheme.dtype_name, sides) for scheme, sides in windowed.probes()] == [
+        ("int2_per_token_head:int4_per_token_head+s4", ("key", "value")),
+        ("int8_per_token_head:int4_per_token_head+s4", ("key",)),
+    ]
+
+
+# ---- the whole search
+
+
+def searched(path, parts, *budgets, **options):
+    request = Request(budgets, context=512, best=options.pop("best", 1), tokens=256)
+    return run_search(path, request, Options(**options), parts)
+
+
+def test_a_search_finds_the_layers_that_matter(config, parts, tmp_path):
+    """
+    Keys of the layer that matters most get the bits; the table has every scheme, and a YAML that `sweep` takes.
+    """
+    code, document = searched(config(), parts, 8.0)
+
+    assert code == 0
+    winner = yaml.safe_load((tmp_path / "out/toys/best-8.yaml").read_text())
+    scheme = Scheme.of(winner["schemes"][0])
+    widths = [tuple(side.dtype.code_bits for side in scheme.layer(i, 4)) for i in range(4)]
+    assert widths[0][0] == 8
+    assert widths[0][0] >= widths[3][0] >= widths[1][0]
+    assert all(key >= value for key, value in widths)
+    kld = {row["from"]: row["kld"] for row in document.rows if row["bits_per_value"] <= 8.0}
+    assert kld["by layer"] < kld["keys and values"] < kld["listed"]
+    assert "less than the best listed, int4_per_token_head · none (" in document.notes[0]
+    assert "luck" not in document.notes[0]
+    assert {row["dtype"] for row in document.rows} >= {"int8_per_token_head", "int4_per_token_head"}
+
+    assert run_sweep(tmp_path / "out/toys/best-8.yaml", Options(output=tmp_path / "again"), parts) == 0
+    again = Store(tmp_path / "again").load().records.values()
+    found = next(row for row in document.rows if row["from"] == "by layer")
+    assert found["kld"] in [record.metrics[0].value for record in again if record.dtype == scheme.dtype_name]
+
+
+def test_what_the_layers_cost_predicts_what_they_cost_together(config, parts):
+    """
+    The sum over layers and sides, each measured alone on another text, is within a third of the whole.
+    """
+    _, document = searched(config(), parts, 8.0, 6.0)
+
+    rows = [row for row in document.rows if row["predicted_kld"] < 0.5]  # beyond, probabilities are saturated
+    assert len(rows) >= 5
+    for row in rows:
+        assert row["predicted_kld"] == pytest.approx(row["kld"], rel=0.33, abs=1e-4), row
+
+
+def alone(model):
+    """How often one layer was measured alone."""
+    return sum(label.startswith("auto+l") for label in model.seen)
+
+
+def test_a_search_goes_on_where_it_stopped(config, parts, model, monkeypatch):
+    """
+    Stopped in the second of three probes it measures two again, eight layers and sides each; done, nothing.
+    """
+    real, calls = Runner.hidden_states, []
+
+    def stops(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "hidden_states", stops)
+    assert searched(config(), parts, 6.0) == (130, None)
+
+    model.seen.clear()
+    assert searched(config(), parts, 6.0)[0] == 0
+    assert alone(model) == 2 * 8
+    model.seen.clear()
+    code, document = searched(config(), parts, 6.0)
+    assert code == 0
+    assert document.notes
+    assert model.seen == []
+
+
+def test_another_budget_measures_no_layer_again(config, parts, model):
+    """
+    What layers cost is kept in the run folder; what was verified before stays there too.
+    """
+    searched(config(), parts, 6.0)
+    assert alone(model) == 3 * 8
+    model.seen.clear()
+
+    assert searched(config(), parts, 8.0)[0] == 0
+    assert alone(model) == 0
+    assert 1 <= len(model.seen) <= 2
+
+
+def test_a_side_costs_what_it_does_behind_its_window(config, parts):
+    """
+    The same sides behind two windows are measured behind each, and a scheme is predicted by its own.
+    """
+    rows = [{"dtype": d, "rotation": "none", **w} for d in ("int4", "int2") for w in ({}, {"window": {"recent": 0}})]
+    code, document = searched(config(dtypes=None, schemes=rows), parts, 6.0)
+
+    assert code == 0
+    predicted = {row["dtype"]: row["predicted_kld"] for row in document.rows}
+    assert predicted["int4_per_token_head"] > 1.5 * predicted["int4_per_token_head+w0"]
+
+
+def test_where_mixing_gains_nothing_it_says_so(config, parts):
+    """
+    With bits for the widest everywhere the best scheme is one that was listed.
+    """
+    _, document = searched(config(), parts, 12.0)
+
+    assert "nothing was gained by mixing, this scheme was listed" in document.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "message"),
+    [
+        ({}, 1.5, r"--budget 1.5: the smallest of these schemes takes 4.00 bits a value at 512 tokens: raise"),
+        ({"model": None, "models": ["toy", "other"]}, 4, "a search is of one model, and `models` has 2"),
+        ({"dtypes": ["int4"]}, 4, "there is nothing to choose from: list two schemes at least that share a window"),
+        ({"tasks": ["needle"]}, 4, "a search compares schemes by their divergence: add the task divergence"),
+        (
+            {
+                "dtypes": None,
+                "schemes": [
+                    {"scheme": "int4_centered", "calibration": {"tokens": 100}},
+                    {"scheme": "int8_centered", "calibration": {"tokens": 200}},
+                ],
+            },
+            4,
+            "learn from several texts",
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(config, parts, changes, budget, message):
+    """
+    A budget below the smallest scheme, two models, one choice, no divergence, two calibration texts.
+    """
+    with pytest.raises(ConfigError, match=message):
+        searched(config(**changes), parts, budget)
