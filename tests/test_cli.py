@@ -572,6 +572,26 @@ def test_nothing_to_report_is_5_and_no_folder_2(kvbench, tmp_path):
     assert "no folder absent" in one_error(kvbench("report", "absent"), 2)
 
 
+def test_a_page_and_a_picture_of_a_sweep(kvbench, toy, tmp_path):
+    """
+    --format html writes report.html and says where, and no other table; --plot draws where it is told, or says why not.
+    """
+    config = toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"])
+    assert kvbench("sweep", config).exit_code == 0
+
+    made = kvbench("report", "out/toys", "--format", "html")
+    assert made.stdout.strip() == "out/toys/report.html"
+    assert Path("out/toys/report.html").read_text().startswith("<!doctype html>")
+    assert not Path("out/toys/report.md").exists()
+
+    assert kvbench("report", "out/toys", "--plot", "trade.svg").stdout.strip().endswith("trade.svg")
+    assert Path("trade.svg").stat().st_size > 1000
+    assert "ends in .svg or .png" in one_error(kvbench("report", "out/toys", "--plot", "trade.pdf"), 2)
+    assert "not written" in one_error(kvbench("report", "out/toys", "--plot", "absent/trade.svg"), 2)
+    for verb in ("plan toys.yaml", "compare out/toys"):
+        assert kvbench(*verb.split(), "--format", "html").stdout.startswith("<!doctype html>")
+
+
 def test_a_lost_run_json_is_no_verdict(kvbench, toy, tmp_path):
     """
     Without run.json nobody knows the baseline: no cell is compared with itself, and the report says why it judges none.

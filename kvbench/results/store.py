@@ -226,7 +226,7 @@ class Store:
                 aside = self._draft(self.folder)
                 folder.rename(aside)
                 discard(aside)
-        for name in ("run.json", "report.md", "report.csv", "report.json"):
+        for name in ("run.json", "report.md", "report.csv", "report.json", "report.html"):
             (self.folder / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
