@@ -238,7 +238,7 @@ def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):
         ),
         (("check", "out/toys"), "give either --against BASELINE or --write FILE"),
         (("check", "out/toys", "--against", "x", "--fail-on", "bad"), "--fail-on bad: expected one of worse, drop"),
-        (("show", "out/toys"), "is no cell"),
+        (("show", "out/toys", "dtype=int9"), "dtype=int9 matches no cell; there are again, "),
     ],
 )
 def test_wrong_comparisons_are_2(kvbench, toy, tmp_path, arguments, message):

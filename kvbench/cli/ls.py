@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+from typing import Annotated
+
 import typer
 
-from kvbench.cli.shared import AsList, ListFormat, Wide, print_list, print_rows, say
+from kvbench.cli.shared import BAD_INPUT, AsList, ListFormat, Wide, fail, print_list, print_rows, say
 
 ls = typer.Typer(
     name="ls", help="List dtypes, rotations, schemes, tasks or models.", no_args_is_help=True, rich_markup_mode=None
@@ -69,13 +72,22 @@ def ls_schemes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None
 
 
 @ls.command("tasks")
-def ls_tasks(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
+def ls_tasks(
+    pattern: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help="Those that match, such as gsm*.", show_default=False)
+    ] = "*",
+    as_format: AsList = ListFormat.TABLE,
+    wide: Wide = False,
+) -> None:
     """Tasks: kvbench's own first, then lm-eval's."""
     from dataclasses import asdict
 
     from kvbench.tasks import list_tasks
 
-    print_list([asdict(task) for task in list_tasks()], as_format, wide=wide)
+    found = [asdict(task) for task in list_tasks() if fnmatchcase(task.name, pattern)]
+    if not found:
+        fail(f"no task matches {pattern}; * and ? stand for letters, as in *gsm*", BAD_INPUT)
+    print_list(found, as_format, wide=wide)
 
 
 @ls.command("models")

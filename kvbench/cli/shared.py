@@ -95,12 +95,12 @@ def say(*lines: str, to: TextIO | None = None) -> None:
 def show(document: Document, as_format: str, wide: bool = False) -> None:
     """A document on stdout; as a table with the columns that the terminal has room for, and in its colors."""
     if as_format == TABLE:
-        print(text.render(document, None if wide else _width(), _colored()), end="")
+        print(text.render(document, None if wide else width(), _colored()), end="")
     else:
         print(render(document, as_format), end="")
 
 
-def _width() -> int | None:
+def width() -> int | None:
     """Columns of the terminal that stdout is, or COLUMNS where that is set; None where nothing limits a line."""
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal() and int(given) > 0:
@@ -142,4 +142,4 @@ def print_rows(
         Column(tuple(header.split("\n")), place in numeric, drop=place, prose=place not in numeric)
         for place, header in enumerate(headers)
     ]
-    print(text.table(columns, rows, None if wide else _width(), _colored()))
+    print(text.table(columns, rows, None if wide else width(), _colored()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from kvbench.tasks.lm_eval import LmEval
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.throughput import Throughput
 
-__all__ = ["RunContext", "Task", "TaskInfo", "list_tasks", "make_task"]
+__all__ = ["RunContext", "Task", "TaskInfo", "list_tasks", "make_task", "of_identity"]
 
 OURS: dict[str, type[Divergence | Layers | Needle | Throughput]] = {
     "divergence": Divergence,
@@ -76,6 +76,19 @@ def make_task(spec: str | dict[str, Any], data: Path | None = None) -> Task:
         raise OptionError(
             f"task {task}: {_explain(first, kind)}", first["loc"], first["type"] == "extra_forbidden"
         ) from error
+
+
+def of_identity(identity: Mapping[str, Any], data: Path | None = None) -> Task:
+    """The task of a record, by what its identity says of it; with the rows of a folder `data`, which may be others.
+
+    Raises:
+        ValueError: no such task here.
+    """
+    name = str(identity.get("task"))
+    fields = OURS.get(name, LmEval).model_fields.keys() - {"data", "text"}
+    return make_task(
+        {key: value for key, value in identity.items() if key in fields and value is not None} | {"task": name}, data
+    )
 
 
 def list_tasks() -> list[TaskInfo]:

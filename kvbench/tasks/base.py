@@ -73,6 +73,22 @@ class Work:
     by_layer: int = 0
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a document asks, without the examples before it, and what is right; choices: where there are some.
+
+    doc_hash: by which samples know the document; "" where its number says which it is.
+    """
+
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()
+    doc_hash: str = ""
+
+
+Texts = dict[tuple[str, str], Text]  # by the task and doc_id of a sample
+
+
 class Task(Protocol):
     """A task as configured: cheap to make, heavy only in `run`."""
 
@@ -122,6 +138,14 @@ class Task(Protocol):
         """Names of the metrics that are compared: a sample has a number of each; None where only a run tells."""
         ...
 
+    def texts(self) -> Texts:
+        """What its documents ask, for a person who looks at answers; empty where there are none.
+
+        Raises:
+            ValueError: the data is not here, or only a model's tokenizer makes them.
+        """
+        ...
+
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Measures the runner."""
         ...
@@ -160,6 +184,10 @@ class Options(BaseModel):
     def doubts(self) -> list[str]:
         """See Task."""
         return []
+
+    def texts(self) -> Texts:
+        """See Task."""
+        return {}
 
     def longest(self) -> int | None:
         """See Task."""

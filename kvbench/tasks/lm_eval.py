@@ -11,8 +11,9 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache, partialmethod
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -22,7 +23,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import LM_EVAL, Metric, Outcome, exponential, headline, of_lm_eval
 from kvbench.tasks import lm_eval_index, mirror, text
-from kvbench.tasks.base import LETTERS_PER_TOKEN, NamedPath, Need, Options, RunContext, Work, no_template
+from kvbench.tasks.base import LETTERS_PER_TOKEN, NamedPath, Need, Options, RunContext, Text, Texts, Work, no_template
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -167,6 +168,25 @@ class LmEval(Options):
                 raise
         with _unbounded():
             return self._outcome(loaded, results, model.truncated)
+
+    def texts(self) -> Texts:
+        """See Task; for a chat or a task with code of its own too, but not where documents are made by a tokenizer."""
+        from lm_eval.utils import handle_non_serializable, hash_string
+
+        if lacking := self.missing():
+            raise ValueError("; ".join(lacking))
+        found: Texts = {}
+        with _quiet(), _seeded(), _compiled_once():
+            loaded, _ = _load(self.model_dump_json(), json.dumps(self.identity(), sort_keys=True), None)
+            for name, task in loaded["tasks"].items():
+                for number, doc in islice(enumerate(task.eval_docs), self.limit):
+                    whole = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+                    choices = _choices(task, doc)
+                    target = task.doc_to_target(doc)
+                    right = choices[target] if choices and isinstance(target, int) else str(target)
+                    digest = hash_string(whole)
+                    found[name, str(number)] = Text(_asked(task, doc, choices), right.strip(), choices, digest)
+        return found
 
     def _outcome(self, loaded: dict[str, Any], results: dict[str, Any], truncated: int) -> Outcome:
         rows = {
@@ -459,6 +479,16 @@ def _build_once(task: Any) -> None:
             instance.resps, instance.filtered_resps = [], {}
 
     task.build_all_requests = build_all_requests
+
+
+def _choices(task: Any, doc: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(map(str, task.doc_to_choice(doc))) if task.OUTPUT_TYPE == "multiple_choice" else ()
+
+
+def _asked(task: Any, doc: dict[str, Any], choices: Sequence[str]) -> str:
+    """What a document asks; where the question lies in the choice, the choices."""
+    asked = task.doc_to_text(doc)
+    return choices[asked] if isinstance(asked, int) and choices else str(asked)
 
 
 def _is_mean(metric: dict[str, Any]) -> bool:

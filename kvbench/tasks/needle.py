@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Tokens, Work
+from kvbench.tasks.base import Count, Line, Need, Options, RunContext, Text, Texts, Tokens, Work
 
 if TYPE_CHECKING:
     from kvbench.runners.base import Runner
@@ -105,14 +105,23 @@ class Needle(Options):
         Raises:
             ValueError: the text is too short for a context.
         """
-        places = [i / (self.depths - 1) if self.depths > 1 else 0.5 for i in range(self.depths)]
-        made = (
-            _document(random.Random(f"{self.seed}/{context}/{i}/{depth}"), tokenizer, context, depth)
-            for context in self.contexts
-            for i in range(self.per_cell)
-            for depth in places
-        )
+        made = (_document(draw, tokenizer, context, depth) for context, depth, draw in self._places())
         return list(islice(made, self.limit))
+
+    def _places(self) -> Iterator[tuple[int, float, random.Random]]:
+        """Context, depth and the generator of each document."""
+        for context in self.contexts:
+            for i in range(self.per_cell):
+                for place in range(self.depths):
+                    depth = place / (self.depths - 1) if self.depths > 1 else 0.5
+                    yield context, depth, random.Random(f"{self.seed}/{context}/{i}/{depth}")
+
+    def texts(self) -> Texts:
+        found = {}
+        for i, (context, depth, draw) in enumerate(islice(self._places(), self.limit)):
+            fact, question, answer = _fact(draw)
+            found["", str(i)] = Text(f"({depth:.0%} of {context} tokens in) {fact} …{question}", answer)
+        return found
 
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """Accuracy over all documents, and for each context length where there are several.
@@ -162,11 +171,15 @@ class Needle(Options):
         return Outcome(tuple(metrics), samples, facts)
 
 
-def _document(draw: random.Random, tokenizer: Any, context: int, depth: float) -> Document:
+def _fact(draw: random.Random) -> tuple[str, str, str]:
+    """What is told, what is asked, and the number."""
     city, answer = draw.choice(CITIES), str(draw.randrange(10_000, 100_000))
-    fact = f"The secret number of {city} is {answer}."
     question = f"\n\nQuestion: What is the secret number of {city}?\nAnswer: The secret number of {city} is"
+    return f"The secret number of {city} is {answer}.", question, answer
 
+
+def _document(draw: random.Random, tokenizer: Any, context: int, depth: float) -> Document:
+    fact, question, answer = _fact(draw)
     sentences = [sentence for paragraph in text.prose() for sentence in paragraph if answer not in sentence]
     first = draw.randrange(len(sentences))
     wanted: list[str] = []

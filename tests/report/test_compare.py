@@ -15,7 +15,7 @@ from kvbench.render import render
 from kvbench.report.compare import compare
 from kvbench.report.comparison_text import document, noise_floor, summary
 from kvbench.report.find_scheme import find_scheme
-from kvbench.report.flips import NotComparableError, flips
+from kvbench.report.flips import NotComparableError, choose, flips, named
 from kvbench.report.gate import check
 from kvbench.results import Metric, NotARunError, Record, Store, name_of
 from kvbench.results.store import file_checksum
@@ -349,7 +349,7 @@ def test_a_low_bit_scheme_has_a_noise_floor_of_its_own(folder):
     )
     (row,) = [row for row in found.invalid if row.dtype == "again 1 of int2" and row.metric == "acc"]
     assert row.reason.startswith("int2 · none has no finished cell of qa")
-    assert flips(cell(folder, "again-1-of-int4")).title.endswith(" against int4 · none: acc 5 of 400")
+    assert flips(*named(cell(folder, "again-1-of-int4"))).title.endswith(" against int4 · none: acc 5 of 400")
 
 
 def test_repeats_are_no_cells_that_a_check_misses(folder, tmp_path):
@@ -576,7 +576,7 @@ def test_flips_are_listed_with_both_answers(folder):
     """
     save(folder, "int4", changed(2, 1))
 
-    found = flips(cell(folder, "int4"))
+    found = flips(*named(cell(folder, "int4")))
 
     assert found.title == "toy · qa · int4 · none against fp16 · none: acc 3 of 400"
     assert [(row.doc_id, row.before, row.after, row.baseline_answer, row.answer) for row in found.rows] == [
@@ -598,7 +598,7 @@ def test_answers_of_another_type_are_one_line(folder):
     (path / "record.json").write_text(json.dumps(row))
 
     with pytest.raises(NotARunError, match=r"samples\.parquet holds answers that cannot be read \('int' object"):
-        flips(path)
+        flips(*named(path))
 
 
 def test_the_baseline_itself_has_no_flips(folder):
@@ -606,11 +606,11 @@ def test_the_baseline_itself_has_no_flips(folder):
     It is said that this is the baseline, and which cell to pass instead.
     """
     with pytest.raises(NotComparableError, match=r"is the baseline itself.*: the sweep has no other finished cell"):
-        flips(cell(folder, "fp16"))
+        flips(*named(cell(folder, "fp16")))
     save(folder, "again")
     save(folder, "int4")
     with pytest.raises(NotComparableError, match=r"is the baseline itself.*: pass a cell .* such as toy-int4-none-qa-"):
-        flips(cell(folder, "fp16"))
+        flips(*named(cell(folder, "fp16")))
 
 
 def test_flips_of_other_documents_are_refused(folder):
@@ -620,9 +620,31 @@ def test_flips_of_other_documents_are_refused(folder):
     save(folder, "int4", documents={3: "altered"})
 
     with pytest.raises(NotComparableError, match="first doc_id 3"):
-        flips(cell(folder, "int4"))
+        flips(*named(cell(folder, "int4")))
     save(folder, "int8", task="other")
     with pytest.raises(NotComparableError, match="no baseline cell"):
-        flips(cell(folder, "int8", "other"))
-    with pytest.raises(FileNotFoundError, match="is no cell"):
-        flips(folder)
+        flips(*named(cell(folder, "int8", "other")))
+    with pytest.raises(FileNotFoundError, match="neither a run folder nor a cell"):
+        named(folder)
+
+
+def test_cells_are_chosen_by_pattern(folder):
+    """
+    A dtype by its short name or a pattern, several keys together; controls and the baseline only where they are meant.
+    """
+    for dtype in ("int4_per_token_head", "int4_per_token_head+w64s4", "int8_per_token_head", "again"):
+        save(folder, dtype)
+    measured = read(folder)
+
+    def dtypes(*patterns):
+        return sorted(one.dtype for one in choose(measured, patterns))
+
+    assert dtypes() == dtypes("task=q*") == ["int4_per_token_head", "int4_per_token_head+w64s4", "int8_per_token_head"]
+    assert dtypes("dtype=int4") == ["int4_per_token_head"]
+    assert dtypes("dtype=int4*", "task=qa") == ["int4_per_token_head", "int4_per_token_head+w64s4"]
+    assert dtypes("dtype=int8", "dtype=int4") == ["int4_per_token_head", "int8_per_token_head"]
+    assert dtypes("dtype=again") == ["again"]
+    with pytest.raises(ValueError, match=r"dtype=int3 matches no cell; there are again, fp16, int4_per_token_head, "):
+        dtypes("dtype=int3")
+    with pytest.raises(ValueError, match=r"'int4': expected KEY=PATTERN with KEY one of model, dtype, rotation, task"):
+        dtypes("int4")

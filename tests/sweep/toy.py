@@ -108,6 +108,9 @@ class ToyTask:
     def doubts(self) -> list[str]:
         return []
 
+    def texts(self) -> dict[Any, Any]:
+        return {}
+
     def missing(self) -> list[str]:
         return [self.lacks] if self.lacks else []
 
