@@ -144,14 +144,7 @@ def share_out(pool: Pool, cells: Sequence[Cell], job: Job, tell: Tell, tries: in
     """
     queue = Queue.of(cells)
     try:
-        while True:
-            seats = pool.seats(queue)
-            for seat in seats:
-                if seat.cell is None and (cell := queue.take(seat, seats)):
-                    seat.cell, seat.model, seat.began = cell, (cell.spec, cell.model), time.monotonic()
-                    pool.give(seat, cell)
-            if not queue and not any(seat.cell for seat in seats):
-                return
+        while give_out(pool, queue):
             for seat, event in pool.wait():
                 if isinstance(event, Exception):
                     raise event
@@ -166,7 +159,18 @@ def share_out(pool: Pool, cells: Sequence[Cell], job: Job, tell: Tell, tries: in
                     seat.cell = None
                     if event.broken:
                         pool.replace(seat)
+                    give_out(pool, queue)  # before the record is written, so that no worker waits for the disk
                 tell(seat.number, event)
             raise_if_stopped()
     finally:
         pool.end()
+
+
+def give_out(pool: Pool, queue: Queue) -> bool:
+    """Gives each idle seat its next cell; False once nothing runs and nothing is left."""
+    seats = pool.seats(queue)
+    for seat in seats:
+        if seat.cell is None and (cell := queue.take(seat, seats)):
+            seat.cell, seat.model, seat.began = cell, (cell.spec, cell.model), time.monotonic()
+            pool.give(seat, cell)
+    return bool(queue) or any(seat.cell for seat in seats)

@@ -74,15 +74,16 @@ class Cluster:
         self.here = describe()
         self.needs: ray_worker.Needs | None = None
         check_address(address)
+        own = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
         try:
             self.ray.init(
                 address=address,
-                include_dashboard=False if address is None and not os.environ.get("RAY_ADDRESS") else None,
+                include_dashboard=False if own else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 ignore_reinit_error=True,
             )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, self.ray.exceptions.RayError) as error:
             text = " ".join(str(error).split())
             what = "versions that differ" if "ersion mismatch" in text else "no Ray cluster"
             raise UnusableError(f"{what} at {address or 'RAY_ADDRESS or this machine'}: {text[:300]}") from None
@@ -381,10 +382,9 @@ class RayPool:
         self.keeper.release.remote(seat.number)
 
     def end(self) -> None:
-        """See Pool."""
+        """See Pool. The keeper ends with the connection."""
         for seat in self.workers:
             self.ray.kill(seat.actor)
-        self.ray.kill(self.keeper)
 
 
 # ---- doctor
