@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -241,6 +241,7 @@ def mcnemar_power(n: int, discordance: float, drop: float, alpha: float = ALPHA)
     return float((stats.binom.pmf(flips, n, discordance) * seen).sum())
 
 
+@cache
 def smallest_drop(n: int, discordance: float, alpha: float = ALPHA) -> float | None:
     """The smallest drop of a share that exact McNemar sees with 80 % power; None where not even one of everything.
 
@@ -255,6 +256,7 @@ def smallest_drop(n: int, discordance: float, alpha: float = ALPHA) -> float | N
     return float(optimize.bisect(lacking, 1e-6, 1.0, xtol=1e-5))
 
 
+@cache
 def smallest_mean(n: int, spread: float, alpha: float = ALPHA) -> float | None:
     """The smallest difference of a mean that a paired t-test of n documents sees with 80 % power."""
     if n < 2 or not math.isfinite(spread):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -49,7 +49,10 @@ def sensitivities(cells: Sequence[Cell], earlier: Measured, margin: str) -> list
     limit = parse_margin(margin)
     compared = [cell for cell in cells if not (cell.baseline or cell.canary or cell.again)]
     tasks = {cell.task.name: cell.task for cell in cells}
-    spreads = {name: _measured(name, cells, earlier) for name in tasks}
+    keys: defaultdict[str, set[str]] = defaultdict(set)
+    for cell in cells if earlier.cells else ():
+        keys[cell.task.name].add(key_of(cell.identity))
+    spreads = {name: _measured(keys[name], earlier) for name in tasks}
     metrics = {name: tuple(spreads[name]) or task.metrics() for name, task in tasks.items()}
     counts = {name: 1 if named is None else len(named) for name, named in metrics.items()}
     family = sum(counts[cell.task.name] for cell in compared) or 1
@@ -61,9 +64,11 @@ def sensitivities(cells: Sequence[Cell], earlier: Measured, margin: str) -> list
     return rows
 
 
-def _measured(task: str, cells: Sequence[Cell], earlier: Measured) -> dict[str, tuple[str, int, float, float]]:
-    """By metric: kind or unit, documents, and the medians over schemes of the spread and of the share that flipped."""
-    keys = {key_of(cell.identity) for cell in cells if cell.task.name == task}
+def _measured(keys: Collection[str], earlier: Measured) -> dict[str, tuple[str, int, float, float]]:
+    """By metric: kind or unit, documents, and the medians over schemes of the spread and of the share that flipped.
+
+    keys: of the cells of one task.
+    """
     there = [one for one in earlier.cells if one.key in keys]
     bases = {one.key: one for one in there if one.scheme == earlier.baseline}
     found: dict[str, list[tuple[str, Difference]]] = defaultdict(list)
