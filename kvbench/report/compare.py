@@ -71,9 +71,10 @@ def compare(
     found: list[Comparison | Paired] = []
     notes: dict[str, None] = dict.fromkeys([*measured.problems, *(other.problems if other else [])])
     absent: dict[str, dict[str, None]] = {}  # a reason, and the metrics that it keeps from being compared
-    canaries = [cell for cell in measured.cells if cell.dtype == "canary"]
+    # the first of each, where several are of one task
+    canaries = {cell.key: cell for cell in reversed(measured.cells) if cell.dtype == "canary"}
     for cell, base, wrong in pairs:
-        floor = next((canary for canary in canaries if base and canary.key == base.key), None)
+        floor = canaries.get(base.key) if base else None
         for metric in dict.fromkeys([*cell.series, *cell.absent, *(base.series if base else ())]):
             if not wrong and metric in cell.absent and base and metric in base.absent:
                 if cell.again and base.values.get(metric):
@@ -111,13 +112,15 @@ def _pairs(
     measured: Measured, cells: Measured, scheme: tuple[str, str] | None
 ) -> Iterator[tuple[Cell, Cell | None, str]]:
     """(cell, the cell it is compared with, why it can't be); scheme None: the same scheme's."""
+    first = _by_scheme(measured)
+    own = first if cells is measured else _by_scheme(cells)
     for cell in cells.cells:
         if cell.dtype == "canary" or (cells is measured and cell.scheme == scheme) or (scheme is None and cell.control):
             continue
         # what an A/A cell repeats is of its own sweep, whatever the others are compared with
-        source, wanted = (cells, cell.repeats) if cell.again else (measured, scheme)
+        source, bases, wanted = (cells, own, cell.repeats) if cell.again else (measured, first, scheme)
         wanted = wanted or cell.scheme
-        there = [base for base in source.cells if base.scheme == wanted and base.task == cell.task]
+        there = bases.get((wanted, cell.task), [])
         base = next((base for base in there if base.key == cell.key), None)
         if base is None and there:  # the nearest, for the reason
             base = min(there, key=lambda base: (base.model != cell.model, len(identity_differences(cell, base))))
@@ -125,6 +128,14 @@ def _pairs(
             yield cell, None, f"{' · '.join(wanted)} has no finished cell of {cell.task} in {source.path}"
         else:
             yield cell, base, "; ".join(reasons(cell, base)[:REASONS])
+
+
+def _by_scheme(measured: Measured) -> dict[tuple[tuple[str, str], str], list[Cell]]:
+    """The cells by their scheme and task."""
+    found: dict[tuple[tuple[str, str], str], list[Cell]] = {}
+    for cell in measured.cells:
+        found.setdefault((cell.scheme, cell.task), []).append(cell)
+    return found
 
 
 def reasons(cell: Cell, base: Cell) -> list[str]:

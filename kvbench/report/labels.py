@@ -139,8 +139,3 @@ def machine_of(record: Record) -> str:
     return ", ".join(
         [str(processor), *software, f"kvbench {environment.get('kvbench') or 'from a checkout'}{revision}{source}"]
     )
-
-
-def planned_task(records: Sequence[Record], cell: str) -> str | None:
-    """The task of a cell, by its name; None where it was not run."""
-    return next((record.task for record in records if record.cell == cell), None)

@@ -15,7 +15,7 @@ from kvbench.files import write_text
 from kvbench.render import Column, Document, Table, all_renderers, render
 from kvbench.report import compare, comparison_text
 from kvbench.report.cost import cost_table
-from kvbench.report.labels import group_of, notes_of, planned_task, task_labels, title_of, warnings_of
+from kvbench.report.labels import group_of, notes_of, task_labels, title_of, warnings_of
 from kvbench.report.speed import kernel_tables, speed_column
 from kvbench.report.verdicts import VERDICTS
 from kvbench.results import Metric, NotARunError, Record, Store, headline, shown_metric
@@ -162,9 +162,8 @@ class Report:
     def _ordered(self) -> list[Record]:
         """The records without the canary's: models as they come, schemes as the sweep lists them, others by size."""
         order = [(scheme["dtype"], scheme["rotation"]) for scheme in self.run.get("schemes", [])]
-        tasks = list(
-            dict.fromkeys(name for name in (planned_task(self.records, cell) for cell in self._planned()) if name)
-        )
+        of_cell = {record.cell: record.task for record in self.records}
+        tasks = list(dict.fromkeys(of_cell[cell] for cell in self._planned() if cell in of_cell))
 
         def key(record: Record) -> tuple[Any, ...]:
             # the A/A cell stands below what it repeats
@@ -209,11 +208,12 @@ class Report:
     def _table(self, records: list[Record]) -> Table:
         labels = task_labels(records)
         by_place: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
+        by_label: dict[str, list[Record]] = defaultdict(list)
         for record in records:
             by_place[record.dtype, record.rotation][labels[record.cell]] = record
+            by_label[labels[record.cell]].append(record)
         measures: list[tuple[str, str]] = []
-        for label in dict.fromkeys(labels[record.cell] for record in records):
-            of_task = [record for record in records if labels[record.cell] == label]
+        for label, of_task in by_label.items():
             names = dict.fromkeys(metric.name for record in of_task for metric in headline(record.metrics))
             measures += [(label, name) for name in names]
 
@@ -225,7 +225,7 @@ class Report:
             Column(("smaller", "than fp16"), drop=999),
         ]
         for label, name in measures:
-            found = [m for r in records if labels[r.cell] == label for m in r.metrics if m.name == name]
+            found = [m for r in by_label[label] for m in r.metrics if m.name == name]
             counts = sorted({metric.n for metric in found})
             # a perplexity is called one
             unit = f" ({found[0].unit})" if found[0].unit not in ("", "%", "ppl") else ""
