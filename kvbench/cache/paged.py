@@ -73,7 +73,7 @@ class PagedCache:
 
     layers: (KV heads, head_dim) of each. scheme: how they are stored; `auto` becomes `model_dtype`.
     learned: what the transforms of each layer's keys learned, and those of its values; None where none learns.
-    destroyed: zeros are stored instead of all keys and values: the canary of a sweep, which must wreck every score.
+    destroyed: zeros are stored instead of all keys and values: the canary of a sweep, which must break every score.
 
     Raises:
         ValueError: layers or a head_dim that the scheme can't take, a scheme that learns without what it learned, or

@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def control(self) -> bool:
-        """Whether this is the destroyed cache, or a scheme once more."""
+        """Whether this is the zeroed cache, or a scheme once more."""
         return self.dtype == "canary" or self.again
 
     @cached_property

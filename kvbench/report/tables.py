@@ -318,8 +318,8 @@ class Report:
         if not judgements:
             yield "canary: no verdict, so it was not tested that the cache is read"
         meaning = {
-            "wrecked": "canary (a destroyed cache) wrecks the scores, as it must",
-            "unmoved": "QUANTIZATION NOT IN EFFECT: a destroyed cache leaves the scores where they were",
+            "wrecked": "canary (a zeroed cache) breaks the scores, as it must",
+            "unmoved": "QUANTIZATION NOT IN EFFECT: a zeroed cache leaves the scores where they were",
             "undecided": "canary undecided: the baseline can't be told from chance",
         }
         for verdict, text in meaning.items():

@@ -78,7 +78,7 @@ def at_floor(base: Series, canary: Series | None) -> str:
         gain = paired(base, canary)
         if gain.mean <= 0 or gain.p is None or gain.p >= ALPHA:
             destroyed = shown_number(canary.metric.value)
-            return f"the baseline ({shown_number(value)}) can't be told from a destroyed cache ({destroyed})"
+            return f"the baseline ({shown_number(value)}) can't be told from a zeroed cache ({destroyed})"
     return ""
 
 

@@ -53,7 +53,7 @@ class Record:
     """One cell as it was measured, or as it failed.
 
     cell: its name, a slug and a hash of `identity`. identity: all that decides its numbers.
-    model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the destroyed cache; of a scheme once
+    model: name, revision, compute_dtype, layers, max_length. dtype: "canary" for the zeroed cache; of a scheme once
     more what `dtype_label` says.
     bits_per_value: true bits over all layers, every scale counted; kv_bytes_per_token: of all layers together.
     limit: documents a task was cut to by `--limit`, a quick look; None for a real run.
@@ -82,7 +82,7 @@ class Record:
 
     @property
     def canary(self) -> bool:
-        """Whether this is the destroyed cache, which no table ranks."""
+        """Whether this is the zeroed cache, which no table ranks."""
         return self.dtype == "canary"
 
     @property

@@ -249,7 +249,7 @@ class KernelIdentity(TypedDict):
 
 
 class Verdict(TypedDict):
-    """What a destroyed cache showed of a task."""
+    """What a zeroed cache showed of a task."""
 
     model: str
     task: str

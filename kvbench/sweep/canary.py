@@ -1,4 +1,4 @@
-"""Whether a destroyed cache wrecked the scores. Where not, the cache is not read and no number means anything."""
+"""Whether a zeroed cache wrecked the scores. Where not, the cache is not read and no number means anything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvbench.results import Metric, Record
 
 Verdict = Literal["wrecked", "unmoved", "undecided"]
 
-# a destroyed cache leaves KL divergences of several nats, perplexities in the thousands, and chance
+# a zeroed cache leaves KL divergences of several nats, perplexities in the thousands, and chance
 KLD_NATS = 0.5
 PERPLEXITY_RATIO = 2.0
 SAME_TOP_PERCENT = 50.0
@@ -32,7 +32,7 @@ class Judgement:
 def judge_all(records: Sequence[Record]) -> list[Judgement]:
     """A judgement for each canary record that was measured, against the baseline's record of the same task.
 
-    records: of one sweep; the baseline's have an identity that differs from the canary's by the destroyed cache alone.
+    records: of one sweep; the baseline's have an identity that differs from the canary's by the zeroed cache alone.
     """
     exact = {
         _key(record): record for record in records if record.status == "done" and not record.canary and not record.again
@@ -66,7 +66,7 @@ def judge(canary: Record, base: Record) -> Judgement:
         if those:
             pairs = [f"{m.name} {exact[m.name].value:.4g} -> {m.value:.4g}" for m in canary.metrics if m.name in those]
             return Judgement(*where, wanted, ", ".join(pairs[:3]))
-    return Judgement(*where, "undecided", "no metric that a destroyed cache must move")
+    return Judgement(*where, "undecided", "no metric that a zeroed cache must move")
 
 
 def verdict(metric: Metric, base: Metric) -> Verdict | None:
@@ -89,7 +89,7 @@ def _score(metric: Metric, base: Metric) -> Verdict:
     assert base.stderr is not None
     if base.value - metric.value > STANDARD_ERRORS * math.hypot(metric.stderr, base.stderr):
         return "wrecked"
-    # at the floor, or near the chance of a multiple choice, a destroyed cache does as well
+    # at the floor, or near the chance of a multiple choice, a zeroed cache does as well
     if metric.value == base.value and base.value > STANDARD_ERRORS * base.stderr and base.stderr > 0:
         return "unmoved"
     return "undecided"

@@ -142,7 +142,7 @@ class Sweep(Strict):
     limit: the first documents of every task alone; a quick look, marked as such in every table.
     apply_chat_template, fewshot_as_multiturn, system_instruction: of every task of lm-eval that does not say it itself.
     agreement: compare the model under an exact cache with transformers before its first cell, and refuse it where they
-    differ. canary: also run a destroyed cache, which must wreck the scores. again: also run the baseline once more,
+    differ. canary: also run a zeroed cache, which must break the scores. again: also run the baseline once more,
     whose flips are the noise floor, and the first low-bit scheme twice more under noise of one ulp. margin: the
     difference that does not matter, as `kvbench.stats.parse_margin` takes it.
     attention: what reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a

@@ -15,7 +15,7 @@ from kvbench.sweep.progress import Display
 
 
 class NotInEffectError(RuntimeError):
-    """A destroyed cache left the scores where they were: nothing that this sweep measures means anything."""
+    """A zeroed cache left the scores where they were: nothing that this sweep measures means anything."""
 
 
 def run_cells(
@@ -62,4 +62,4 @@ def stop_unless_wrecked(records: Collection[Record], model: str) -> None:
 def not_in_effect(unmoved: Sequence[Judgement]) -> str:
     """What a person reads when the canary lives."""
     shown = "; ".join(f"{one.model}, {one.task}: {one.why}" for one in unmoved)
-    return f"quantization not in effect: with a destroyed cache the scores stay where they were ({shown})"
+    return f"quantization not in effect: with a zeroed cache the scores stay where they were ({shown})"

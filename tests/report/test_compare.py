@@ -165,13 +165,13 @@ def test_a_task_at_the_floor_is_not_discriminative(folder):
 
 def test_chance_is_a_floor_too(folder):
     """
-    Where a destroyed cache answers as well as the baseline, the task does not read the cache's contents.
+    Where a zeroed cache answers as well as the baseline, the task does not read the cache's contents.
     """
     save(folder, "canary", changed(20, 20))
     save(folder, "int4", BASE)
 
     assert verdict(folder).verdict == "NOT-DISCRIMINATIVE"
-    assert "destroyed cache" in verdict(folder).reason
+    assert "zeroed cache" in verdict(folder).reason
 
 
 @pytest.mark.parametrize(("lost", "called"), [(40, "WORSE"), (4, "INCONCLUSIVE"), (0, "EQUIVALENT")])

@@ -238,14 +238,14 @@ def test_rows_stand_as_the_sweep_lists_them(report):
 
 def test_the_canary_is_no_row(report):
     """
-    The destroyed cache is a line below the table, with its verdict, and in no list of results.
+    The zeroed cache is a line below the table, with its verdict, and in no list of results.
     """
     verdict = {"model": "toy", "task": "gsm8k", "limit": None, "verdict": "wrecked", "why": "acc 0.9 -> 0"}
     found = report(record(), record("canary"), canary=[verdict])
 
     assert [row[0] for row in found.tables()[0].rows] == ["fp16"]
     assert {row["dtype"] for row in found.rows()} == {"fp16"}
-    assert any(line.startswith("canary (a destroyed cache) wrecks the scores") for line in found.summary())
+    assert any(line.startswith("canary (a zeroed cache) breaks the scores") for line in found.summary())
     assert any("turned off" in line for line in report(record(), canary=None).summary())
 
 

@@ -258,7 +258,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_cells_alone(config, tmp_path, t
 
 def test_a_living_canary_stops_the_sweep(config, run, store, monkeypatch, capsys):
     """
-    Where a destroyed cache changes nothing, no quantized cell is run: exit 1, and it is said why.
+    Where a zeroed cache changes nothing, no quantized cell is run: exit 1, and it is said why.
     """
     monkeypatch.setenv("TOY_IGNORES_CACHE", "1")
     path = config()

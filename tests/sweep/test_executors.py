@@ -134,7 +134,7 @@ def test_a_failed_cell_costs_itself_and_is_run_again_when_asked(sweep, ends, sto
 
 def test_a_living_canary_stops_the_sweep(sweep, ends, store):
     """
-    Where a destroyed cache changes nothing: exit 1, it is said why, and most quantized cells are never run.
+    Where a zeroed cache changes nothing: exit 1, it is said why, and most quantized cells are never run.
     """
     tasks = [{"task": f"toy_{i}", "seconds": 0.02} for i in range(10)]
     code, errors = ends(sweep(model="blind", tasks=tasks))

@@ -137,7 +137,7 @@ def test_what_does_not_decide_the_numbers_does_not(cells, settings):
 
 def test_a_control_is_no_baseline(cells):
     """
-    The destroyed cache of a scheme, its whole one, and that one once more are different cells, and so are two repeats
+    The zeroed cache of a scheme, its whole one, and that one once more are different cells, and so are two repeats
     under noise.
     """
     every = cells()

@@ -354,10 +354,10 @@ def controls(found: Found, run: Mapping[str, Any]) -> Table:
     }
     if not judged:
         off = "turned off" if judged is None else "not judged"
-        rows.append(["a destroyed cache must wreck the scores", "-", Cell(off, mark="open"), "-"])
+        rows.append(["a zeroed cache must break the scores", "-", Cell(off, mark="open"), "-"])
     for one in judged or []:
         where = f"{one['model']} · {one['task']}" if len(found.models) > 1 else one["task"]
-        rows.append(["a destroyed cache must wreck the scores", where, means[one["verdict"]], one["why"]])
+        rows.append(["a zeroed cache must break the scores", where, means[one["verdict"]], one["why"]])
     for row in found.comparisons.again:
         what = "the baseline once more" if row.dtype == "again" else f"{row.against} once more, under one ulp of noise"
         moves = shown_difference(row.difference, row.unit)
