@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -122,6 +123,11 @@ def lay_out(sweep: Sweep, options: Options, parts: Parts, executor: Executor) ->
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")
     store = Store(options.output or DEFAULT_FOLDER / sweep.name)
+    if re.match(r"[a-z][a-z0-9+]*:/", str(store.folder)):
+        raise ConfigError(
+            f"--output {store.folder}: a run folder is a path, also a mounted one; object stores can't rename, so copy "
+            "the folder there when the sweep is done"
+        )
     if store.foreign:
         raise ConfigError(f"{store.folder} {store.foreign}; --output takes a run folder, or a new one")
     return Planned(sweep, every, cells, store, executor)

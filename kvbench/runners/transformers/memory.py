@@ -199,6 +199,11 @@ class Memory:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated: what the driver has left, and what torch holds without using it."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Bytes that can be allocated: what the driver has left, and what torch holds without using it.
+
+    No more than this process's share of the GPU, where others have the rest.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), share) - used

@@ -316,7 +316,7 @@ class RayPool:
             "scheduling_strategy": self.cluster.pinned(node),
             "runtime_env": {"env_vars": variables},
         }
-        actor = self.ray.remote(**options)(ray_worker.Worker).remote(self.job, number, self.keeper)
+        actor = self.ray.remote(**options)(ray_worker.Worker).remote(self.job, number, share, self.keeper)
         self.workers.append(RaySeat(number, node.name, share, actor=actor, answer=actor.ready.remote()))
 
     def give(self, seat: Seat, cell: Cell) -> None:

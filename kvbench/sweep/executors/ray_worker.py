@@ -49,9 +49,14 @@ def look(needs: Needs | None) -> tuple[dict[str, Any], list[str]]:
 
 
 class Worker:
-    """A model on the GPU that Ray gave this process, and the cells that run on it one after another."""
+    """A model on the GPU that Ray gave this process, and the cells that run on it one after another.
 
-    def __init__(self, job: Job, number: int, keeper: Any) -> None:
+    share: of the GPU, of whose memory it takes no more.
+    """
+
+    def __init__(self, job: Job, number: int, share: float, keeper: Any) -> None:
+        import torch
+
         from kvbench.sweep.executors.process import Sparing
         from kvbench.sweep.session import Bench, on_its_gpu
 
@@ -59,6 +64,8 @@ class Worker:
         self.keeper = keeper
         self.cell = ""
         environment = {**describe(), "device": job.device}
+        if job.device != "cpu" and share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
         own = on_its_gpu(replace(job, baselines=Shared(keeper, number), environment=environment))
         self.bench = Bench(own, Sparing(self._tell, ADVANCE_SECONDS))
 
