@@ -86,6 +86,7 @@ bench: env
 
 docs: env
 	$(BIN)/python docs/generate_dtypes.py
+	$(BIN)/python docs/generate_yaml.py
 	$(BIN)/python docs/generate_picture.py
 
 pages: env

@@ -46,6 +46,21 @@ VARIABLES = (
     "TRITON_INTERPRET",
 )
 
+# what kvbench itself reads; torch, Triton, lm-eval and the hub have more of their own
+READS = {
+    "KVBENCH_DATA": "A folder with the data sets' rows, in place of the hub, where the YAML has no `data`.",
+    "KVBENCH_CACHE": "Where kvbench keeps what it can make again, such as converted models.",
+    "XDG_CACHE_HOME": "Where `kvbench/` lies without KVBENCH_CACHE; else `~/.cache`.",
+    "COLUMNS": "How wide tables may be, in place of the terminal's width.",
+    "NO_COLOR": "Tables and progress have no colors.",
+    "TERM": "`dumb`: progress does not redraw, and nothing has a color.",
+    "HF_HUB_OFFLINE": "`1`: nothing is asked of the hub.",
+    "HF_DATASETS_CACHE": "Where data sets are that were fetched before; else below HF_HOME.",
+    "CUDA_VISIBLE_DEVICES": "Which GPUs there are; `--devices` counts them.",
+    "RAY_ADDRESS": "The cluster of `sweep --executor ray` where `--address` names none.",
+    "TRITON_INTERPRET": "`1`: kernels run in Triton's interpreter, as they do where there is no GPU.",
+}
+
 SMALLEST_DISK_GIB = 2.0  # the embedded model's conversion takes 0.5, results some more
 SMALLEST_MEMORY_GIB = 4.0  # the embedded model with lm-eval needs about 2
 

@@ -8,8 +8,22 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli import check, compare, doctor, kernel, ls, plan, report, runs, search, show, sweep
-from kvbench.cli.shared import CRASHED, INTERRUPTED, UNUSABLE
+from kvbench.cli import (
+    check,
+    compare,
+    doctor,
+    init,
+    kernel,
+    ls,
+    plan,
+    report,
+    runs,
+    schema,
+    search,
+    show,
+    sweep,
+)
+from kvbench.cli.shared import CRASHED, INTERRUPTED, UNUSABLE, epilog
 
 EPILOG = (
     "Exit codes: 0 all done and gates passed; 1 a gate failed; 2 bad usage or config; 3 finished, some cells failed; "
@@ -23,25 +37,26 @@ app = typer.Typer(
     help="How few bits can a language model's KV cache have, at what cost in accuracy, and how sure are we?",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(ls.ls)
-for verb in (
-    sweep.sweep,
-    plan.plan,
-    search.search,
-    report.report,
-    compare.compare,
-    check.check,
-    show.show,
-    runs.runs,
-    kernel.kernel,
-    doctor.doctor,
+for verb, examples in (
+    (init.init, init.EXAMPLES),
+    (plan.plan, plan.EXAMPLES),
+    (sweep.sweep, sweep.EXAMPLES),
+    (search.search, search.EXAMPLES),
+    (report.report, report.EXAMPLES),
+    (compare.compare, compare.EXAMPLES),
+    (show.show, show.EXAMPLES),
+    (check.check, check.EXAMPLES),
+    (runs.runs, runs.EXAMPLES),
+    (kernel.kernel, kernel.EXAMPLES),
+    (doctor.doctor, doctor.EXAMPLES),
+    (schema.schema, schema.EXAMPLES),
 ):
-    app.command()(verb)
+    app.command(epilog=epilog(examples))(verb)
 
 
 def _version(asked: bool) -> None:

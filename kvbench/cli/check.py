@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from kvbench.measured import Measured
 
 
+EXAMPLES = """\
+kvbench check out/mine --write base.json   # a small file to commit
+kvbench check out/mine --against base.json # in CI: exit 1 where it got worse
+"""
+
+
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
     against: Annotated[

@@ -10,6 +10,12 @@ import typer
 
 from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Baseline, Format, Margin, Wide, fail, say, show
 
+EXAMPLES = """\
+kvbench compare out/mine
+kvbench compare out/mine --baseline int8 --margin 2pp
+kvbench compare out/before out/after       # like with like
+"""
+
 
 def compare(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or kernel timings.", show_default=False)],

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from kvbench.environment import Check
 
 
+EXAMPLES = """\
+kvbench doctor
+kvbench doctor --keys smollm2-135m-instruct
+"""
+
+
 def doctor(
     parity: Annotated[
         str | None,

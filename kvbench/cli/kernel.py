@@ -24,6 +24,12 @@ class Operation(StrEnum):
     MIXED = "mixed"
 
 
+EXAMPLES = """\
+kvbench kernel --dtype int4 --context 1k..32k
+kvbench kernel configs/kernels.yaml --output out/kernels
+"""
+
+
 def kernel(
     ctx: typer.Context,
     config: Annotated[

@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, AsList, ListFormat, Wide, fail, print_list, print_rows, say
+from kvbench.cli.shared import BAD_INPUT, AsList, ListFormat, Wide, epilog, fail, print_list, print_rows, say
 
 ls = typer.Typer(
-    name="ls", help="List dtypes, rotations, schemes, tasks or models.", no_args_is_help=True, rich_markup_mode=None
+    name="ls",
+    help="List dtypes, rotations, schemes, tasks or models.",
+    epilog=epilog("kvbench ls dtypes\nkvbench ls tasks gsm*"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
-@ls.command("dtypes")
+@ls.command("dtypes", epilog=epilog("kvbench ls dtypes --format json"))
 def ls_dtypes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """KV-cache dtypes, with their true bits a value at head_dim 128."""
     from kvbench.dtypes import all_dtypes
@@ -32,7 +36,7 @@ def ls_dtypes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     print_list(rows, as_format, {"bits_per_value": "model's own"}, wide)
 
 
-@ls.command("rotations")
+@ls.command("rotations", epilog=epilog("kvbench ls rotations"))
 def ls_rotations(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """What prepares rows: rotations, and what learns from a text. `center+hadamard` is one after the other."""
     from kvbench.transforms import all_transforms
@@ -50,7 +54,7 @@ def ls_rotations(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> No
     print_list(rows, as_format, wide=wide)
 
 
-@ls.command("schemes")
+@ls.command("schemes", epilog=epilog("kvbench ls schemes --wide"))
 def ls_schemes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """Schemes by name, with their true bits a value of 8192 tokens at head_dim 128."""
     import torch
@@ -71,7 +75,7 @@ def ls_schemes(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None
     print_list(sorted(rows, key=lambda row: -row["bits_per_value"]), as_format, wide=wide)
 
 
-@ls.command("tasks")
+@ls.command("tasks", epilog=epilog("kvbench ls tasks gsm*"))
 def ls_tasks(
     pattern: Annotated[
         str, typer.Argument(metavar="[PATTERN]", help="Those that match, such as gsm*.", show_default=False)
@@ -90,7 +94,7 @@ def ls_tasks(
     print_list(found, as_format, wide=wide)
 
 
-@ls.command("models")
+@ls.command("models", epilog=epilog("kvbench ls models"))
 def ls_models(as_format: AsList = ListFormat.TABLE, wide: Wide = False) -> None:
     """Models that this machine knows by name. A folder, a .gguf file, a .json configuration or a hub id is one too."""
     from kvbench.runners.facts import list_models

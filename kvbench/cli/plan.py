@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from kvbench.sweep.command import Options, Planned
 
 
+EXAMPLES = """\
+kvbench plan mine.yaml
+kvbench plan mine.yaml --only task=gsm8k --context 32k
+"""
+
+
 def plan(
     config: Config,
     only: Only = None,
@@ -36,9 +42,9 @@ def plan(
     limit: Limit = None,
     output: Output = None,
     context: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--context", metavar="N", min=1, help="State the memory of a sequence of N tokens.  [default: the longest]"
+            "--context", metavar="N", help="State the memory of a sequence of N tokens, or 32k.  [default: the longest]"
         ),
     ] = None,
     as_format: Format = TABLE,
@@ -49,8 +55,14 @@ def plan(
     Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
     missing on this machine. Runs nothing.
     """
+    from kvbench.sizes import parse_tokens
+
     check_file(config)
-    print_plan(prepared(config, chosen(only, skip, settings, limit, output)), context, as_format, wide)
+    try:
+        tokens = parse_tokens(context) if context else None
+    except ValueError as error:
+        fail(f"--context: {error}", BAD_INPUT)
+    print_plan(prepared(config, chosen(only, skip, settings, limit, output)), tokens, as_format, wide)
 
 
 def check_file(config: Path) -> None:

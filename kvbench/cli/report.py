@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 PAGE = "html"
 
 
+EXAMPLES = """\
+kvbench report out/mine
+kvbench report out/mine --format csv > mine.csv
+"""
+
+
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
     kernels: Annotated[

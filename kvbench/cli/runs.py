@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from kvbench.results.runs import RunFolder
 
 
+EXAMPLES = """\
+kvbench runs
+kvbench runs --remove 'try-*'
+"""
+
+
 def runs(
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Where they are.  [default: out]")] = None,
     keep: Annotated[

@@ -22,6 +22,11 @@ Budgets = Annotated[
 ]
 
 
+EXAMPLES = """\
+kvbench search mine.yaml --budget 4.5 --budget 3
+"""
+
+
 def search(
     config: Config,
     budgets: Budgets,

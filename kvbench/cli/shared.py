@@ -81,6 +81,11 @@ Baseline = Annotated[
 ]
 
 
+def epilog(examples: str) -> str:
+    """What stands below a verb's options: commands to copy, each on a line of its own."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in examples.splitlines())])
+
+
 def fail(error: object, code: int) -> NoReturn:
     """The message alone on stderr, and the exit code."""
     print(f"error: {seen(error)}", file=sys.stderr)

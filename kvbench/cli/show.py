@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 DOCUMENTS = 5
 
 
+EXAMPLES = """\
+kvbench show out/mine dtype=int4* task=gsm8k
+kvbench show out/mine dtype=int8 --documents 20 --data DIR
+"""
+
+
 def show(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run folder, or a cell's: DIR/cells/NAME.", show_default=False)

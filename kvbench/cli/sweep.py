@@ -43,6 +43,14 @@ Workers = Annotated[
 ]
 
 
+EXAMPLES = """\
+kvbench sweep configs/quickstart.yaml
+kvbench sweep mine.yaml --only dtype=int4* --skip task=gsm8k
+kvbench sweep mine.yaml --limit 8          # a quick look, marked as such
+kvbench sweep mine.yaml --devices 0,1      # on two GPUs
+"""
+
+
 def sweep(
     config: Config,
     only: Only = None,

@@ -83,7 +83,9 @@ class DtypeSpec(Strict):
     """A dtype (or one for keys and one for values), and the rotations to run it with where they are not the sweep's."""
 
     dtype: DtypePair
+    """Its name, `KEY:VALUE`, or a mapping with key and value."""
     rotations: Annotated[list[RotationPair], Field(min_length=1)] | None = None
+    """In place of the sweep's; `rotation` for one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -134,45 +136,59 @@ def _path(value: str) -> str:
 
 
 class Sweep(Strict):
-    """What `kvbench sweep` runs: every model × dtype × rotation × task, and every model × scheme × task.
-
-    schemes: presets by name, names such as "int4+w64s4", or mappings with a window, layers and a calibration.
-    calibration: the text that schemes learn from which name none of their own.
-    compute_dtype: None takes float32 on a CPU and the model's own dtype on a GPU.
-    limit: the first documents of every task alone; a quick look, marked as such in every table.
-    apply_chat_template, fewshot_as_multiturn, system_instruction: of every task of lm-eval that does not say it itself.
-    agreement: compare the model under an exact cache with transformers before its first cell, and refuse it where they
-    differ. canary: also run a zeroed cache, which must break the scores. again: also run the baseline once more,
-    whose flips are the noise floor, and the first low-bit scheme twice more under noise of one ulp. margin: the
-    difference that does not matter, as `kvbench.stats.parse_margin` takes it.
-    attention: what reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a
-    GPU wherever they can serve; an explicit choice never falls back.
-    """
+    """What `kvbench sweep` runs: every model × dtype × rotation × task, and every model × scheme × task."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """What the run folder is called, `out/<name>`."""
     note: str = ""
+    """A sentence for the report."""
     model: ModelSpec | None = None
+    """A name of `kvbench ls models`, a hub id, a folder, a .gguf file, or a .json configuration for random weights."""
     models: Annotated[list[ModelSpec], Field(min_length=1)] | None = None
+    """Several, in place of `model`."""
     dtypes: Annotated[list[DtypeSpec], Field(min_length=1)] | None = None
+    """How keys and values are stored: names, `KEY:VALUE` pairs, or mappings with rotations of their own."""
     rotations: Annotated[list[RotationPair], Field(default=["default"], min_length=1)]
+    """What prepares rows first, of every dtype that names none of its own; `default` is each dtype's own."""
     schemes: Annotated[list[SchemeSpec], Field(min_length=1)] | None = None
+    """Presets by name, names such as "int4+w64s4", or mappings with a window, layers and a calibration."""
     calibration: Annotated[Any, BeforeValidator(_calibration)] = None
+    """The text that schemes learn from which name none of their own: `{text: FILE, tokens: N}`."""
     tasks: Annotated[list[TaskSpec], Field(min_length=1)]
+    """What is measured: names, or mappings with options."""
     baseline: DtypePair = "fp16"
+    """The dtype that all others are compared with."""
     agreement: bool = True
+    """Compare a model under an exact cache with transformers before its first cell; refuse it where they differ."""
     canary: bool = True
+    """Also run a zeroed cache, which must break the scores."""
     again: bool = True
+    """Also run the baseline once more, whose flips are the noise floor, and the first low-bit scheme twice more under
+    noise of one ulp."""
     margin: Annotated[str, BeforeValidator(_margin)] = "1pp"
+    """The difference that does not matter: points of a share, percent of a perplexity, hundredths of a nat."""
     data: Annotated[str, AfterValidator(_path)] | None = None
+    """A folder with the data sets' rows, in place of the hub: <data set>/<configuration>/<split>.jsonl."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Of answers that are drawn, and of the A/A cell."""
     page_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Tokens of a page of the cache; no score depends on it."""
     scoring: Scoring = "fused"
+    """`fused` reads the prompt's own tokens from the cache too; `replay` reads it token by token; `prefill_exact` reads
+    exact keys and values for the prompt, as other evaluations do."""
     attention: Attention = "auto"
+    """What reads and writes the cache: the Triton kernels, or torch operations. "auto" takes the kernels on a GPU
+    wherever they can serve; an explicit choice never falls back."""
     compute_dtype: ComputeDtype | None = None
+    """What models compute in; without it float32 on a CPU and bfloat16 on a GPU."""
     limit: Count | None = None
+    """The first documents of every task alone: a quick look, marked as such in every table."""
     apply_chat_template: bool | None = None
+    """Of every task of lm-eval that does not say it itself: ask as a chat."""
     fewshot_as_multiturn: bool | None = None
+    """Of every chat that does not say it itself: few-shot examples are turns of it."""
     system_instruction: str | None = None
+    """Of every task of lm-eval that does not say it itself: what stands before its prompts."""
     _written: dict[str, str] = PrivateAttr(default_factory=dict)  # of paths in the YAML, by what they mean here
 
     @model_validator(mode="after")

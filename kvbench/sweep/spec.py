@@ -14,22 +14,22 @@ ComputeDtype = Literal["float32", "bfloat16", "float16"]
 class Strict(BaseModel):
     """A part of the YAML: no unknown key, no value of another kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class ModelSpec(Strict):
-    """A model by name, folder, hub id or GGUF file.
-
-    gpus: the share of a GPU that a worker with it takes in a cluster, so that small models share one; no number hangs
-    on it.
-    trust_remote_code: Python code that comes with it may run; it decides the numbers too, and the report names it.
-    """
+    """A model by name, folder, hub id or GGUF file."""
 
     name: Line
+    """As under `model`."""
     revision: Line | None = None
+    """A branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
+    """Python code that comes with it may run; it decides the numbers too, and the report names it."""
     compute_dtype: ComputeDtype | None = None
+    """In place of the sweep's."""
     gpus: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
+    """The share of a GPU that a worker with it takes in a cluster; no number hangs on it."""
 
     @model_validator(mode="before")
     @classmethod

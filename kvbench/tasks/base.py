@@ -165,16 +165,14 @@ def no_template(model: str) -> str:
 
 
 class Options(BaseModel):
-    """What every task takes.
+    """What every task takes."""
 
-    name: what tables call it, where one task is listed twice with other options.
-    limit: at most so many documents (of each subtask, for a group).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     name: Line
+    """What tables call it, where one task is listed twice with other options."""
     limit: Count | None = None
+    """At most so many documents (of each subtask, for a group)."""
 
     @property
     def timed(self) -> bool:

@@ -30,16 +30,19 @@ Position = Annotated[int, Field(ge=0, strict=True), BeforeValidator(tokens)]
 class Divergence(Options):
     """Next-token KL divergence from the exact cache on real text: mean, tail, same top token, perplexity ratio.
 
-    tokens: in all, spread over the text; context: of one document, bos included. Every position but a document's last
-    predicts its next token. text: a UTF-8 file; without one, the standard library's help topics. positions: bounds
-    between which the divergence is also stated alone: [1024, 2048, 8192] adds `kld@1024-2048` and `kld@2048-8192`.
+    Every position but a document's last predicts its next token.
     """
 
     name: Line = "divergence"
     tokens: Annotated[Tokens, Field(ge=2)] = 4096
+    """In all, spread over the text."""
     context: Annotated[Tokens, Field(ge=2)] = 512
+    """Tokens of one document, its first token included."""
     text: NamedPath | None = None
+    """A UTF-8 file; without one, the standard library's help topics."""
     positions: Annotated[tuple[Position, ...], Field(strict=False)] = ()
+    """Bounds between which the divergence is also stated alone: [1024, 2048, 8192] adds `kld@1024-2048` and
+    `kld@2048-8192`."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:

@@ -9,7 +9,7 @@ from pydantic import Field
 from kvbench.calibration import Calibration
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Line, NamedPath, Options, RunContext, SideName, Work
+from kvbench.tasks.base import Line, NamedPath, Options, RunContext, SideName, Tokens, Work
 from kvbench.tasks.divergence import compare, split
 from kvbench.tasks.text import Text
 
@@ -23,17 +23,17 @@ SIDES: tuple[SideName, ...] = ("key", "value")
 
 
 class Layers(Options):
-    """Divergence from the exact cache of each layer's keys and values alone, all others exact: what each layer costs.
-
-    tokens: in all, spread over the text; context: of one document, bos included. text: a UTF-8 file; without one, the
-    calibration text that ships with kvbench, which no task scores. sides: whether of keys, of values, or of both.
-    """
+    """Divergence of each layer's keys and values alone, all others exact: what each layer costs."""
 
     name: Line = "layers"
-    tokens: Annotated[int, Field(ge=2, le=10**9)] = 4096
-    context: Annotated[int, Field(ge=2, le=10**9)] = 1024
+    tokens: Annotated[Tokens, Field(ge=2)] = 4096
+    """In all, spread over the text."""
+    context: Annotated[Tokens, Field(ge=2)] = 1024
+    """Tokens of one document, its first token included."""
     text: NamedPath | None = None
+    """A UTF-8 file; without one, the calibration text that ships with kvbench, which no task scores."""
     sides: Annotated[tuple[Literal["key", "value"], ...], Field(strict=False, min_length=1)] = SIDES
+    """Of keys, of values, or of both."""
 
     def identity(self) -> dict[str, Any]:
         source = self._source()

@@ -40,22 +40,24 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 class LmEval(Options):
-    """One of lm-eval's tasks, groups or tags.
-
-    num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction: as lm-eval takes them; a chat's few-shot
-    examples are turns of it unless `fewshot_as_multiturn` is false. metadata: for tasks that make their own documents,
-    such as `max_seq_lengths` for RULER, whose tokenizer is the model's. data: the mirror's folder, for this task alone.
-    cluster: a field of its rows, such as `passage_id`: those that have it in common are compared as a cluster.
-    """
+    """One of lm-eval's tasks, groups or tags."""
 
     task: str
+    """Its name in `kvbench ls tasks`."""
     num_fewshot: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    """Examples before each question; without it the task's own number."""
     apply_chat_template: bool = False
+    """Ask as a chat, in the model's template."""
     fewshot_as_multiturn: bool | None = None
+    """A chat's few-shot examples are turns of it, unless this is false."""
     system_instruction: str | None = None
+    """What stands before each prompt."""
     metadata: dict[str, Any] = Field(default_factory=dict)
+    """For tasks that make their own documents, such as `max_seq_lengths` for RULER, whose tokenizer is the model's."""
     data: NamedPath | None = None
+    """The mirror's folder, for this task alone."""
     cluster: Annotated[str, Field(min_length=1)] | None = None
+    """A field of its rows, such as `passage_id`: those that have it in common are compared as a cluster."""
 
     @model_validator(mode="after")
     def _turns_of_a_chat(self) -> Self:

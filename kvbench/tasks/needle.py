@@ -36,17 +36,17 @@ class Document:
 
 
 class Needle(Options):
-    """A number told at a depth of a long context and asked for at its end; the answer must be exact.
-
-    contexts: tokens of prompt and answer together, at most; depths: how many places, evenly from start to end;
-    per_cell: documents for each context and depth; seed: of the documents, not of the sweep.
-    """
+    """A number told at a depth of a long context and asked for at its end; the answer must be exact."""
 
     name: Line = "needle"
     contexts: Annotated[tuple[Annotated[Tokens, Field(ge=128)], ...], Field(min_length=1, strict=False)] = (1024,)
+    """Tokens of prompt and answer together, at most."""
     depths: Count = 5
+    """How many places, evenly from start to end."""
     per_cell: Count = 4
+    """Documents for each context and depth."""
     seed: int = 0
+    """Of the documents, not of the sweep."""
 
     @model_validator(mode="after")
     def _few_enough(self) -> Self:

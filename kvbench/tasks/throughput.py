@@ -23,18 +23,19 @@ RESERVE_BYTES = 2**30
 
 
 class Throughput(Options):
-    """Prefill and decode tokens per second on random tokens, and on a GPU how many tokens its memory holds.
-
-    prompt, new: tokens of each request. batch: requests at once. repeats: of each time; the medians count.
-    seed: of the tokens, not of the sweep.
-    """
+    """Prefill and decode tokens per second on random tokens, and on a GPU how many tokens its memory holds."""
 
     name: Line = "throughput"
     prompt: Tokens = 1024
+    """Tokens of each request."""
     new: Annotated[Tokens, Field(ge=2)] = 128
+    """Tokens of each answer."""
     batch: Count = 8
+    """Requests at once."""
     repeats: Count = 3
+    """Of each time; the medians count."""
     seed: int = 0
+    """Of the tokens, not of the sweep."""
 
     @property
     def timed(self) -> bool:

@@ -1,0 +1,117 @@
+"""`kvbench init`, `kvbench schema` and each verb's help: what helps a person to begin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvbench.cli import app
+from kvbench.sweep.config import load_sweep
+from kvbench.sweep.first import first_sweep
+from kvbench.sweep.parts import REAL
+
+
+def test_a_first_sweep_can_be_planned(kvbench):
+    """
+    init writes a YAML that loads as it is, with the schema that its first line names; it replaces no file.
+    """
+    written = kvbench("init", "smollm2-135m-instruct")
+    sweep = load_sweep(Path("smollm2-135m-instruct.yaml"))
+
+    assert written.stdout.splitlines()[-1] == "next: kvbench plan smollm2-135m-instruct.yaml"
+    assert sweep.name == "smollm2-135m-instruct"
+    assert {task.name for task in sweep.make_tasks()} == {"divergence", "needle"}
+    assert (
+        Path("smollm2-135m-instruct.yaml").read_text().startswith("# yaml-language-server: $schema=sweep.schema.json\n")
+    )
+    assert json.loads(Path("sweep.schema.json").read_text())["title"] == "A sweep of kvbench"
+    again = kvbench("init", "smollm2-135m-instruct")
+    assert again.exit_code == 2
+    assert "is there already, and stays as it is; --output names another" in again.stderr
+
+
+def test_a_first_sweep_fits_model_and_machine(toy):
+    """
+    No sequence is longer than the model takes; a GPU gets more and longer ones than a CPU.
+    """
+    cpu, gpu = (first_sweep("toy", toy.PARTS, device)[1] for device in ("cpu", "cuda"))
+
+    assert "# toy: 3 layers, 2 KV heads of 64, up to 1024 tokens." in cpu
+    assert "tokens: 2k, context: 512}" in cpu
+    assert "context: 1k}" in gpu
+    assert "4k" not in gpu
+
+
+def test_a_first_sweep_of_a_folder_names_it_from_the_yaml(tmp_path, monkeypatch):
+    """
+    A model's path is relative to the file that is written.
+    """
+    from kvbench.sweep.first import write_first
+
+    shape = Path(__file__).parents[2] / "configs" / "shapes" / "qwen3-8b.json"
+    (tmp_path / "shape.json").write_text(shape.read_text())
+    (tmp_path / "sweeps").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    write_first("shape.json", Path("sweeps/first.yaml"), {}, REAL)
+
+    assert "\nmodel: '../shape.json'\n" in Path("sweeps/first.yaml").read_text()
+    assert load_sweep(Path("sweeps/first.yaml")).all_models[0].name == "sweeps/../shape.json"
+
+
+def test_an_unknown_model_is_one_line(kvbench):
+    """
+    A name that can be no model is bad input, and nothing is written.
+    """
+    refused = kvbench("init", "smolm2-135m-instruct")
+
+    assert refused.exit_code == 2
+    assert "did you mean smollm2-135m-instruct?" in refused.stderr
+    assert not list(Path().iterdir())
+
+
+def test_the_schema_says_what_each_key_means(kvbench):
+    """
+    Every key and task option has a description, and numbers of tokens may be written as 16k.
+    """
+    found = json.loads(kvbench("schema").stdout)
+
+    assert all(key["description"] for key in found["properties"].values())
+    tasks = [one for one in found["properties"]["tasks"]["items"]["anyOf"] if "properties" in one]
+    assert {one["properties"]["task"].get("const") for one in tasks} >= {"divergence", "needle", "throughput", None}
+    for one in tasks:
+        assert all("description" in key for name, key in one["properties"].items() if name != "task")
+    (divergence,) = [one for one in tasks if one["properties"]["task"].get("const") == "divergence"]
+    assert {"type": "string", "pattern": "^[0-9]+[kK]$"} in divergence["properties"]["tokens"]["anyOf"]
+
+
+def commands():
+    import typer
+
+    def below(command, name):
+        for child, one in getattr(command, "commands", {}).items():
+            yield (*name, child)
+            yield from below(one, (*name, child))
+
+    return list(below(typer.main.get_command(app), ()))
+
+
+@pytest.mark.parametrize("verb", commands(), ids=" ".join)
+def test_each_help_has_examples(kvbench, verb):
+    """
+    Below the options stand commands to copy, each beginning with kvbench and this verb.
+    """
+    _, _, examples = kvbench(*verb, "--help").stdout.partition("Examples:\n")
+
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    assert lines
+    assert all(line.startswith(f"kvbench {verb[0]}") for line in lines)
+
+
+def test_completion_is_on(kvbench):
+    """
+    The shell's completion can be installed.
+    """
+    assert "--install-completion" in kvbench("--help").stdout
