@@ -103,7 +103,7 @@ def _listed(found: Found, rows: Sequence[Comparison], most: int) -> str:
     whole = [row for row in rows if "@" not in row.metric] or list(rows)
     first = list({found.task(row): row for row in reversed(whole)}.values())[::-1]
     named = "; ".join(f"{found.task(row)} {row.metric} {_difference(row)}{_sure(row)}" for row in first[:most])
-    return named + (f"; and {len(rows) - most} more" if len(first) > most else "")
+    return named + (f"; and {len(first) - most} more" if len(first) > most else "")
 
 
 def _difference(row: Comparison) -> str:

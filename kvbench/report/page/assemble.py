@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from kvbench.render import Document, Section, View
 from kvbench.report.page import answer, lists, pictures
@@ -17,8 +18,9 @@ def page(report: Report, texts: Mapping[str, Mapping[str, str]] | None = None) -
     found = _found(report)
     if found is None:
         return plain
+    told = answer.answer(found)
     parts: list[Section | None] = [
-        answer.answer(found),
+        replace(told, lines=[*told.lines, *filter(None, [lists.gain_line(found)])]),
         answer.cautions(found),
         lists.glance(found),
         pictures.pareto(found),

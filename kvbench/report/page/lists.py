@@ -166,35 +166,42 @@ def gains(found: Found) -> Table | None:
 
 
 def gain_line(found: Found) -> str | None:
-    """Whether memory or speed is gained at the longest context, in a sentence; None where no size is known."""
+    """What is gained in memory and speed at the longest context, in a sentence; None where no size is known."""
     longest = found.longest or 32768
     model = found.models[0] if found.models else ""
-    base = found.baseline(model)
-    sized = [one for one in found.schemes if one.model == model and one.bytes_per_token and one.rotation == "none"]
-    if base is None or not base.bytes_per_token or not sized:
+    sized = [one for one in found.schemes if one.model == model and one.bytes_per_token]
+    by_dtype = {one.dtype: one.size(longest) for one in reversed(sized)}
+    if not by_dtype:
         return None
-    sizes = ", ".join(
-        f"{one.bytes_per_token * longest / 2**20:.0f} in {one.dtype}" for one in sized if one.bytes_per_token
-    )
-    line = f"Memory: one sequence of {longest} tokens takes, in MiB: {sizes}. "
+    ordered = sorted(by_dtype.items(), key=lambda item: -item[1])
+    sizes = ", ".join(f"{dtype} {size / 2**20:.0f}" for dtype, size in ordered)
+    line = f"Memory of one sequence of {longest} tokens, MiB: {sizes}. "
     timed = _timings(found)
     if not timed:
         return line + "Speed: no kernel was timed for this page; `--kernels DIR` puts a folder of timings beside it."
     batch, context = max(timed, key=lambda size: (size[1], size[0]))
+    records = timed[batch, context]
     speeds = ", ".join(
         f"{dtype} {record.facts['speedup']:.2f} ×"
-        for dtype, record in sorted(timed[batch, context].items(), key=lambda item: item[1].facts["speedup"])
+        for dtype, record in sorted(records.items(), key=lambda item: item[1].facts["speedup"])
     )
+    other = "" if _own(found, next(iter(records.values()))) else ", timed with other heads than this model's"
     return line + (
-        f"Speed of decode attention over {batch} sequences of {context} tokens, best 16-bit attention = 1: {speeds}."
+        f"Speed of decode attention over {batch} sequences of {context} tokens against the best 16-bit attention"
+        f"{other}: {speeds}."
     )
+
+
+def _own(found: Found, record: Record) -> bool:
+    """Whether a kernel was timed with the KV heads of a model that was measured."""
+    layers = {(heads, dim) for one in found.records for heads, dim in one.model.get("layers") or ()}
+    return (record.facts["kv_heads"], record.facts["head_dim"]) in layers
 
 
 def _timings(found: Found) -> dict[tuple[int, int], dict[str, Record]]:
     """Decode timings by batch and context, then dtype: of the model's own heads where they were timed."""
     timed = [one for one in found.kernels if one.facts.get("op") == "decode" and one.facts.get("speedup")]
-    layers = {(heads, dim) for one in found.records for heads, dim in one.model.get("layers") or ()}
-    own = [one for one in timed if (one.facts["kv_heads"], one.facts["head_dim"]) in layers]
+    own = [one for one in timed if _own(found, one)]
     chosen = own or [one for one in timed if _shape(one) == _commonest([_shape(one) for one in timed])]
     sizes: dict[tuple[int, int], dict[str, Record]] = {}
     for one in sorted(chosen, key=lambda one: (one.facts["batch"], one.facts["context"])):
@@ -212,7 +219,8 @@ def _commonest(shapes: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
 
 def _speed(times: Mapping[str, Record], one: Scheme) -> Cell:
     record = times.get(one.dtype)
-    if record is None:
+    # a rotation costs decoding nothing, what was taken off keys does
+    if record is None or "center" in one.rotation or "balance" in one.rotation:
         return Cell("-")
     return Cell(f"{record.facts['speedup']:.2f} ×", record.facts["speedup"])
 
@@ -228,20 +236,16 @@ def _peak(found: Found, one: Scheme) -> float | None:
 
 
 def _gain_notes(found: Found, timed: Mapping[tuple[int, int], Mapping[str, Record]]) -> Iterator[str]:
-    if line := gain_line(found):
-        yield line
     yield "Sizes count every scale and zero-point. Peak memory: the allocator's, weights and activations included."
     records = [record for times in timed.values() for record in times.values()]
     if records:
         row = records[0].facts
         devices = ", ".join(dict.fromkeys(str(record.identity.get("device")) for record in records))
-        layers = {(heads, dim) for one in found.records for heads, dim in one.model.get("layers") or ()}
-        own = (row["kv_heads"], row["head_dim"]) in layers
         yield (
             f"Speed: one layer's decode attention kernel on {devices}, {row['query_heads']} query and "
             f"{row['kv_heads']} KV heads of {row['head_dim']} channels"
-            f"{'' if own else ', which is not the shape of this model'}; "
-            "of a dtype, whatever the rotation. A whole model gains less: its other layers take as long as before."
+            f"{'' if _own(found, records[0]) else ', which is not the shape of this model'}; "
+            "with or without a Hadamard rotation. A whole model gains less: its other layers take as long as before."
         )
 
 
