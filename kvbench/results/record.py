@@ -203,7 +203,11 @@ def name_of(slug: str, identity: Mapping[str, Any]) -> str:
 
 def checksum(value: Any) -> str:
     """The SHA-256 of a value's canonical JSON."""
-    canonical = json.dumps(plain_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    form: dict[str, Any] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
+    try:
+        canonical = json.dumps(value, default=plain_json, **form)  # most values are plain already
+    except (TypeError, ValueError):  # an infinity, or keys that are no text
+        canonical = json.dumps(plain_json(value), **form)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

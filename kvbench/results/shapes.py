@@ -20,7 +20,7 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
     Raises:
         ValueError: it is something else; `where` names the place.
     """
-    kind, inner = get_origin(hint), get_args(hint)
+    kind, inner, typed, fielded = _form(hint)
     if hint is Any:
         return value
     if kind in (Union, types.UnionType):
@@ -40,7 +40,7 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
             raise _wrong(where, f"a list of {len(types_of)}", value)
         items = [read_as(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(types_of, value, strict=True))]
         return items if kind is list else tuple(items)
-    if kind is dict or is_typeddict(hint) or is_dataclass(hint):
+    if kind is dict or typed or fielded:
         if not isinstance(value, dict):
             raise _wrong(where, WORDS[dict], value)
         prefix = f"{where}." if where else ""
@@ -54,6 +54,12 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise _wrong(where, WORDS[hint], value)
+
+
+@cache
+def _form(hint: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
+    """A type's origin and arguments, and whether it is a TypedDict or a dataclass."""
+    return get_origin(hint), get_args(hint), is_typeddict(hint), is_dataclass(hint)
 
 
 def _read_keys(hint: Any, value: dict[str, Any], prefix: str) -> Any:

@@ -106,7 +106,7 @@ class Cluster:
         """Asks a node what it is and lacks; `hear` has the answer."""
         here = self.pinned(node)
         looking = self.ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(ray_worker.look)
-        node.looking = looking.remote(self.needs)
+        node.looking, node.lacks = looking.remote(self.needs), None
 
     def hear(self, node: Node) -> None:
         """Takes the answer, which has come."""
