@@ -47,6 +47,10 @@ def plan(
             "--context", metavar="N", help="State the memory of a sequence of N tokens, or 32k.  [default: the longest]"
         ),
     ] = None,
+    budgets: Annotated[
+        list[float] | None,
+        typer.Option("--budget", metavar="BITS", min=0.1, max=32, help="Of `kvbench search` with it, not of a sweep."),
+    ] = None,
     as_format: Format = TABLE,
     wide: Wide = False,
 ) -> None:
@@ -55,14 +59,38 @@ def plan(
     Its cells, their true bits and KV memory, what is done, the smallest difference that each task can show, and what is
     missing on this machine. Runs nothing.
     """
+    check_file(config)
+    tokens, options = parsed(context), chosen(only, skip, settings, limit, output)
+    if budgets:
+        print_search(config, budgets, options, tokens, as_format, wide)
+    else:
+        print_plan(prepared(config, options), tokens, as_format, wide)
+
+
+def parsed(context: str | None) -> int | None:
+    """What --context says: 32k is 32768."""
     from kvbench.sizes import parse_tokens
 
-    check_file(config)
     try:
-        tokens = parse_tokens(context) if context else None
+        return parse_tokens(context) if context else None
     except ValueError as error:
         fail(f"--context: {error}", BAD_INPUT)
-    print_plan(prepared(config, chosen(only, skip, settings, limit, output)), tokens, as_format, wide)
+
+
+def print_search(
+    config: Path, budgets: Sequence[float], options: Options, context: int | None, as_format: Format, wide: bool
+) -> None:
+    """What a search would measure; --only and --skip are a sweep's."""
+    from kvbench.sweep.search.command import Request, Search, search_plan
+    from kvbench.yaml_text import ConfigError
+
+    if options.only or options.skip:
+        fail("--budget goes with neither --only nor --skip: a search chooses from all that CONFIG lists", BAD_INPUT)
+    try:
+        document = search_plan(Search.of(config, Request(tuple(budgets), context), options))
+    except ConfigError as error:
+        fail(error, BAD_INPUT)
+    show(document, as_format, wide)
 
 
 def check_file(config: Path) -> None:

@@ -7,19 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.plan import chosen
-from kvbench.cli.shared import BAD_INPUT, TABLE, UNUSABLE, Address, Config, Format, Limit, Output, Set, fail
+from kvbench.cli.plan import check_file, chosen, parsed
+from kvbench.cli.shared import (
+    BAD_INPUT,
+    TABLE,
+    UNUSABLE,
+    Address,
+    Budget,
+    Config,
+    Format,
+    Limit,
+    Output,
+    Set,
+    Wide,
+    fail,
+    show,
+)
 from kvbench.cli.sweep import Devices, Executors, Fresh, RetryFailed, Workers
 
 if TYPE_CHECKING:
     from kvbench.render import Document
-
-Budgets = Annotated[
-    list[float],
-    typer.Option(
-        "--budget", metavar="BITS", min=0.1, max=32, help="Bits a value at most; repeatable.", show_default=False
-    ),
-]
 
 
 EXAMPLES = """\
@@ -29,11 +36,11 @@ kvbench search mine.yaml --budget 4.5 --budget 3
 
 def search(
     config: Config,
-    budgets: Budgets,
+    budgets: Annotated[list[float], Budget],
     context: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--context", metavar="N", min=1, help="Count the bytes of a sequence of N tokens.  [default: 8192]"
+            "--context", metavar="N", help="Count the bytes of a sequence of N tokens, or 32k.  [default: 8k]"
         ),
     ] = None,
     best: Annotated[
@@ -61,6 +68,7 @@ def search(
         Path | None, typer.Option("--plot", metavar="FILE", help="Also draw bits against loss, as .svg or .png.")
     ] = None,
     as_format: Format = TABLE,
+    wide: Wide = False,
 ) -> None:
     """Find the scheme of at most BITS bits a value that loses least, made of the schemes that CONFIG lists.
 
@@ -68,17 +76,19 @@ def search(
     the best are chosen by an exact program and verified as a sweep; each budget's winner is written as a YAML file.
     What is done is kept, whatever stops the search.
     """
-    from kvbench.render import render
+    check_file(config)
+    from kvbench.render.picture import ENDINGS
     from kvbench.sweep.search.command import Request, Search, run_search, search_plan
     from kvbench.sweep.stopping import UnusableError
     from kvbench.yaml_text import ConfigError
 
+    if plot and plot.suffix not in ENDINGS:
+        fail(f"--plot {plot}: a picture is a file that ends in {' or '.join(ENDINGS)}", BAD_INPUT)
     options = chosen(None, None, settings, limit, output, fresh, retry_failed, devices, executor, address, workers)
-    request = Request(tuple(dict.fromkeys(budgets)), context, best, tokens)
+    request = Request(tuple(dict.fromkeys(budgets)), parsed(context), best, tokens)
     try:
         if dry_run:
-            for document in search_plan(Search.of(config, request, options)):
-                print(render(document, as_format), end="")
+            show(search_plan(Search.of(config, request, options)), as_format, wide)
             return
         code, found = run_search(config, request, options)
     except ConfigError as error:
@@ -86,7 +96,7 @@ def search(
     except UnusableError as error:
         fail(error, UNUSABLE)
     if found is not None:
-        print(render(found, as_format), end="")
+        show(found, as_format, wide)
         if plot:
             _draw(found, plot)
     raise typer.Exit(code)

@@ -57,6 +57,7 @@ AsList = Annotated[ListFormat, typer.Option("--format", help="A table, or JSON."
 Renderers = StrEnum("Renderers", {name: name for name in all_renderers()})  # type: ignore[misc]
 Format = Annotated[Renderers, typer.Option("--format", help="What to print.")]
 TABLE = Renderers("table")
+Budget = typer.Option("--budget", metavar="BITS", min=0.1, max=32, help="Bits a value at most; repeatable.")
 Wide = Annotated[bool, typer.Option("--wide", help="All columns, in a narrow terminal too.")]
 
 Address = Annotated[

@@ -5,22 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
+from typer.testing import CliRunner
 
+from kvbench.cli import app
 from kvbench.results import Store
 from kvbench.runners.base import ModelInfo
 from kvbench.runners.toy import ToyRunner
+from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.command import Options, run_sweep
 from kvbench.sweep.parts import ModelFacts, Parts
 from kvbench.sweep.search.choices import Problem, families
 from kvbench.sweep.search.command import Request, run_search
 from kvbench.sweep.search.solve import Slot, cheapest
-from kvbench.tasks import make_task
+from kvbench.tasks import RunContext, make_task
 from kvbench.yaml_text import ConfigError
 
 LAYERS = ((1, 16),) * 4
@@ -312,3 +317,156 @@ def test_what_cannot_be_searched_is_one_line(config, parts, changes, budget, mes
     """
     with pytest.raises(ConfigError, match=message):
         searched(config(**changes), parts, budget)
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def kvbench(parts, monkeypatch):
+    monkeypatch.setattr("kvbench.sweep.search.command.REAL", parts)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_table_is_this(kvbench, config):
+    """
+    Every scheme by its bits, what it loses, what its layers say, and which no other beats; the picture's axes.
+    """
+    result = kvbench(
+        "search", config(), "--budget", 8, "--context", 512, "--tokens", 256, "--best", 1, "--format", "md"
+    )
+
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (Path(__file__).parent / "search.md").read_text(encoding="utf-8")
+
+
+def test_plan_says_what_a_search_takes(kvbench, config):
+    """
+    Cells and time of each layer alone and of the sweep, by `plan --budget` as by `--dry-run`; nothing is written.
+    """
+    shown = kvbench("plan", config(), "--budget", 8, "--context", 512).stdout
+
+    assert "each layer alone: toy" in shown
+    assert shown.count("3 to run") == 1
+    assert "to which come 3 schemes that are found, or fewer" in shown
+    assert kvbench("search", config(), "--budget", 8, "--context", 512, "--dry-run").stdout == shown
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("search", "toys.yaml"), 2, "Missing option '--budget'"),
+        (("search", "toys.yaml", "--budget", "0"), 2, "--budget"),
+        (
+            ("search", "toys.yaml", "--budget", "1"),
+            2,
+            "error: --budget 1: the smallest of these schemes takes 4.00 bits",
+        ),
+        (("search", "none.yaml", "--budget", "3"), 2, "none.yaml"),
+        (("plan", "toys.yaml", "--budget", "8", "--only", "dtype=int8"), 2, "--budget goes with neither --only nor"),
+        (("search", "toys.yaml", "--budget", "8", "--tokens", "256", "--plot", "x.pdf"), 2, "ends in .svg or .png"),
+    ],
+)
+def test_bad_input_is_one_line(kvbench, config, arguments, code, message):
+    """
+    As the other verbs have it: said without a traceback, with exit code 2.
+    """
+    config()
+    result = kvbench(*arguments)
+
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+# ---- on a real model
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random Qwen2 whose key biases outweigh all else, three layers of two KV heads of 16."""
+    config = transformers.Qwen2Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if "k_proj.bias" in name:
+            torch.nn.init.normal_(parameter, std=20)
+        elif parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    info = ModelInfo("tiny", "r1", "float32", ((2, 16),) * 3, 256)
+    return TransformersModel(model, Letters(), info)
+
+
+class Letters:
+    """A token a letter."""
+
+    eos_token_id = 0
+
+    def __len__(self):
+        return 97
+
+    def encode(self, text, **_):
+        return [1 + ord(letter) % 96 for letter in text]
+
+
+def test_a_real_model_is_searched(config, tiny):
+    """
+    Centred and rotated keys behind a window, mixed by layer: what a layer costs alone is what a scheme of it costs,
+    and the winner's layers are stored and learned as the YAML says.
+    """
+    parts = Parts(
+        lambda spec: ModelFacts("tiny", "float32", "r1", ((2, 16),) * 3, 256),
+        lambda spec: None,
+        lambda spec, dtype, device: tiny,
+        make_task,
+    )
+    window = {"window": {"sinks": 1}}
+    centred = {"key": "center+hadamard", "value": "hadamard"}
+    path = config(
+        dtypes=None,
+        schemes=[
+            {"dtype": "int8", "rotation": {"key": "center", "value": "none"}, **window},
+            {"dtype": "int4", "rotation": centred, **window},
+            {"dtype": "int2", "rotation": centred, **window},
+        ],
+        calibration={"tokens": 500},
+        tasks=[{"task": "divergence", "tokens": 768, "context": 192}],
+    )
+
+    code, document = run_search(path, Request((7.0,), 256, 1, 384), Options(), parts)
+
+    assert code == 0
+    by_layer = next(row for row in document.rows if row["from"] == "by layer")
+    listed = [row for row in document.rows if row["from"] == "listed" and row["bits_per_value"] <= 7.0]
+    assert 6.5 < by_layer["bits_per_value"] <= 7.0
+    assert by_layer["kld"] < min(row["kld"] for row in listed)
+    # other texts, and errors that are not small: within a factor
+    assert 0.4 < by_layer["predicted_kld"] / by_layer["kld"] < 2.5
+
+
+def test_a_layer_that_loses_nothing_costs_nothing(tiny):
+    """
+    `layers` of an exact scheme is 0 everywhere; of one with int2 keys in a layer that layer's keys alone cost.
+    """
+    task = make_task({"task": "layers", "tokens": 256, "context": 128})
+    scheme = Scheme.of({"dtype": "auto", "layers": {1: {"key": "int2"}}})
+    context = RunContext(
+        lambda key, compute: compute(tiny.runner(Scheme.parse("auto"))),
+        lambda done, total: None,
+        alone=lambda layer, side: tiny.runner(scheme.alone(layer, 3, side)),
+    )
+
+    metrics = {metric.name: metric.value for metric in task.run(tiny.runner(scheme), context).metrics}
+
+    assert metrics["kld_l1_key"] == metrics["kld_keys"] > 1e-3
+    assert {name for name, value in metrics.items() if abs(value) > 1e-9} == {"kld_keys", "kld_l1_key"}

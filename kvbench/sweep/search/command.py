@@ -295,6 +295,17 @@ def winner_yaml(sweep: Sweep, scheme: Scheme, budget: float, context: int, folde
     return text
 
 
-def search_plan(search: Search) -> list[Document]:
-    """What would be measured: the probes, and the schemes of the YAML; those that are found come on top."""
-    return [plan_document(search.probes()), plan_document(search.verified([]), search.request.context)]
+def search_plan(search: Search) -> Document:
+    """What would be measured: each layer alone, then the sweep that verifies, to which comes what is found."""
+    alone, sweep = (plan_document(planned, search.context) for planned in (search.probes(), search.verified([])))
+    more = len(search.request.budgets) * (1 + search.request.best)
+    heads = ("each layer alone:", f"the sweep of CONFIG, to which come {more} schemes that are found, or fewer:")
+    tables = [
+        replace(table, title=f"{head} {table.title}")
+        for head, document in zip(("each layer alone:", "the sweep:"), (alone, sweep), strict=True)
+        for table in document.tables
+    ]
+    notes = [line for head, one in zip(heads, (alone, sweep), strict=True) for line in (head, *one.notes, "")]
+    rows = [*alone.rows, *sweep.rows]
+    title = f"{search.sweep.name}: what a search would run"
+    return Document(title, tables, notes=notes[:-1], rows=rows, fields=sweep.fields)

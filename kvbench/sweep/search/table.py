@@ -65,7 +65,7 @@ def search_document(
             winners[budget] = winner.row.scheme
             notes += _layers(winner.row.scheme)
     table = Table(
-        f"{sweep.name}: what a search found",
+        f"{planned.cells[0].model.name}, a sequence of {context} tokens",
         [
             Column(("dtype",), numeric=False),
             Column(("rotation",), numeric=False, drop=2),
@@ -91,10 +91,12 @@ def search_document(
         }
         for one in there
     ]
-    legend = "front *: no scheme here loses less at as few bits; by its layers: what each layer costs alone, summed"
+    legend = "front: no scheme here loses less at as few bits; by its layers: what each layer costs alone, summed"
     fields = list(facts[0]) if facts else []
     picture = Plot("Bits against loss", "points", [_view(there, front, name, context)] if there else [])
-    document = Document(table.title, [table, picture], legend=legend, notes=notes, rows=facts, fields=fields)
+    document = Document(
+        f"{sweep.name}: what a search found", [table, picture], legend=legend, notes=notes, rows=facts, fields=fields
+    )
     return document, winners
 
 
@@ -140,7 +142,7 @@ def _shown(one: _Measured, front: bool) -> list[str]:
         bits,
         shown_metric(one.metric),
         f"{one.row.predicted:.2g}",
-        "*" if front else "",
+        "yes" if front else "",
     ]
 
 
@@ -158,7 +160,7 @@ def _verdict(budget: float, there: Sequence[_Measured]) -> tuple[str, _Measured 
     if uniform is best:
         return f"{name}: nothing was gained by mixing, this scheme was listed", best
     found = paired(best.cell.series[best.metric.name], uniform.cell.series[uniform.metric.name])
-    gain = f"{1 - best.kld / uniform.kld:.0%} less than the best listed, {uniform.row.scheme.label}"
+    gain = f"{100 * (1 - best.kld / uniform.kld):.0f} % less than the best listed, {uniform.row.scheme.label}"
     what = f"{gain} ({uniform.kld:.3g} at {uniform.row.bits:.2f} bits)"
     interval = f"95 % interval of the difference {found.ci_low:+.2g} to {found.ci_high:+.2g}"
     sure = "" if found.ci_high < 0 else "; that may be luck"
