@@ -199,6 +199,7 @@ def _compared(
         " · ".join(base.scheme) if base else "",
         cell=cell.name,
         again=cell.again,
+        task_limit=(cell.identity.get("task") or {}).get("limit"),
     )
     here = cell.series.get(metric)
     there = base.series.get(metric) if base else None

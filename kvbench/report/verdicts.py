@@ -23,8 +23,9 @@ class Comparison:
 
     against: the baseline's scheme. baseline, value: of the metric; difference: value less baseline, for a perplexity
     their ratio less 1; ci_low, ci_high: its 95 % interval. unit: of the difference. worse, better: documents that
-    moved. p_holm: after Holm over the whole report. margin: in the difference's unit. n_to_decide: documents that would
-    decide what is INCONCLUSIVE. reason: of a verdict, where it has one. verdict: None for an A/A cell (again).
+    moved. task_limit: documents that the task was cut to. p_holm: after Holm over the whole report. margin: in the
+    difference's unit. n_to_decide: documents that would decide what is INCONCLUSIVE. reason: of a verdict, where it
+    has one. verdict: None for an A/A cell (again).
     """
 
     model: str
@@ -52,6 +53,7 @@ class Comparison:
     cell: str = ""
     higher_is_better: bool | None = None
     again: bool = False
+    task_limit: int | None = None
 
 
 FIELDS = tuple(Comparison.__dataclass_fields__)

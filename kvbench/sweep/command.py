@@ -353,6 +353,7 @@ def plan_rows(planned: Planned) -> list[dict[str, Any]]:
             "task": cell.task.name,
             "scoring": cell.scoring,
             "limit": cell.limit,
+            "task_limit": cell.task.identity().get("limit"),
             "bits_per_value": cell.bits_per_value,
             "kv_bytes_per_token": cell.kv_bytes_per_token,
             "max_length": cell.model.max_length,

@@ -648,3 +648,15 @@ def test_cells_are_chosen_by_pattern(folder):
         dtypes("dtype=int3")
     with pytest.raises(ValueError, match=r"'int4': expected KEY=PATTERN with KEY one of model, dtype, rotation, task"):
         dtypes("int4")
+
+
+def test_a_tasks_own_limit_is_in_every_row(folder):
+    """
+    What the YAML cut a task to stands in each row of `compare`, beside `--limit`'s of the report.
+    """
+    limited = {"task": {"limit": 300}}
+    for dtype in ("fp16", "int4"):
+        save(folder, dtype, identity=limited)
+    measured = read(folder)
+
+    assert {row["task_limit"] for row in document(measured, compare(measured)).rows} == {300}

@@ -186,6 +186,7 @@ def test_a_quick_look_is_never_mistaken_for_a_score(report):
     assert quick.warnings == ["NOT A REAL SCORE: --limit 5, the first documents of each task alone"]
     assert "**NOT A REAL SCORE: --limit 5" in render(found.document(), "md")
     assert {row["limit"] for row in found.rows()} == {None, 5}
+    assert all("task_limit" in row for row in found.rows())
 
 
 def test_a_tasks_own_limit_is_noted(report):
