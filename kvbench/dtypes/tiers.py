@@ -1,4 +1,4 @@
-"""Uniform codes with one searched 8-bit scale a row: of 2 bits, and in tiers, fewer bits for channels that weigh less.
+"""Uniform codes with a searched 8-bit scale: of 2 bits, and in tiers, fewer bits for channels that weigh less.
 
 Tiers are for keys whose channels come in the order of what they weigh in scores, each with a spread of 1, as the
 transform `rank` leaves them: then no channel needs a scale of its own.
@@ -18,6 +18,7 @@ from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers
 from kvbench.dtypes.int2 import sum_of_squares
 
 SEARCHED = range(-3, 8)  # the scales that are tried, in codes from that of the row's root mean square on
+SEARCHED_BY_CHANNEL = range(0, 18, 2)  # likewise, downwards from that of the channel's largest magnitude
 
 
 @lru_cache(maxsize=64)
@@ -145,6 +146,69 @@ class TiersPerTokenHead(_Searched):
         return (codes - middle).to(dtype) * self.clean_scale(rows.scale).to(dtype).unsqueeze(-1) * steps
 
 
+@dataclass(frozen=True)
+class TiersPerChannel(TiersPerTokenHead):
+    """Tiers of a page: each channel has a scale, searched for its tokens, and a zero in eighths of it.
+
+    A code c of b bits decodes to (c - 2^(b-1) + 1/2 + zero/8) s. With m the channel's middle (halfway between its ends
+    where b > 2, its mean otherwise) and r = max |x - m| / 2^(b-1), the scales tried are 9, every other e5m3 number from
+    the last one up to r downwards, none too small for a zero of -127 to 127 to reach m; the zero of each is the integer
+    next to 8 m / s. The smallest sum of squared errors wins, of equal ones the largest scale. Stored: the scale, and
+    the zero as int8. Sums are by halves, as `sum_of_squares` does; divisions are products with a rounded inverse. A
+    channel with NaN or ±inf has codes 0, zero 0 and the scale NaN.
+    """
+
+    def scales_shape(self, head_dim: int) -> tuple[int, ...]:
+        return (head_dim, 2)
+
+    def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
+        x = x.to(torch.float32).transpose(-1, -2).contiguous()  # [..., D, S]
+        widths = self.tiers.by_channel(x.shape[-2])
+        _, low, high = _by_channel(widths, (1.0,) * len(widths), x.device)
+        whole = (x.abs() < torch.inf).all(-1)
+        x = x.masked_fill(~whole.unsqueeze(-1), 0)
+        ends = (x.amin(-1) + x.amax(-1)) * 0.5
+        middle = torch.where(high > 1, ends, _by_halves(x) * (1 / x.shape[-1]))  # [..., D]
+        first = e5m3.floor((x - middle.unsqueeze(-1)).abs().amax(-1) * (1 / -low))
+        reach = e5m3.floor(middle.abs() * (8 / 127)) + 1
+        low, high = low[:, None], high[:, None]
+        least, chosen = torch.full(first.shape, torch.inf, device=x.device), first
+        for step in SEARCHED_BY_CHANNEL:
+            tried = torch.maximum(first - step, reach).clamp(0, e5m3.NAN - 1)
+            scale, zero = self._offset(tried, middle)
+            z = x * (1 / scale).unsqueeze(-1) - 0.5 - zero.unsqueeze(-1) / 8
+            error = sum_of_squares(z - z.clamp(low, high).round()) * (scale * scale)
+            better = error < least
+            least, chosen = torch.where(better, error, least), torch.where(better, tried, chosen)
+        scale, zero = self._offset(chosen, middle)
+        z = x * (1 / scale).unsqueeze(-1) - 0.5 - zero.unsqueeze(-1) / 8
+        codes = (z.clamp(low, high).round() - low).masked_fill(~whole.unsqueeze(-1), 0)
+        zero = zero.masked_fill(~whole, 0).to(torch.int8).view(torch.uint8)
+        stored = torch.stack([torch.where(whole, chosen, e5m3.NAN).to(torch.uint8), zero], -1)
+        return Rows(self.pack(codes.transpose(-1, -2).to(torch.uint8)), stored)
+
+    def _offset(self, code: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+        """[...] float32 scales of these codes, and zeros in eighths of them."""
+        scale = e5m3.decode(code)
+        return scale, (middle * (1 / scale) * 8).round().clamp(-127, 127)
+
+    def dequantize(self, rows: Rows, dtype: torch.dtype = torch.float32, tensor_scale: Tensor | None = None) -> Tensor:
+        assert rows.scale is not None
+        codes = self.unpack(rows.codes)
+        widths = self.tiers.by_channel(codes.shape[-1])
+        half = torch.tensor([2.0 ** (bits - 1) - 0.5 for bits in widths], device=codes.device)
+        zero = rows.scale[..., 1].contiguous().view(torch.int8) / 8
+        scale = e5m3.decode(rows.scale[..., 0]).to(dtype)
+        return (codes - half + zero.unsqueeze(-2)).to(dtype) * scale.unsqueeze(-2)
+
+
+def _by_halves(x: Tensor) -> Tensor:
+    """[...] sums of x [..., n], n a power of two: x[:n/2] + x[n/2:], and so on."""
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x.squeeze(-1)
+
+
 _STEPS = "steps of Max 1960, Quantizing for Minimum Distortion"
 _TIERS = f"kvbench: bits by reverse water-filling (Shannon 1959) over a key's channels; {_STEPS}"
 tiers421_per_token_head = TiersPerTokenHead(
@@ -163,4 +227,7 @@ midrise2_per_token_head = MidrisePerTokenHead(
     "per_token_head",
     "uniform codes without a zero, their scale searched",
     default_rotation="hadamard",
+)
+tiers421_per_channel_128 = TiersPerChannel(
+    "tiers421_per_channel_128", 2, Tiers((4, 4, 2, 2, 2, 2, 1, 1)), "per_channel", _TIERS, page_tokens=128
 )

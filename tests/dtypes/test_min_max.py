@@ -110,7 +110,7 @@ def test_a_broken_value_stays_visible(dtype, bad):
     assert torch.equal(read[others], whole[others])
 
 
-@either
+@every_one
 def test_equal_values_and_zeros_come_back(dtype):
     """
     A range of nothing is its minimum, within a step of the smallest scale.

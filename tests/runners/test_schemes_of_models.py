@@ -57,6 +57,13 @@ SPECS = {
         "calibration": CALIBRATION,
     },
     "sealed": {"dtype": "uint2_per_channel_64", "window": {"sinks": 4, "recent": 1}},
+    "sealed-tiers": {
+        "key": "tiers421_per_channel_128",
+        "value": "midrise2",
+        "rotation": {"key": "center+rank", "value": "hadamard"},
+        "window": {"sinks": 4},
+        "calibration": CALIBRATION,
+    },
     "sealed-keys": {
         "key": "uint4_per_channel_128",
         "value": "int2",
