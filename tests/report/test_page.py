@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,21 @@ def test_an_answer_that_is_none_says_what_comes_nearest():
     assert first == (
         "None without a measurable loss: every cache smaller than fp16 is WORSE in something. Nearest comes int8 (8.00 "
         "bits a value): 1 EQUIVALENT, 1 WORSE of 2 comparisons. WORSE in task0 acc −2.0 pp [−3.0, −1.0] (p = 1e-09)."
+    )
+
+
+def test_what_rounding_alone_moves_does_not_count():
+    """
+    Where an exact cache under a rotation is WORSE too, a loss in that metric is no loss of the small cache's.
+    """
+    turned = replace(scheme("fp16", 16.0, EQUIVALENT, WORSE), rotation="hadamard", baseline=False)
+    both = found(turned, scheme("int8", 8, EQUIVALENT, WORSE), scheme("int4", 4, WORSE, WORSE))
+
+    assert chosen(both, "toy").dtype == "int8"
+    assert answer(both).lines[0] == (
+        "The smallest cache without a measurable loss is int8, with 8.00 bits a value: EQUIVALENT to fp16 in all 1 "
+        "comparisons that could tell. Left out: task1 acc, where an exact cache under a rotation is WORSE too, "
+        "by rounding alone."
     )
 
 

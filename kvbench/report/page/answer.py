@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from kvbench.render import Prose
 from kvbench.report.comparison_text import shown_count
@@ -50,12 +51,22 @@ def _told(one: Scheme) -> list[Comparison]:
 
 
 def _smaller(found: Found, model: str) -> list[Scheme]:
-    base = found.baseline(model)
+    """The schemes of fewer bits than the baseline, with the comparisons that count."""
+    base, rounded = found.baseline(model), _rounded(found, model)
     return [
-        one
+        counted
         for one in found.schemes
-        if one.model == model and one.bits and base and base.bits and one.bits < base.bits and _told(one)
+        if one.model == model and one.bits and base and base.bits and one.bits < base.bits
+        for counted in [replace(one, rows=[row for row in one.rows if (row.task, row.metric) not in rounded])]
+        if _told(counted)
     ]
+
+
+def _rounded(found: Found, model: str) -> list[tuple[str, str]]:
+    """Tasks and metrics in which an exact cache under a rotation is WORSE too: the model's own rounding moves them."""
+    base = found.baseline(model)
+    exact = [one for one in found.schemes if one.model == model and base and (one.bits or 0) >= (base.bits or 0)]
+    return list(dict.fromkeys((row.task, row.metric) for one in exact for row in one.having("WORSE")))
 
 
 def _model(found: Found, model: str) -> Iterator[str]:
@@ -83,7 +94,11 @@ def _model(found: Found, model: str) -> Iterator[str]:
             f"in none of {len(best.rows)} comparisons, but not EQUIVALENT in all ({_counts(best)})."
         )
     left = f"{partly} schemes were" if partly > 1 else "One scheme was"
-    yield line + (f" {left} measured on fewer tasks and left out of this answer." if partly else "")
+    line += f" {left} measured on fewer tasks and left out of this answer." if partly else ""
+    if rounded := _rounded(found, model):
+        names = ", ".join(" ".join(place) for place in rounded)
+        line += f" Left out: {names}, where an exact cache under a rotation is WORSE too, by rounding alone."
+    yield line
     yield _saving(found, best, base)
     yield _doubt(found, best)
     below = [one for one in smaller if (one.bits or 0) < 0.75 * (best.bits or 0) and one.having("WORSE")]

@@ -17,7 +17,8 @@ def page(report: Report, texts: Mapping[str, Mapping[str, str]] | None = None) -
     plain = report.document()
     found = _found(report)
     if found is None:
-        return plain
+        drawn = pictures.speed(report.kernels)
+        return replace(plain, sections=[*([drawn] if drawn else []), *plain.sections])
     told = answer.answer(found)
     parts: list[Section | None] = [
         replace(told, lines=[*told.lines, *filter(None, [lists.gain_line(found)])]),
@@ -27,7 +28,7 @@ def page(report: Report, texts: Mapping[str, Mapping[str, str]] | None = None) -
         pictures.forest(found),
         lists.comparisons(found),
         lists.gains(found),
-        pictures.speed(found),
+        pictures.speed(found.kernels),
         pictures.positions(found),
         pictures.needles(found),
         lists.flipped(found, texts or {}),

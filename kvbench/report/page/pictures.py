@@ -221,7 +221,7 @@ def needles(found: Found) -> Plot | None:
 # ---- speed
 
 
-def speed(found: Found) -> Plot | None:
+def speed(kernels: Sequence[Record]) -> Plot | None:
     """How fast decode attention is against context, a line a dtype; a picture a measure, batch and shape."""
     measures = {
         "speed-up": ("speedup", 1, Axis("times as fast as the best 16-bit attention", False, (1.0,)), "{:.2f} ×"),
@@ -233,7 +233,7 @@ def speed(found: Found) -> Plot | None:
         ),
     }
     groups: dict[tuple[str, str], dict[tuple[str, int], Record]] = defaultdict(dict)
-    for record in found.kernels:
+    for record in kernels:
         row = record.facts
         if row.get("op") == "decode" and row.get("speedup") and not row.get("prefix"):
             shape = f"{row['query_heads']}/{row['kv_heads']} heads × {row['head_dim']}, pages of {row['page_size']}"
