@@ -67,7 +67,7 @@ class Side:
         """What each transform learns of a layer, from the sample as the transforms before it left it."""
         found: list[Params] = []
         dtype = self.dtype.resolve(torch.float32)
-        sample = replace(sample, stored=lambda x: dtype.dequantize(dtype.quantize(x)))
+        sample = replace(sample, stored=dtype.stored)
         for transform in self.transforms:
             params = transform.learn(sample)
             found.append(params)

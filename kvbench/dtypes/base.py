@@ -243,6 +243,15 @@ class Dtype:
             return replace(self, decode=Cast(model_dtype), code_bits=8 * model_dtype.itemsize)
         return self
 
+    def stored(self, x: Tensor) -> Tensor:
+        """[T, H, D] float32, what rows x [T, H, D] of a sequence are read as; those of no whole page, as they are."""
+        if not self.page_tokens:
+            return self.dequantize(self.quantize(x))
+        whole = len(x) // self.page_tokens * self.page_tokens
+        pages = x[:whole].unflatten(0, (-1, self.page_tokens)).transpose(1, 2)  # [pages, H, S, D]
+        read = self.dequantize(self.quantize(pages)).transpose(1, 2).flatten(0, 1)
+        return torch.cat([read, x[whole:].to(read.dtype)])
+
     # ---- packing
 
     def pack(self, codes: Tensor) -> Tensor:

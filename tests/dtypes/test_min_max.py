@@ -162,6 +162,23 @@ def test_bits_by_hand(name, bits):
     assert all_dtypes()[name].bits_per_value(128) == bits
 
 
+@every_paged
+@pytest.mark.parametrize("tokens", [0, 40, 128, 300])
+def test_a_sequence_is_stored_page_by_page(dtype, tokens):
+    """
+    Whole pages of a head as they are read back, what is left over as it is.
+    """
+    x = torch.randn(tokens, 2, 64)
+
+    read = dtype.stored(x)
+
+    for head in range(2):
+        for first in range(0, tokens, dtype.page_tokens):
+            page = x[first : first + dtype.page_tokens, head]
+            want = dtype.dequantize(dtype.quantize(page)) if len(page) == dtype.page_tokens else page
+            assert torch.equal(read[first : first + dtype.page_tokens, head], want)
+
+
 def test_rows_cut_out_of_pages_read_alike():
     """
     Codes and scales that are parts of larger tensors decode like their copies.
