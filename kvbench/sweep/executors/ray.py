@@ -224,8 +224,13 @@ class Ray:
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor. The cluster may grow and shrink while it runs."""
+        errors = self.cluster.ray.exceptions
         try:
             share_out(RayPool(self.cluster, job, self.workers), cells, job, tell, TRIES)
+        except errors.RayTaskError:
+            raise
+        except errors.RayError as error:
+            raise UnusableError(f"the Ray cluster is gone: {cause(error)}; finished work is kept") from error
         finally:
             self.cluster.ray.shutdown()
 
