@@ -27,8 +27,11 @@ MEASURED = {"environment", "timings", "finished"}  # what a clock or a machine s
 
 
 def plain(record: Record) -> dict[str, Any]:
-    """A record without what was measured of the machine."""
-    return {key: value for key, value in record.to_json().items() if key not in MEASURED}
+    """A record without what was measured of the machine, also in its facts."""
+    row = {key: value for key, value in record.to_json().items() if key not in MEASURED}
+    for fact in ("agreement", "learned"):
+        row["facts"].get(fact, {}).pop("seconds", None)
+    return row
 
 
 def equal_records(config: Path, limit: int | None, folder: Path) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def equal_records(config: Path, limit: int | None, folder: Path) -> dict[str, An
         "process": ["--devices", "cpu,cpu"],
         "ray": ["--executor", "ray", "--address", cluster.address],
     }
-    seconds, differ = {}, []
+    seconds = {}
     for name, flags in executors.items():
         began = time.perf_counter()
         few = ["--limit", str(limit)] if limit else []
@@ -55,16 +58,23 @@ def equal_records(config: Path, limit: int | None, folder: Path) -> dict[str, An
         seconds[name] = round(time.perf_counter() - began, 1)
         print(f"{name}: {seconds[name]} s", flush=True)
     cluster.shutdown()
+    return {**compared(folder), "limit": limit, "seconds": seconds}
+
+
+def compared(folder: Path) -> dict[str, Any]:
+    """How many cells each executor's run folder there has, and the names of those that are not as inline's."""
     alone = Store(folder / "inline")
     records = alone.load().records
+    cells, differ = {"inline": len(records)}, []
     for name in ("process", "ray"):
         other = Store(folder / name)
         theirs = other.load().records
+        cells[name] = len(theirs)
         for cell in records.keys() | theirs.keys():
             same = cell in records and cell in theirs and plain(records[cell]) == plain(theirs[cell])
             if not same or not alone.samples(cell).equals(other.samples(cell)):
                 differ.append(f"{name}: {cell}")
-    return {"cells": len(records), "limit": limit, "seconds": seconds, "differ": differ}
+    return {"cells": cells, "differ": differ}
 
 
 def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", help="write cluster-*.json there")
     parser.add_argument("--config", type=Path, help="of the sweep, such as configs/quickstart.yaml")
+    parser.add_argument("--runs", type=Path, help="keep the run folders there, or compare those that are there")
     parser.add_argument("--limit", type=int, help="documents a task")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
@@ -106,7 +117,9 @@ def main() -> None:
         if options.kills:
             found["kills"] = kills(options.kills, options.seed, Path(name))
         if options.config:
-            found["equal"] = equal_records(options.config, options.limit, Path(name))
+            found["equal"] = equal_records(options.config, options.limit, options.runs or Path(name))
+        elif options.runs:
+            found["equal"] = compared(options.runs)
     print(json.dumps(found, indent=1))
     found["environment"] = describe()
     if options.folder:

@@ -49,7 +49,7 @@ class Simulated:
         self._seats = [Seat(number, node=f"node {number // 8}") for number in range(workers)]
         self.mean = seconds
         self.random = random.Random(0)
-        self.now = self.asked = self.busy = self.idle = 0.0
+        self.now = self.asked = self.busy = self.idle = self.processor = self.used = 0.0
         self.ended: dict[int, float] = {}  # by seat: when its last cell was done
         self.benches: dict[str, Bench] = {}
         self.ends: list[tuple[float, int]] = []
@@ -62,7 +62,7 @@ class Simulated:
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor."""
         self.job = job
-        self.asked = time.perf_counter()
+        self._ask()
         share_out(self, cells, job, tell, tries=3)
         self._pass()
 
@@ -70,7 +70,12 @@ class Simulated:
         """The parent's seconds since it was last asked pass on the virtual clock too."""
         spent = time.perf_counter() - self.asked
         self.now, self.busy = self.now + spent, self.busy + spent
-        self.asked = time.perf_counter()
+        self.processor += time.process_time() - self.used
+        self._ask()
+
+    def _ask(self) -> None:
+        """From here on the time is the parent's."""
+        self.asked, self.used = time.perf_counter(), time.process_time()
 
     def seats(self, queue: Queue) -> Sequence[Seat]:
         """See Pool."""
@@ -95,7 +100,7 @@ class Simulated:
         if model not in self.benches:
             self.benches[model] = Bench(self.job, lambda step: None)
         finished = self.benches[model].run(seat.cell)  # the worker's work, which is not the parent's
-        self.asked = time.perf_counter()
+        self._ask()
         yield seat, finished
 
     def replace(self, seat: Seat) -> None:
@@ -106,13 +111,18 @@ class Simulated:
 
 
 def timed(*arguments: str) -> dict[str, float]:
-    """Seconds and peak memory of a command over the toys."""
-    began = time.perf_counter()
+    """Seconds, those of the processor alone, and peak memory of a command over the toys."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, toy.__file__, *arguments], capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr.decode()[-2000:])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"seconds": round(time.perf_counter() - began, 2), "peak_bytes_so_far": peak}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "seconds": round(time.perf_counter() - began, 2),
+        "processor_seconds": round(processor, 2),
+        "peak_bytes_so_far": after.ru_maxrss * 1024,
+    }
 
 
 def main() -> None:
@@ -149,6 +159,8 @@ def main() -> None:
             "exit_code": code,
             "worker_waits_ms_a_cell": round(1000 * executor.idle / count, 2),
             "parent_ms_a_cell": round(1000 * executor.busy / count, 2),
+            "parent_processor_ms_a_cell": round(1000 * executor.processor / count, 2),
+            "load_of_the_machine": [round(one, 1) for one in os.getloadavg()],
             "virtual_seconds": round(executor.now, 1),
             "ideal_seconds": round(ideal, 1),
             "overhead_percent": round(100 * (executor.now / ideal - 1), 2),
