@@ -68,8 +68,8 @@ def attend(
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         sinks=None if sinks is None else sinks.to(torch.float32),
-        k_turn=turn(keys.side, keys.head_dim, q.device),
-        v_turn=turn(values.side, values.head_dim, q.device),
+        k_turn=_turn(keys),
+        v_turn=_turn(values),
         exact=None if exact is None or window is None else _exact(exact, layer, window),
         center=center(keys),
     )
@@ -101,8 +101,8 @@ def append(
         rounding(keys.dtype),
         rounding(values.dtype),
         slot_mapping,
-        k_turn=turn(keys.side, keys.head_dim, k.device),
-        v_turn=turn(values.side, values.head_dim, v.device),
+        k_turn=_turn(keys),
+        v_turn=_turn(values),
         center=center(keys),
         positions=positions,
         exact=None if exact is None else _exact(exact, layer, WRITTEN),
@@ -128,9 +128,20 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) ->
 
 def side(plane: Plane) -> Side:
     """The launchers' view of one plane of a cache."""
-    storage = plane.dtype.decode.storage if isinstance(plane.dtype.decode, Cast) else None
-    scale = plane.scale if plane.scale is not None else plane.tensor_scale
-    return Side(plane.codes, scale, layout(plane.dtype), storage or torch.float16)
+    made: Side | None = plane.launched.get("side")
+    if made is None:
+        storage = plane.dtype.decode.storage if isinstance(plane.dtype.decode, Cast) else None
+        scale = plane.scale if plane.scale is not None else plane.tensor_scale
+        made = plane.launched["side"] = Side(plane.codes, scale, layout(plane.dtype), storage or torch.float16)
+    return made
+
+
+def _turn(plane: Plane) -> Turn:
+    """`turn` of a plane's side, found without a hash of all that the side is."""
+    made: Turn | None = plane.launched.get("turn")
+    if made is None:
+        made = plane.launched["turn"] = turn(plane.side, plane.head_dim, plane.codes.device)
+    return made
 
 
 def layout(dtype: Dtype) -> Layout:

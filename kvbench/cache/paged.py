@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Plane:
     codes: [P, HKV, S, code_bytes] uint8.
     scale: [P, HKV, S, *scales_shape], or [P, HKV, *scales_shape] where pages are quantized whole; None for no scale.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
+    launched: what an implementation made of this plane once, by name; for as long as its tensors are these.
     """
 
     side: Side
@@ -38,6 +40,7 @@ class Plane:
     codes: Tensor
     scale: Tensor | None
     tensor_scale: Tensor | None
+    launched: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def dtype(self) -> Dtype:
@@ -207,6 +210,7 @@ class PagedCache:
             stack.tensor = larger
             for i, plane in enumerate(stack.planes):
                 setattr(plane, stack.name, larger[i])
+                plane.launched.clear()
         self.pages = pages
 
     def read(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
