@@ -1,0 +1,146 @@
+"""A run folder as lm-eval writes results, a file a scheme with its samples, for tools that read those. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kvbench.files import write_text
+from kvbench.results import NotARunError, Record, Store, plain_json
+
+
+def export(folder: Path, place: Path) -> list[Path]:
+    """Writes `MODEL__DTYPE__ROTATION/results_DATE.json` and `samples_TASK_DATE.jsonl` for each scheme; returns them.
+
+    Only cells of lm-eval's tasks have a place there, controls included. A sample has no text of its document, which
+    kvbench does not keep: `doc` is empty, and the hashes say which it was.
+
+    Raises:
+        FileNotFoundError, NotARunError: no run folder, or none with such a cell.
+        OSError: a file that can't be written.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    store = Store(folder)
+    schemes: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in store.load().records.values():
+        task = record.identity.get("task")
+        if record.status == "done" and isinstance(task, dict) and "lm_eval" in task:
+            schemes[record.model["name"], record.dtype, record.rotation].append(record)
+    if not schemes:
+        raise NotARunError(f"nothing to export: {folder} has no finished cell of a task of lm-eval")
+    written = []
+    for scheme, records in schemes.items():
+        name = "__".join(map(_sanitized, scheme))
+        below = place / name
+        below.mkdir(parents=True, exist_ok=True)
+        date = _date(max(record.finished for record in records))
+        file = below / f"results_{date}.json"
+        write_text(file, json.dumps(plain_json(_results(name, scheme, records)), indent=2, ensure_ascii=False) + "\n")
+        written.append(file)
+        for record in records:
+            for task, lines in _samples(store, record):
+                path = below / f"samples_{_sanitized(task)}_{date}.jsonl"
+                write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                written.append(path)
+    return written
+
+
+def _sanitized(text: str) -> str:
+    """As lm-eval makes a folder of a model's name."""
+    return re.sub(r"[\"<>:/|\\?*\[\]]+", "__", text)
+
+
+def _date(finished: str) -> str:
+    """As lm-eval writes it into a file's name."""
+    return datetime.fromisoformat(finished).replace(tzinfo=None).isoformat(timespec="microseconds").replace(":", "-")
+
+
+def _results(name: str, scheme: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
+    model, dtype, rotation = scheme
+    first = records[0]
+    found: dict[str, Any] = {key: {} for key in ("results", "group_subtasks", "configs", "versions", "n-shot")}
+    found |= {"higher_is_better": {}, "n-samples": {}, "task_hashes": {}}
+    for record in records:
+        task = record.identity["task"]
+        for metric in record.metrics:
+            leaf, _, label = metric.name.rpartition("/")
+            label, _, filter_name = label.partition(",")
+            filter_name = filter_name or "none"
+            row = found["results"].setdefault(leaf or record.task, {"alias": leaf or record.task})
+            row[f"{label},{filter_name}"] = metric.value
+            row[f"{label}_stderr,{filter_name}"] = "N/A" if metric.stderr is None else metric.stderr
+            found["higher_is_better"].setdefault(leaf or record.task, {})[label] = metric.higher_is_better
+            found["n-samples"][leaf or record.task] = {"original": metric.n, "effective": metric.n}
+        found["group_subtasks"][record.task] = []
+        found["configs"][record.task] = {
+            "task": record.task,
+            "num_fewshot": task.get("num_fewshot"),
+            "metadata": {**(task.get("metadata") or {}), "limit": task.get("limit")},
+        }
+        found["versions"][record.task] = next(iter((record.facts.get("versions") or {}).values()), None)
+        found["n-shot"][record.task] = next(iter((record.facts.get("num_fewshot") or {}).values()), 0)
+        found["task_hashes"][record.task] = record.facts.get("documents_sha256")
+    environment, versions = first.environment, first.environment.get("versions") or {}
+    seconds = sum(record.timings.get("seconds", 0.0) for record in records)
+    return {
+        **found,
+        "config": {
+            "model": "kvbench",
+            "model_args": f"pretrained={model},kv_cache_dtype={dtype},kv_cache_rotation={rotation}",
+            "model_revision": first.model.get("revision"),
+            "model_dtype": first.model.get("compute_dtype"),
+            "limit": first.limit,
+            "random_seed": first.identity.get("seed"),
+            "kvbench": {
+                "scheme": first.identity["scheme"],
+                "scoring": first.scoring,
+                "bits_per_value": first.bits_per_value,
+                "kv_bytes_per_token": first.kv_bytes_per_token,
+                "source_sha256": environment.get("source_sha256"),
+                "cells": {record.task: record.cell for record in records},
+            },
+        },
+        "git_hash": (environment.get("git") or {}).get("revision"),
+        "date": datetime.fromisoformat(first.finished).timestamp(),
+        "transformers_version": versions.get("transformers"),
+        "lm_eval_version": first.facts.get("lm_eval"),
+        "model_source": "kvbench",
+        "model_name": f"{model} · {dtype} · {rotation}",
+        "model_name_sanitized": name,
+        "total_evaluation_time_seconds": str(seconds),
+    }
+
+
+def _samples(store: Store, record: Record) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The samples of a cell's tasks, a line a document and filter."""
+    known = {"task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "resps", "filtered_resps"}
+    known |= {"logprobs", "greedy", "cluster"}
+    tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in json.loads(store.samples(record.cell).to_json(orient="records")):
+        single = record.task if row.get("task") == record.identity["task"]["task"] else row.get("task")
+        answers = row.get("resps")
+        if answers is None:
+            pairs = zip(row.get("logprobs") or [], row.get("greedy") or [None] * 10**4, strict=False)
+            answers = [[str(logprob), str(greedy)] for logprob, greedy in pairs]
+        metrics = {name: value for name, value in row.items() if name not in known and "." not in name}
+        tasks[single or record.task].append(
+            {
+                "doc_id": row["doc_id"],
+                "doc": {},
+                "target": "",
+                "arguments": {},
+                "resps": [[answer] for answer in answers],
+                "filtered_resps": row.get("filtered_resps") or answers,
+                "filter": row["filter"],
+                "metrics": list(metrics),
+                **{name: row.get(name) or "" for name in ("doc_hash", "prompt_hash", "target_hash")},
+                **metrics,
+            }
+        )
+    yield from tasks.items()
