@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side
-from kvbench_kernels.unpack import channels
+from kvbench_kernels.tuning import INTERPRETED
 
 # what a query keeps beyond its first 16 bits, times this: neither part is then a subnormal number
 _LOWER = tl.constexpr(2048.0)
@@ -23,11 +24,12 @@ class Center:
     """What was subtracted from keys: a vector a KV head for all positions, or one for each page of positions.
 
     offset: [N, HKV, D] float32, contiguous. Position i has offset[min(i // page, N - 1)]; N is 1 for all alike.
-    turned: the same rows, turned as keys are: what is left of the scores lies in turned queries times these.
+    parts: [N, HKV, 2, D] float16: the same rows, turned as keys are and rounded, and 2048 times what that took away.
+        What is left of the scores lies in turned queries times these.
     """
 
     offset: Tensor
-    turned: Tensor
+    parts: Tensor
     page: int = 64
 
     @classmethod
@@ -47,7 +49,8 @@ class Center:
             raise ValueError(
                 f"an offset of {largest:.3g} is beyond what is multiplied in 16 bits: {LARGEST:.0f} at most"
             )
-        return cls(offset, turned, page)
+        upper = turned.to(torch.float16)
+        return cls(offset, torch.stack([upper, ((turned - upper) * _LOWER.value).to(torch.float16)], 2), page)
 
     def check(self, k: Side, head_dim: int, block_n: int = 1) -> None:
         """Raises ValueError where these are not the offsets of such keys, or pages no whole tiles of block_n tokens."""
@@ -63,19 +66,78 @@ class Center:
         return self.offset.shape[0] - 1
 
 
-def scores_by_page(q: Tensor, center: Center, tokens: int) -> Tensor:
-    """[HKV, N, T, GROUP] float32: queries, not turned, times the offsets of the N pages that `tokens` positions reach.
+@triton.jit(do_not_specialize=["rows", "pages"])
+def _page_scores_kernel(
+    q_ptr,  # [T, HQ, D] any float, any strides
+    offset_ptr,  # [N, HKV, D] float32
+    scores_ptr,  # [HKV, pages, rows] float32
+    rows,  # T * GROUP
+    pages,
+    factor,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_P pages' offsets times BLOCK_R queries of one KV head."""
+    page = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    kv_head = tl.program_id(2).to(tl.int64)
+    is_page = page < pages
+    is_row = row < rows
+    offset_at = offset_ptr + (page.to(tl.int64) * HKV + kv_head)[:, None] * D
+    q_at = q_ptr + ((row // GROUP).to(tl.int64) * stride_qt + (kv_head * GROUP + row % GROUP) * stride_qh)[None, :]
+    score = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        offset = tl.load(offset_at + d[None, :], mask=is_page[:, None] & (d < D)[None, :], other=0.0)
+        q = tl.load(q_at + (d * stride_qd)[:, None], mask=(d < D)[:, None] & is_row[None, :], other=0.0).to(tl.float32)
+        if q_ptr.dtype.element_ty.primitive_bitwidth == 16:
+            # queries are what they are in tf32; offsets are in two parts, about 22 bits
+            upper = (offset.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            score = tl.dot(upper, q, score, input_precision="tf32")
+            score = tl.dot(offset - upper, q, score, input_precision="tf32")
+        else:
+            score = tl.dot(offset, q, score, input_precision="tf32x3")
+    at = scores_ptr + (kv_head * pages + page)[:, None] * rows + row[None, :]
+    tl.store(at, score * factor, mask=is_page[:, None] & is_row[None, :])
 
-    Before the kernel, not in its loop over tiles: with a product of 16 columns beside those of 64 the compiled loop
-    gave wrong outputs or read what is not there. In float64, which no setting of the process makes less exact.
+
+def scores_by_page(q: Tensor, center: Center, tokens: int, *, scale: float, softcap: float) -> Tensor:
+    """[HKV, N, T, GROUP] float32: queries, not turned, times the offsets of N pages, as attention adds them.
+
+    N: the pages that have an offset and that `tokens` positions reach. Scaled, and in base 2 without a softcap.
+
+    A launch before, since a product of 16 columns in prefill's loop put its tiles into two matrix layouts at once, and
+    the compiled loop was wrong.
     """
-    offset = center.offset[: -(-tokens // center.page)]
-    pages, kv_heads, head_dim = offset.shape
-    rows = q.reshape(q.shape[0], kv_heads, -1, head_dim)
-    scores = torch.empty(kv_heads, pages, *rows.shape[:1], rows.shape[2], dtype=torch.float32, device=q.device)
-    for head in range(kv_heads):  # one at a time: less memory
-        of_head = rows[:, head].reshape(-1, head_dim).double()
-        scores[head] = (offset[:, head].double() @ of_head.T).view(scores.shape[1:])
+    pages = min(center.last + 1, -(-tokens // center.page))
+    kv_heads, head_dim = center.offset.shape[1:]
+    group = q.shape[1] // kv_heads
+    rows = q.shape[0] * group
+    scores = torch.empty(kv_heads, pages, q.shape[0], group, dtype=torch.float32, device=q.device)
+    block_p, block_r = 32, 32 if rows <= 512 and not INTERPRETED else 64
+    _page_scores_kernel[(triton.cdiv(pages, block_p), triton.cdiv(rows, block_r), kv_heads)](
+        q,
+        center.offset,
+        scores,
+        rows,
+        pages,
+        scale if softcap else scale * math.log2(math.e),
+        *q.stride(),
+        kv_heads,
+        group,
+        head_dim,
+        BLOCK_P=block_p,
+        BLOCK_R=block_r,
+        BLOCK_D=max(16, min(64, triton.next_power_of_2(head_dim))),
+        num_warps=4,
+    )
     return scores
 
 
@@ -95,8 +157,8 @@ def two_parts(x):
 
 @triton.jit
 def center_scores(
-    turned_ptr,  # [N, HKV, D] float32
-    page,  # [M, 1]
+    parts_ptr,  # [N, HKV, 2, D] fp16; where codes have 8 bits, int32 words of two channels
+    page,  # [16, 1]
     kv_head,
     kw,  # [BLOCK_KW]
     q_upper,  # queries in two parts, each a tuple of tiles [BLOCK_KW, COLUMNS] as the streams of a key have them
@@ -105,16 +167,25 @@ def center_scores(
     D: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """[M, COLUMNS] float32: each query times the offset of each page, to about 22 bits."""
+    """[16, COLUMNS] float32: each query times the offset of each page, to about 22 bits."""
     WORDS: tl.constexpr = D * BITS // 16
-    at = turned_ptr + (page * HKV + kv_head) * D
+    # beyond a row's words queries are 0
+    word = (kw if kw.shape[0] == WORDS else kw % WORDS)[None, :]
     score = tl.zeros([page.shape[0], q_upper[0].shape[1]], tl.float32)
     rest = tl.zeros([page.shape[0], q_upper[0].shape[1]], tl.float32)
+    if BITS == 8:
+        at = parts_ptr + (page * HKV + kv_head) * D + word
+        first_words = tl.load(at)
+        second_words = tl.load(at + D // 2)
+    else:
+        at = parts_ptr + (page * HKV + kv_head) * (2 * D) + word
     for stream in tl.static_range(16 // BITS):
-        # beyond a row's words queries are 0
-        offset = tl.load(at + channels((kw % WORDS)[None, :], stream, BITS, WORDS))
-        first = offset.to(tl.float16)
-        second = ((offset - first.to(tl.float32)) * _LOWER).to(tl.float16)
+        if BITS == 8:
+            first = (first_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
+            second = (second_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            first = tl.load(at + stream * WORDS)
+            second = tl.load(at + (stream * WORDS + D))
         score = tl.dot(first, q_upper[stream], score)
         rest = tl.dot(first, q_lower[stream], rest)
         rest = tl.dot(second, q_upper[stream], rest)
@@ -123,45 +194,20 @@ def center_scores(
 
 @triton.jit
 def row_center_scores(
-    turned_ptr,  # [N, HKV, D] float32
-    page,
+    parts_ptr,  # [1, HKV, 2, D] fp16
     kv_head,
     channel,  # [BLOCK_KD], of each column of the queries
     is_channel,
     q_upper,  # [M, BLOCK_KD] fp16, and what rounding took away, enlarged
     q_lower,
-    HKV: tl.constexpr,
     D: tl.constexpr,
 ):
-    """[M] float32: each row of queries times one page's offset, to about 22 bits."""
-    offset = tl.load(turned_ptr + (page * HKV + kv_head) * D + channel, mask=is_channel, other=0.0)
-    first = offset.to(tl.float16)
-    second = ((offset - first.to(tl.float32)) * _LOWER).to(tl.float16)
+    """[M] float32: each row of queries times the offset, to about 22 bits."""
     # a product has 16 columns at least: the first is the offset, the second what rounding took from it
     column = tl.arange(0, 16)[None, :]
-    both = tl.where(column == 0, first[:, None], tl.where(column == 1, second[:, None], 0.0)).to(tl.float16)
+    at = parts_ptr + kv_head * (2 * D) + channel[:, None] + column * D
+    both = tl.load(at, mask=is_channel[:, None] & (column < 2), other=0.0)
     score = tl.dot(q_upper, both)
     rest = tl.dot(q_lower, both)
     score = tl.where(column == 0, score + rest * (1 / _LOWER), tl.where(column == 1, score * (1 / _LOWER), 0.0))
     return tl.sum(score, axis=1)
-
-
-@triton.jit
-def keep_center_scores(
-    kept_at,  # pointers [COLUMNS] to the scores of page 0; those of a page are COLUMNS apart
-    turned_ptr,
-    own_page,  # [M, 1]
-    wanted,  # [M, 1]: which of them
-    last,
-    scale,
-    kv_head,
-    kw,
-    q_upper,
-    q_lower,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """Keeps the scores of some pages in memory, for loops that read them after a barrier."""
-    scores = center_scores(turned_ptr, tl.minimum(own_page, last), kv_head, kw, q_upper, q_lower, HKV, D, BITS)
-    tl.store(kept_at[None, :] + own_page * kept_at.shape[0], scores * scale, mask=wanted)

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench_kernels.center import Center, center_scores, keep_center_scores, two_parts
+from kvbench_kernels.center import Center, center_scores, two_parts
 from kvbench_kernels.exact import TYPES, Exact, attend_exact, exact_bounds
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge_kernel
 from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, together
-from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning
+from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile
 from kvbench_kernels.unpack import (
     E4M3,
     FLOAT,
@@ -31,8 +31,9 @@ from kvbench_kernels.unpack import (
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEADS = 16  # query heads a program
-EXACT_TOKENS = 256  # of a split, at least, where there are more
-CENTERS = tl.constexpr(16)  # pages whose part of the scores is computed at once
+# exact tokens' sums become so many times larger before packed ones join them, whose weights include a scale that may
+# be small: they keep their digits in 16 bits, down to scales of 2^-_HEADROOM
+_HEADROOM = tl.constexpr(40)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def _store_part(
     tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
 
 
-@triton.jit(do_not_specialize=["window", "stride_table", "SPLITS"])
+@triton.jit(do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"])
 def _decode_kernel(
     q_ptr,  # [T, HQ, D] any float
     k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16
@@ -130,10 +131,10 @@ def _decode_kernel(
     SPLITS,
     k_exact_ptr,  # [P, HKV, S, D] fp16 or bf16 (where codes have 8 bits: int32 words of two channels), or None
     v_exact_ptr,
-    turned_ptr,  # [N, HKV, D] float32: the keys' centres, turned; or None
+    parts_ptr,  # [N, HKV, 2, D] fp16, the keys' centres (where codes have 8 bits, int32 words of two channels); or None
     center_ptr,  # [pairs, stride_center, COLUMNS] float32: room for their part of the scores; or None
     center_last,  # N - 1
-    stride_center,
+    stride_center,  # pages
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -161,7 +162,7 @@ def _decode_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    EXACT: tl.constexpr = 0,  # splits, the first ones, of tokens in 16 bits; 0: there are no such tokens
+    EXACT: tl.constexpr = 0,  # packed tiles that a tile of tokens in 16 bits counts for; 0: there are no such tokens
     SINKS: tl.constexpr = 0,
     RECENT: tl.constexpr = 0,
     WINDOW_PAGE: tl.constexpr = 64,
@@ -268,21 +269,25 @@ def _decode_kernel(
         tiles_each = tl.cdiv(tiles, SPLITS)
         start = (first_tile + split * tiles_each) * BLOCK_N
         end = tl.minimum(start + tiles_each * BLOCK_N, length)
+        nothing = start >= end
     else:
+        # exact tiles come first, then packed ones; a split has its share of their bytes, whichever they are
         first_exact = first
         first, newest = exact_bounds(length, first_exact, SINKS, RECENT, WINDOW_PAGE)
+        exact_tokens = first - first_exact + length - newest
+        exact_tiles = tl.cdiv(exact_tokens, BLOCK_X)
         first_tile = first // BLOCK_N
         tiles = tl.where(first < newest, tl.cdiv(newest, BLOCK_N) - first_tile, 0)
-        tiles_each = tl.cdiv(tiles, SPLITS - EXACT)
-        start = (first_tile + (split - EXACT) * tiles_each) * BLOCK_N
-        end = tl.minimum(start + tiles_each * BLOCK_N, newest)
-        if split < EXACT:
-            # counted in exact tokens
-            exact_each = tl.cdiv(tl.cdiv(first - first_exact + length - newest, BLOCK_X), EXACT) * BLOCK_X
-            start = split * exact_each
-            end = tl.minimum(start + exact_each, first - first_exact + length - newest)
+        each = tl.cdiv(exact_tiles * EXACT + tiles, SPLITS)
+        exact_start = tl.minimum(tl.cdiv(split * each, EXACT), exact_tiles) * BLOCK_X  # counted in exact tokens
+        exact_end = tl.minimum(tl.cdiv((split + 1) * each, EXACT) * BLOCK_X, exact_tokens)
+        tile_0 = tl.maximum(split * each - exact_tiles * EXACT, 0)
+        start = (first_tile + tile_0) * BLOCK_N
+        end = first_tile + tl.maximum((split + 1) * each - exact_tiles * EXACT, 0)
+        end = tl.minimum(end * BLOCK_N, newest)
+        nothing = (start >= end) & (exact_start >= exact_end)
     part = (pair * SPLITS + split) * HEADS + g
-    if start >= end or not has_query:
+    if nothing or not has_query:
         tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
         return
     table = page_table_ptr + b * stride_table
@@ -292,13 +297,14 @@ def _decode_kernel(
     page = tl.load(table + tl.minimum(start + at, last) // S)
 
     if ASSEMBLY and S % BLOCK_N == 0:
-        # the first tile is on its way before the loop asks for it
-        base = (page.to(tl.int64) * HKV + kv_head) * S + (start + at) % S
-        if EXACT == 0:  # noqa: SIM114 - the other condition is no constant
-            _prefetch_tile(
-                k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, base, K_WORDS, V_WORDS, K_SCALE == 1, V_SCALE == 1, BLOCK_N
-            )
-        elif split >= EXACT:
+        # the first tile is on its way before the loop asks for it; where centres come first, three of them
+        for i in tl.static_range(3 if CENTER == 2 else 1):
+            ahead = tl.minimum(start + i * BLOCK_N, last // BLOCK_N * BLOCK_N)
+            if i > 0:
+                base = tl.load(table + ahead // S).to(tl.int64)
+            else:
+                base = page.to(tl.int64)
+            base = (base * HKV + kv_head) * S + ahead % S
             _prefetch_tile(
                 k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, base, K_WORDS, V_WORDS, K_SCALE == 1, V_SCALE == 1, BLOCK_N
             )
@@ -353,56 +359,65 @@ def _decode_kernel(
             q_upper = q_upper + (parts[0],)
             q_lower = q_lower + (parts[1],)
     if CENTER == 1:
-        all_alike = tl.zeros([CENTERS, 1], tl.int32)
-        center = center_scores(turned_ptr, all_alike, kv_head, kw, q_upper, q_lower, HKV, D, K_BITS)
+        all_alike = tl.zeros([16, 1], tl.int32)
+        center = center_scores(parts_ptr, all_alike, kv_head, kw, q_upper, q_lower, HKV, D, K_BITS)
         center = tl.max(center, axis=0) * exact_scale  # [COLUMNS]
     if CENTER == 2:
-        # of the split's pages, before its loop, which finds each one beside the page
+        # of the split's pages, before its loops, which find each one beside the page
         center_at = center_ptr + pair * stride_center * COLUMNS + column
-        page_first = start // CENTER_PAGE
-        page_count = tl.cdiv(end, CENTER_PAGE) - page_first
-        page_jump = 0
-        page_next = page_first
-        if EXACT > 0:  # noqa: SIM102 - a constant, and one that is none
-            if split < EXACT:
-                # pages of the first tokens, then those of the newest
-                page_first = first_exact // CENTER_PAGE
-                page_jump = tl.where(first > first_exact, tl.cdiv(first, CENTER_PAGE) - page_first, 0)
-                page_next = newest // CENTER_PAGE
-                page_count = page_jump + tl.cdiv(length, CENTER_PAGE) - page_next
-        for page_0 in tl.range(0, page_count, CENTERS):
-            i = page_0 + tl.arange(0, CENTERS)[:, None]
-            own_page = tl.where(i < page_jump, page_first + i, page_next + i - page_jump)
-            keep_center_scores(
-                center_at, turned_ptr, own_page, i < page_count, center_last, exact_scale, kv_head, kw,
-                q_upper, q_lower, HKV, D, K_BITS,
-            )  # fmt: skip
+        page_0 = start // CENTER_PAGE
+        pages = tl.maximum(tl.cdiv(end, CENTER_PAGE) - page_0, 0)
+        count = pages
+        before = 0
+        if EXACT > 0:
+            # pages of exact first tokens, of packed ones, and of the exact newest
+            is_exact = exact_start < exact_end
+            sinks_0 = first_exact // CENTER_PAGE
+            before = tl.where(is_exact & (first > first_exact), tl.cdiv(first, CENTER_PAGE) - sinks_0, 0)
+            newest_0 = newest // CENTER_PAGE
+            count = before + pages + tl.where(is_exact, tl.cdiv(length, CENTER_PAGE) - newest_0, 0)
+        for some in tl.range(0, count, 16, num_stages=STAGES):
+            nth = some + tl.arange(0, 16)[:, None]
+            own_page = page_0 + nth - before
+            if EXACT > 0:
+                own_page = tl.where(nth < before, sinks_0 + nth, own_page)
+                own_page = tl.where(nth < before + pages, own_page, newest_0 + nth - before - pages)
+            with_offset = tl.minimum(own_page, center_last)
+            scores = center_scores(parts_ptr, with_offset, kv_head, kw, q_upper, q_lower, HKV, D, K_BITS)
+            tl.store(center_at[None, :] + own_page * COLUMNS, scores * exact_scale, mask=nth < count)
         tl.debug_barrier()
-    if EXACT > 0:  # noqa: SIM102
-        if split < EXACT:
+
+    m = tl.full([COLUMNS], float("-inf"), tl.float32)
+    # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
+    l = tl.zeros([8, COLUMNS], tl.float32)
+    shift = tl.zeros([8, COLUMNS], tl.float32)  # the zero-points' share of the output
+    acc = ()
+    for _ in tl.static_range(V_STREAMS):
+        acc = acc + (tl.zeros([BLOCK_VW, COLUMNS], tl.float32),)
+
+    if EXACT > 0:  # noqa: SIM102 - a constant, and one that is none
+        if exact_start < exact_end:
             exact_queries = ()
             for stream in tl.static_range(K_STREAMS):
                 exact_queries = exact_queries + (tl.trans((turned[stream] * q_inverse).to(K_EXACT_TYPE)),)
-            m, l, streams = attend_exact(
-                exact_queries, k_exact_ptr, v_exact_ptr, table, kv_head, start, end, first_exact, first, newest, length,
-                exact_scale, softcap, slope, center, center_at,
+            m, l, acc = attend_exact(
+                m, l, acc, exact_queries, k_exact_ptr, v_exact_ptr, table, kv_head, exact_start, exact_end,
+                first_exact, first, newest, length, exact_scale, softcap, slope, center, center_at,
                 HKV, D, S, K_BITS, V_BITS, K_EXACT_TYPE, V_EXACT_TYPE, HAS_SOFTCAP, CENTER_PAGE, ABREAST, BLOCK_G,
                 BLOCK_X, BLOCK_KW, BLOCK_VW, STAGES, ASSEMBLY,
             )  # fmt: skip
+            # a column that saw no token has no maximum yet
+            m = tl.where(tl.sum(l, axis=0) == 0.0, float("-inf"), m - _HEADROOM)
+            l *= 2.0**_HEADROOM
+            v_all = 1.0
             if V_SCALE == 0:
                 # the merge multiplies all splits by the one scale
                 v_all = tl.load(v_scale_ptr)
-                unscaled_streams = ()
-                for stream in tl.static_range(V_STREAMS):
-                    unscaled_streams = unscaled_streams + (streams[stream] / v_all,)
-                streams = unscaled_streams
-            _store_part(
-                part_o_ptr, part_m_ptr, part_l_ptr, part, is_head, own, m, l, tl.zeros([8, COLUMNS], tl.float32),
-                streams, V_BITS, D, ABREAST, BLOCK_G, BLOCK_VW,
-            )  # fmt: skip
-            return
-    if CENTER == 2:
-        next_center = tl.load(center_at + start // CENTER_PAGE * COLUMNS)
+            packed_acc = ()
+            for stream in tl.static_range(V_STREAMS):
+                unit = masked_unit(V_BITS, stream) if V_MASKED else 1.0
+                packed_acc = packed_acc + (acc[stream] * (unit * 2.0**_HEADROOM / v_all),)
+            acc = packed_acc
 
     q_sum = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
@@ -435,15 +450,7 @@ def _decode_kernel(
     if K_SCALE == 0:
         score_scale *= tl.load(k_scale_ptr)
     v_step = tl.full([1, 1], V_STEP, tl.float16)
-
-    m = tl.full([COLUMNS], float("-inf"), tl.float32)
-    # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
-    l = tl.zeros([8, COLUMNS], tl.float32)
-    shift = tl.zeros([8, COLUMNS], tl.float32)  # the zero-points' share of the output
     ones = tl.full([BLOCK_VW, SLICE], 1.0, tl.float16)
-    acc = ()
-    for _ in tl.static_range(V_STREAMS):
-        acc = acc + (tl.zeros([BLOCK_VW, COLUMNS], tl.float32),)
 
     for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         token = tile + n
@@ -451,8 +458,8 @@ def _decode_kernel(
         if HAS_WINDOW or EXACT > 0:
             visible = visible & (token >= first)
         if CENTER == 2:
-            tile_center = next_center
-            next_center = tl.load(center_at + tl.minimum(tile + BLOCK_N, last) // CENTER_PAGE * COLUMNS)
+            # through the tiles' pipeline: a plain load, even a tile ahead, is waited for together with shared memory
+            tile_center = tl.load(center_at + tile // CENTER_PAGE * COLUMNS)
         if CENTER == 1:
             tile_center = center
         # the next page is asked for one tile ahead
@@ -643,12 +650,17 @@ def decode(
     pairs = batch * kv_heads * -(-group // heads)
     tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
     tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
-    splits = tuning.splits(pairs, tokens)
-    exact_splits = 0
+    words = k.layout.words(head_dim)
+    # where a token's words are half a product's, and its heads no more than half of those that a program can take
+    packed_bits = max(k.layout.bits, v.layout.bits)
+    abreast = 2 if packed_bits <= 4 and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
+    block_x, exact_weight = exact_tile(packed_bits, tuning.block_n)
+    block_x = max(16 * abreast, block_x)
+    exact_tiles = 0
     if exact is not None:
         exact.check(k, head_dim)
-        exact_splits = max(1, exact.most_tokens // EXACT_TOKENS)
-        splits += exact_splits
+        exact_tiles = exact_weight * -(-min(exact.most_tokens, max_seq_len) // block_x)
+    splits = tuning.splits(pairs, tokens, exact_tiles)
     if center is not None:
         center.check(k, head_dim, tuning.block_n)
         if center.last == 0 and not softcap and sinks is None:
@@ -658,10 +670,6 @@ def decode(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
-    words = k.layout.words(head_dim)
-    # where a token's words are half a product's, and its heads no more than half of those that a program can take
-    packed_bits = max(k.layout.bits, v.layout.bits)
-    abreast = 2 if packed_bits <= 4 and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
     # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words
     turn_here = k_turn.block == head_dim and q.element_size() == 2 and words * abreast in (16, 32, 64)
     if k_turn.block > 1 and not turn_here:
@@ -693,10 +701,10 @@ def decode(
         splits,
         None if exact is None else exact.k.view(torch.int32) if k.layout.bits == 8 else exact.k,
         None if exact is None else exact.v.view(torch.int32) if v.layout.bits == 8 else exact.v,
-        None if center is None else center.turned,
+        None if center is None else center.parts.view(torch.int32) if k.layout.bits == 8 else center.parts,
         center_room if center_pages else None,
-        None if center is None else center.last,
-        center_pages or None,
+        0 if center is None else center.last,
+        center_pages,
         kv_heads,
         group,
         heads,
@@ -714,12 +722,11 @@ def decode(
         BLOCK_VW=max(16, triton.next_power_of_2(v.layout.words(head_dim))),
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
-        EXACT=exact_splits,
+        EXACT=0 if exact is None else exact_weight,
         **({} if exact is None else exact.constants),
         K_EXACT_TYPE=None if exact is None else TYPES[exact.k.dtype],
         V_EXACT_TYPE=None if exact is None else TYPES[exact.v.dtype],
-        # a tile of about the bytes of a packed one
-        BLOCK_X=max(16 * abreast, tuning.block_n // {16: 1, 8: 2, 4: 2}.get(packed_bits, 4)),
+        BLOCK_X=block_x,
         CENTER=0 if center is None else 1 if center.last == 0 else 2,
         CENTER_PAGE=64 if center is None else center.page,
         num_warps=1,

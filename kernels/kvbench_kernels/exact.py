@@ -99,6 +99,9 @@ def _pick(even, odd, own, ABREAST: tl.constexpr):
 
 @triton.jit
 def attend_exact(
+    m,  # [COLUMNS] running maximum, sums of weights and streams of outputs so far: none
+    l,
+    acc,
     queries,  # a tuple of tiles [BLOCK_KW, COLUMNS] as the streams of a packed key have them, 16 bits
     k_ptr,  # [P, HKV, S, D] 16 bits; where packed codes have 8 bits, int32 words of two channels
     v_ptr,
@@ -147,12 +150,6 @@ def attend_exact(
     v_own = (vw // V_WORDS)[:, None]
     sinks = sinks_end - first
     last = end - 1
-
-    m = tl.full([COLUMNS], float("-inf"), tl.float32)
-    l = tl.zeros([8, COLUMNS], tl.float32)
-    acc = ()
-    for _ in tl.static_range(16 // V_BITS):
-        acc = acc + (tl.zeros([BLOCK_VW, COLUMNS], tl.float32),)
 
     # what a tile has beyond the last token repeats it, so that nothing unwritten is read
     at = tl.minimum(start + x, last)
@@ -225,10 +222,8 @@ def attend_exact_rows(
     l,
     acc,
     q,  # [BLOCK_M, BLOCK_KD] of the exact rows' type
-    k_ptr,  # [P, HKV, S, D] 16 bits; LINEAR: a descriptor of fp16 [rows, D]
-    k_unit_ptr,  # LINEAR: [B, HKV, length_all / BLOCK_N] float32
+    k_ptr,  # [P, HKV, S, D] 16 bits
     v_ptr,
-    v_unit_ptr,
     table,
     slope,
     bias_ptr,
@@ -236,9 +231,7 @@ def attend_exact_rows(
     center_at,  # pointers [BLOCK_M] to rows' products with the centre of page 0, pages center_rows apart; or None
     center_last,
     center_rows,
-    center_scale,
     kv_head,
-    linear,  # the pair's first row
     start,  # tokens that some row sees: from here on
     end,
     newest,  # from which on some row sees all in 16 bits
@@ -264,7 +257,6 @@ def attend_exact_rows(
     HAS_WINDOW: tl.constexpr,
     CENTER: tl.constexpr,
     CENTER_PAGE: tl.constexpr,
-    LINEAR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -278,23 +270,14 @@ def attend_exact_rows(
         tile = tl.where(i < sink_tiles, start + i * BLOCK_N, newest + (i - sink_tiles) * BLOCK_N)
         token = tile + n
         inside = token < end
-        factor = scale
-        v_log = 0.0
-        if LINEAR:
-            factor *= tl.load(k_unit_ptr + linear // BLOCK_N + tile // BLOCK_N)
-            v_exponent = tl.load(v_unit_ptr + linear // BLOCK_N + tile // BLOCK_N).to(tl.int32, bitcast=True)
-            v_log = ((v_exponent >> 23) - 127).to(tl.float32)
-            k = k_ptr.load([linear + tile, 0])
-        else:
-            # what lies beyond the last token repeats it, so that nothing unwritten is read
-            read = tl.minimum(token, end - 1)
-            row = (tl.load(table + read // S).to(tl.int64) * HKV + kv_head) * S + read % S
-            k = tl.load(k_ptr + row[:, None] * D + k_channel[None, :], mask=is_k_channel[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k)) * factor
+        # what lies beyond the last token repeats it, so that nothing unwritten is read
+        read = tl.minimum(token, end - 1)
+        row = (tl.load(table + read // S).to(tl.int64) * HKV + kv_head) * S + read % S
+        k = tl.load(k_ptr + row[:, None] * D + k_channel[None, :], mask=is_k_channel[None, :], other=0.0)
+        score = tl.dot(q, tl.trans(k)) * scale
         if CENTER == 2:
             page = tl.minimum(tile // CENTER_PAGE, center_last).to(tl.int64)
-            of_rows = tl.load(center_at + page * center_rows, mask=is_row, other=0.0)
-            score += (of_rows * center_scale)[:, None]
+            score += tl.load(center_at + page * center_rows, mask=is_row, other=0.0)[:, None]
         if center is not None:
             score += center[:, None]
         if HAS_SOFTCAP:
@@ -312,17 +295,12 @@ def attend_exact_rows(
             visible = visible & (token[None, :] > position[:, None] - window)
         score = tl.where(visible, score, float("-inf"))
 
-        new_m = tl.maximum(m, tl.max(score, axis=1) + v_log)
+        new_m = tl.maximum(m, tl.max(score, axis=1))
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
         decay = exp2(m - safe_m, ASSEMBLY)
         m = new_m
-        weight = exp2(score - (safe_m - v_log)[:, None], ASSEMBLY)
-        if LINEAR:
-            # the unit of a tile's values is in its weights, and in their maximum
-            l = l * decay + tl.sum(weight, axis=1) * ((254 << 23) - v_exponent).to(tl.float32, bitcast=True)
-            v = v_ptr.load([linear + tile, 0])
-        else:
-            l = l * decay + tl.sum(weight, axis=1)
-            v = tl.load(v_ptr + row[:, None] * D + v_channel[None, :], mask=is_v_channel[None, :], other=0.0)
+        weight = exp2(score - safe_m[:, None], ASSEMBLY)
+        l = l * decay + tl.sum(weight, axis=1)
+        v = tl.load(v_ptr + row[:, None] * D + v_channel[None, :], mask=is_v_channel[None, :], other=0.0)
         acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None])
     return m, l, acc

@@ -91,6 +91,8 @@ def _spread_side(
     offset_ptr=None,
     offset_last=0,
     OFFSET_PAGE: tl.constexpr = 64,
+    exact_ptr=None,
+    SINKS: tl.constexpr = 0,
 ):
     WORDS: tl.constexpr = D * BITS // 16
     BLOCK_C: tl.constexpr = BLOCK_W * (16 // BITS)
@@ -130,15 +132,23 @@ def _spread_side(
         sign ^= sign >> 2
         sign ^= sign >> 1
         same = (channel // TURN)[:, None] == (d // TURN)[None, :]
-        turn = tl.where(same & is_channel[:, None], 1 - 2 * (sign & 1), 0).to(codes.dtype)
-        values = tl.dot(codes, turn)
-        if signs_ptr is not None:
-            values *= tl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
+        turn = tl.where(same & is_channel[:, None], 1 - 2 * (sign & 1), 0)
+        values = tl.dot(codes, turn.to(codes.dtype)) * scale[:, None]
+    else:
+        values = codes.to(tl.float32) * scale[:, None]
+    if exact_ptr is not None:  # noqa: SIM102 - a constant, and one that is none
+        if block * BLOCK_N < SINKS:
+            exact_at = exact_ptr + (row * D)[:, None] + channel[None, :]
+            is_sink = inside & (token < SINKS)
+            exact = tl.load(exact_at, mask=is_sink[:, None] & is_channel[None, :], other=0.0)
+            if TURN > 1:
+                exact = tl.dot(exact, turn.to(exact.dtype))
+            values = tl.where(is_sink[:, None], exact.to(tl.float32) * factor, values)
+    if TURN > 1:
         channel = d
         is_channel = d < D
-    else:
-        values = codes.to(tl.float32)
-    values *= scale[:, None]
+        if signs_ptr is not None:
+            values *= tl.load(signs_ptr + d, mask=is_channel, other=0.0)[None, :]
     if offset_ptr is not None:
         of_row = (tl.minimum(token // OFFSET_PAGE, offset_last) * HKV + head) * D
         values += tl.load(offset_ptr + of_row[:, None] + channel[None, :], mask=is_channel[None, :], other=0.0)
@@ -175,6 +185,8 @@ def _spread_kernel(
     offset_ptr,  # [N, HKV, D] float32: added back to keys, or None
     offset_last,  # N - 1
     query_starts_ptr,  # [B + 1] int32 where rows are exact ones, of which not all are asked for; or None
+    k_exact_ptr,  # [P, HKV, S, D] 16 bits, whose first SINKS tokens are taken instead; or None
+    v_exact_ptr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -215,28 +227,25 @@ def _spread_kernel(
         return
     if query_starts_ptr is not None:
         queries = tl.load(query_starts_ptr + b + 1) - tl.load(query_starts_ptr + b)
-        newest = exact_start(seq_len - queries, RECENT, WINDOW_PAGE)  # of the first query
-        if RECENT < 0:
-            newest = seq_len
-        if block * BLOCK_N >= SINKS and (block + 1) * BLOCK_N <= newest:
+        if (block + 1) * BLOCK_N <= exact_start(seq_len - queries, RECENT, WINDOW_PAGE):  # of the first query
             return
     if tl.program_id(2) == 0:
         _spread_side(
             k_ptr, k_scale_ptr, k_signs_ptr, page_table_ptr, k_values_ptr, k_unit_ptr, b, head, block, length, seq_len,
             k_factor, stride_table, HKV, D, S, K_KIND, K_BITS, K_CODEBOOK, K_UNIT, K_STEP, K_SCALE, K_TURN,
-            BLOCK_N, BLOCK_KW, BLOCK_D, ASSEMBLY, offset_ptr, offset_last, OFFSET_PAGE,
+            BLOCK_N, BLOCK_KW, BLOCK_D, ASSEMBLY, offset_ptr, offset_last, OFFSET_PAGE, k_exact_ptr, SINKS,
         )  # fmt: skip
     else:
         _spread_side(
             v_ptr, v_scale_ptr, v_signs_ptr, page_table_ptr, v_values_ptr, v_unit_ptr, b, head, block, length, seq_len,
             v_factor, stride_table, HKV, D, S, V_KIND, V_BITS, V_CODEBOOK, V_UNIT, V_STEP, V_SCALE, V_TURN,
-            BLOCK_N, BLOCK_VW, BLOCK_D, ASSEMBLY,
+            BLOCK_N, BLOCK_VW, BLOCK_D, ASSEMBLY, None, 0, 64, v_exact_ptr, SINKS,
         )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "sequences", "window", "stride_table", "stride_bias", "length_all", "center_last", "center_rows",
+        "sequences", "window", "stride_table", "stride_bias", "length_all", "rows_all", "center_last", "center_rows",
     ]
 )  # fmt: skip
 def _prefill_kernel(
@@ -262,12 +271,11 @@ def _prefill_kernel(
     stride_table,
     stride_bias,
     length_all,
-    k_exact_ptr,  # [P, HKV, S, D] 16 bits; LINEAR: a descriptor, as k_ptr; or None
-    k_exact_unit_ptr,  # LINEAR: [B, HKV, length_all / BLOCK_N] float32
+    rows_all,  # LINEAR: where the exact rows begin in k_ptr and v_ptr, a multiple of BLOCK_N
+    k_exact_ptr,  # [P, HKV, S, D] 16 bits; LINEAR: none, they follow the packed ones; or None
     v_exact_ptr,
-    v_exact_unit_ptr,
-    turned_ptr,  # [1, HKV, D] float32: the keys' one centre, turned; or None
-    center_ptr,  # [HKV, N, T, GROUP] float32: queries times a page's centre; or None
+    parts_ptr,  # [1, HKV, 2, D] fp16: the keys' one centre; or None
+    center_ptr,  # [HKV, N, T, GROUP] float32: queries times the pages' centres, scaled; or None
     center_last,  # N - 1
     center_rows,  # T * GROUP
     HKV: tl.constexpr,
@@ -375,12 +383,9 @@ def _prefill_kernel(
     exact_scale = score_scale  # of products with 16-bit rows
     center = None
     center_at = None
-    center_scale = scale
-    if not HAS_SOFTCAP:
-        center_scale *= _LOG2E
     is_k_channel = kd % BLOCK_KW < K_WORDS
     if CENTER == 1:
-        center = row_center_scores(turned_ptr, 0, kv_head, k_channel, is_k_channel, q_upper, q_lower, HKV, D)
+        center = row_center_scores(parts_ptr, kv_head, k_channel, is_k_channel, q_upper, q_lower, D)
         center *= exact_scale
     if CENTER == 2:
         pages = kv_head.to(tl.int64) * (center_last + 1)
@@ -421,39 +426,58 @@ def _prefill_kernel(
     if bias_ptr is not None:
         inner = tl.minimum(inner, (length - queries) // BLOCK_N * BLOCK_N)
     after_sinks = start
-    if EXACT and SINKS > 0 and not HAS_WINDOW:
+    if EXACT and SINKS > 0 and not HAS_WINDOW and not LINEAR:
         after_sinks = (SINKS + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         inner = tl.maximum(inner, after_sinks)
     linear = (b * HKV + kv_head) * length_all  # the pair's first row
-    for MASKED in tl.static_range(3 if EXACT and SINKS > 0 and not HAS_WINDOW else 2):
+    # all tiles with masks in one loop, exact ones too, where one descriptor reads them
+    ONE_LOOP: tl.constexpr = LINEAR and EXACT
+    if ONE_LOOP:
+        border = tl.maximum(tl.cdiv(end - inner, BLOCK_N), 0) * BLOCK_N
+        newest = tl.maximum(newest // BLOCK_N * BLOCK_N, start)
+        masked = border + tl.cdiv(end_exact - newest, BLOCK_N) * BLOCK_N
+    for MASKED in tl.static_range(3 if EXACT and SINKS > 0 and not HAS_WINDOW and not LINEAR else 2):
         if MASKED == 0:
             tile_start = after_sinks
             tile_end = inner
         elif MASKED == 1:
-            tile_start = inner
-            tile_end = end
+            tile_start = 0 if ONE_LOOP else inner
+            tile_end = masked if ONE_LOOP else end
         else:
             tile_start = start
             tile_end = tl.minimum(after_sinks, end)
         page = 0
         if LINEAR:
-            unit_at = linear // BLOCK_N + tl.minimum(tile_start, end - 1) // BLOCK_N
+            next_tile = tl.minimum(tile_start, end - 1)
+            if ONE_LOOP and MASKED == 1:
+                next_tile = tl.where(border > 0, inner, newest + rows_all)
+            unit_at = (linear + next_tile) // BLOCK_N
             next_k_unit = tl.load(k_scale_ptr + unit_at)
             next_v_unit = tl.load(v_scale_ptr + unit_at)
         elif S % BLOCK_N == 0:
             page = tl.load(table + tl.minimum(tile_start, end - 1) // S)
         else:
             page = tl.load(table + tl.minimum(tile_start + n, end - 1) // S)  # [BLOCK_N]
-        for tile in tl.range(tile_start, tile_end, BLOCK_N, num_stages=STAGES):
+        for tile_i in tl.range(tile_start, tile_end, BLOCK_N, num_stages=STAGES):
+            tile = tile_i
+            is_exact = False
+            if ONE_LOOP and MASKED == 1:
+                is_exact = tile_i >= border
+                tile = tl.where(is_exact, newest + tile_i - border, inner + tile_i)
             token = tile + n
-            inside = token < end
+            inside = token < (tl.where(is_exact, end_exact, end) if ONE_LOOP and MASKED == 1 else end)
             # the next page or units are asked for one tile ahead
             if LINEAR:
                 base = 0
                 line = linear + tile
                 k_unit = next_k_unit
                 v_unit = next_v_unit
-                unit_at = linear // BLOCK_N + tl.minimum(tile + BLOCK_N, end - 1) // BLOCK_N
+                next_tile = tl.minimum(tile + BLOCK_N, end - 1)
+                if ONE_LOOP and MASKED == 1:
+                    line += tl.where(is_exact, rows_all, 0)
+                    next_i = tl.minimum(tile_i + BLOCK_N, masked - BLOCK_N)
+                    next_tile = tl.where(next_i >= border, newest + next_i - border + rows_all, inner + next_i)
+                unit_at = (linear + next_tile) // BLOCK_N
                 next_k_unit = tl.load(k_scale_ptr + unit_at)
                 next_v_unit = tl.load(v_scale_ptr + unit_at)
             elif S % BLOCK_N == 0:
@@ -496,8 +520,7 @@ def _prefill_kernel(
                     score += center[:, None]
                 if CENTER == 2:
                     center_page = tl.minimum(tile // CENTER_PAGE, center_last).to(tl.int64)
-                    of_rows = tl.load(center_at + center_page * center_rows, mask=is_row, other=0.0)
-                    score += (of_rows * center_scale)[:, None]
+                    score += tl.load(center_at + center_page * center_rows, mask=is_row, other=0.0)[:, None]
                 if HAS_SOFTCAP:
                     score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
                 if slopes_ptr is not None:
@@ -512,7 +535,10 @@ def _prefill_kernel(
                 if HAS_WINDOW:
                     visible = visible & (token[None, :] > position[:, None] - window)
                 if EXACT:
-                    visible = visible & (token >= SINKS)[None, :] & (token[None, :] < starts[:, None])
+                    is_packed = token[None, :] < starts[:, None]
+                    if not LINEAR:
+                        is_packed = is_packed & (token >= SINKS)[None, :]
+                    visible = visible & (is_packed != is_exact)
                 score = tl.where(visible, score, float("-inf"))
 
             # weights
@@ -562,18 +588,18 @@ def _prefill_kernel(
     else:
         v_channel = channels(vd % BLOCK_VW, vd // BLOCK_VW, V_BITS, V_WORDS)
     is_v_channel = vd % BLOCK_VW < V_WORDS
-    if EXACT:
+    if EXACT and not LINEAR:
         if V_SCALE == 1:
             acc *= v_top
             v_top = 1.0
         if V_SCALE == 0:
             acc *= tl.load(v_scale_ptr)
         m, l, acc = attend_exact_rows(
-            m, l, acc, q_exact, k_exact_ptr, k_exact_unit_ptr, v_exact_ptr, v_exact_unit_ptr, table,
-            slope, bias_ptr, center, center_at, center_last, center_rows, center_scale, kv_head, linear, start,
+            m, l, acc, q_exact, k_exact_ptr, v_exact_ptr, table,
+            slope, bias_ptr, center, center_at, center_last, center_rows, kv_head, start,
             end_exact, end_exact if RECENT < 0 else newest, starts,
             position, query, is_row, length, queries, k_channel, is_k_channel, v_channel, is_v_channel, exact_scale,
-            softcap, window, stride_bias, HKV, D, S, SINKS, HAS_SOFTCAP, HAS_WINDOW, CENTER, CENTER_PAGE, LINEAR,
+            softcap, window, stride_bias, HKV, D, S, SINKS, HAS_SOFTCAP, HAS_WINDOW, CENTER, CENTER_PAGE,
             BLOCK_N, STAGES, ASSEMBLY,
         )  # fmt: skip
 
@@ -582,7 +608,7 @@ def _prefill_kernel(
         l += exp2(sink - tl.where(m == float("-inf"), 0.0, m), ASSEMBLY)
     if V_SCALE == 1:
         acc *= v_top
-    if V_SCALE == 0 and not EXACT:
+    if V_SCALE == 0 and (LINEAR or not EXACT):
         acc *= tl.load(v_scale_ptr)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     out_at = out_ptr + (((query_start + query).to(tl.int64) * HQ + head) * D)[:, None] + v_channel[None, :]
@@ -597,22 +623,22 @@ def _spread(
     seq_lens: Tensor,
     k_turn: Turn,
     v_turn: Turn,
-    head_dim: int,
-    block_n: int,
+    values: Tensor,
+    units: Tensor,
     center: Center | None,
-    exact: Exact | None = None,
+    exact: Exact | None,
     query_starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch's keys and values in fp16, turned back, in the order of their tokens: values, units, values, units.
+) -> None:
+    """Writes a batch's keys and values in fp16, turned back, in the order of their tokens.
 
-    center: is added back to the keys.  exact: k and v are its rows, and those are left out that no query reads.
-    values: [B, HKV, length, D] fp16.  units: [B, HKV, length / block_n] float32.
+    values: [2, B, HKV, length, D] fp16, keys and values.  units: [2, B, HKV, blocks] float32, of a block's tokens each.
+    center: is added back to the keys.  exact: has the first tokens, which every query reads in 16 bits.
+    query_starts: k and v are the exact rows themselves, and those are left out that no query reads.
     """
-    kv_heads, page_size = k.codes.shape[1:3]
-    batch = seq_lens.shape[0]
-    blocks = -(-page_table.shape[1] * page_size // block_n)
-    values = torch.empty(2, batch, kv_heads, blocks * block_n, head_dim, dtype=torch.float16, device=seq_lens.device)
-    units = torch.empty(2, batch, kv_heads, blocks, dtype=torch.float32, device=seq_lens.device)
+    page_size = k.codes.shape[2]
+    _, batch, kv_heads, length, head_dim = values.shape
+    blocks = units.shape[3]
+    with_sinks = exact if exact is not None and exact.sinks and query_starts is None else None
     _spread_kernel[(batch * blocks, kv_heads, 2)](
         k.words,
         k.scale,
@@ -626,13 +652,14 @@ def _spread(
         units[0],
         values[1],
         units[1],
-        blocks * block_n,
+        length,
         k_turn.read_factor,
         v_turn.read_factor,
         page_table.stride(0),
         None if center is None else center.offset,
         None if center is None else center.last,
         query_starts,
+        *((None, None) if with_sinks is None else (with_sinks.k, with_sinks.v)),
         kv_heads,
         head_dim,
         page_size,
@@ -640,16 +667,16 @@ def _spread(
         *v.constants,
         K_TURN=k_turn.block,
         V_TURN=v_turn.block,
-        BLOCK_N=block_n,
+        BLOCK_N=length // blocks,
         BLOCK_KW=max(k.layout.bits, triton.next_power_of_2(k.layout.words(head_dim))),
         BLOCK_VW=max(v.layout.bits, triton.next_power_of_2(v.layout.words(head_dim))),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         ASSEMBLY=values.is_cuda and not INTERPRETED,
         OFFSET_PAGE=64 if center is None else center.page,
         **({} if exact is None else exact.constants),
-        num_warps=4,
+        # first tokens in 16 bits are a second tile in registers
+        **({"num_warps": 4} if with_sinks is None else {"num_warps": 8, "maxnreg": 128}),
     )
-    return values[0], units[0], values[1], units[1]
 
 
 def prefill(
@@ -699,38 +726,43 @@ def prefill(
         center.check(k, head_dim, 1 if spread else tuning.block_n)
         if center.last == 0 and not softcap and sinks is None:
             center = None
-    exact_args: tuple[object, ...] = (None, None, None, None)
+    exact_args: tuple[Tensor | None, Tensor | None] = (None, None)
     if exact is not None:
         exact.check(k, head_dim)
-        exact_args = (exact.k, None, exact.v, None)
+        exact_args = (exact.k, exact.v)
     by_page = None
     if center is not None and center.last > 0 and not spread:
-        by_page = scores_by_page(q, center, page_table.shape[1] * page_size)
+        reach = page_table.shape[1] * page_size
+        by_page = scores_by_page(q, center, reach, scale=scale, softcap=softcap)
     block_g = triton.next_power_of_2(group)
     block_m = max(block_g, tuning.block_m)
     block_t = block_m // block_g
     if spread:
-        k_values, k_scale, v_values, v_scale = _spread(
-            k, v, page_table, seq_lens, k_turn, v_turn, head_dim, tuning.block_n, center
-        )
-        length = k_values.shape[2]
+        blocks = -(-page_table.shape[1] * page_size // tuning.block_n)
+        length = blocks * tuning.block_n
+        # the packed rows, and first tokens in 16 bits; then the exact ones
+        has_recent = exact is not None and exact.recent is not None
+        shape = (2, 2 if has_recent else 1, seq_lens.shape[0], kv_heads, blocks)
+        units = torch.empty(shape, dtype=torch.float32, device=q.device)
+        values = torch.empty(*shape[:-1], length, head_dim, dtype=torch.float16, device=q.device)
+        turns = (page_table, seq_lens, k_turn, v_turn)
+        _spread(k, v, *turns, values[:, 0], units[:, 0], center, exact)
+        if exact is not None and has_recent:
+            _spread(*exact.sides, *turns, values[:, 1], units[:, 1], center, exact, query_starts)
+        else:
+            exact = None
+        exact_args, rows_all = (None, None), seq_lens.shape[0] * kv_heads * length
         float_constants = (FLOAT.value, 16, (), 1.0, 0.0, -1)
         constants = (*float_constants, *float_constants)
         k_words = v_words = head_dim
         bits = (16, 16)
         block = [tuning.block_n, max(16, triton.next_power_of_2(head_dim))]
-        k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in (k_values, v_values))
-        if exact is not None:
-            sizes = (head_dim, tuning.block_n)
-            k_values, k_unit, v_values, v_unit = _spread(
-                *exact.sides, page_table, seq_lens, k_turn, v_turn, *sizes, center, exact, query_starts
-            )
-            tensors = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in (k_values, v_values))
-            exact_args = (next(tensors), k_unit, next(tensors), v_unit)
+        k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in values)
+        k_scale, v_scale = units
         center = None  # keys have it again
         target = out
     else:
-        length = 0
+        length = rows_all = 0
         k_tensor, k_scale, v_tensor, v_scale = k.words, k.scale, v.words, v.scale
         constants = (*k.constants, *v.constants)
         k_words, v_words = k.layout.words(head_dim), v.layout.words(head_dim)
@@ -759,8 +791,9 @@ def prefill(
         page_table.stride(0),
         0 if qq_bias is None else qq_bias.stride(0),
         length,
+        rows_all,
         *exact_args,
-        None if center is None or by_page is not None else center.turned,
+        None if center is None or by_page is not None else center.parts,
         by_page,
         0 if by_page is None else by_page.shape[1] - 1,
         0 if by_page is None else tokens * group,

@@ -65,9 +65,10 @@ def _store_side(
     codes_ptr,
     scale_ptr,
     offset_ptr,
-    page,
+    page,  # [BLOCK_R], which offset is subtracted from each row; or None: the first
     exact_ptr,
-    row,
+    token,
+    head,
     to,
     stride_t,
     stride_h,
@@ -83,16 +84,20 @@ def _store_side(
     ROOT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    """Rows `row` of x into the cache's rows `to`, those at -1 skipped."""
+    """Rows of x, of one head, into the cache's rows `to`, those at -1 skipped."""
     COUNT: tl.constexpr = D // SPAN
     inside = to >= 0
     d = tl.arange(0, SPAN)[None, :]
-    at = x_ptr + (row // HKV * stride_t + row % HKV * stride_h)[:, None]
+    if offset_ptr is not None:
+        offset_at = offset_ptr + head * D + d
+        if page is not None:
+            offset_at += (page * (HKV * D))[:, None]
+    at = x_ptr + (token * stride_t + head * stride_h)[:, None]
     x = ()
     for i in tl.static_range(COUNT):
         tile = tl.load(at + (i * SPAN + d) * stride_d, mask=inside[:, None], other=0.0).to(tl.float32)
         if offset_ptr is not None:
-            tile -= tl.load(offset_ptr + ((page * HKV + row % HKV) * D)[:, None] + i * SPAN + d)
+            tile -= tl.load(offset_at + i * SPAN)
         if signs_ptr is not None:
             tile *= tl.load(signs_ptr + i * SPAN + d)
         x = x + (tile,)  # [BLOCK_R, SPAN]
@@ -164,7 +169,7 @@ def _store_side(
 
     # the codes
     if ROUND == ROUND_E4M3:
-        scale = row.to(tl.float32) * 0 + 1.0
+        scale = tl.full([token.shape[0]], 1.0, tl.float32)
         if HAS_SCALE:
             scale = scale * tl.load(scale_ptr)
     if ROUND == ROUND_E4M3_ROW or ROUND == ROUND_INT8_ROW:
@@ -226,7 +231,7 @@ def _clamp(x, LIMIT: tl.constexpr):
     return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["tokens", "offset_last"])
 def _store_kernel(
     k_ptr,  # [T, HKV, D] any float, any strides
     v_ptr,
@@ -242,7 +247,7 @@ def _store_kernel(
     k_exact_ptr,  # [P, HKV, S, D]: the rows in 16 bits too, or None
     v_exact_ptr,
     offset_last,  # N - 1
-    rows,  # T * HKV
+    tokens,  # T
     k_factor,
     v_factor,
     stride_kt,
@@ -270,23 +275,25 @@ def _store_kernel(
     BLOCK_R: tl.constexpr,
     OFFSET_PAGE: tl.constexpr = 64,
 ):
-    """One program: BLOCK_R rows (token, head); the grid's second axis is keys, values."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    slot = tl.load(slots_ptr + row // HKV, mask=row < rows, other=-1)
-    to = tl.where(slot >= 0, (slot // S * HKV + row % HKV) * S + slot % S, -1)
+    """One program: BLOCK_R tokens' rows of one head; the grid's second axis is keys, values."""
+    head = tl.program_id(0) % HKV
+    token = (tl.program_id(0) // HKV).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    page = None
+    if positions_ptr is not None:
+        # beside the slots: what is loaded later waits for these first
+        page = tl.load(positions_ptr + token, mask=token < tokens, other=0) // OFFSET_PAGE
+        page = tl.minimum(page, offset_last).to(tl.int32)
+    slot = tl.load(slots_ptr + token, mask=token < tokens, other=-1)
+    to = tl.where(slot >= 0, (slot // S * HKV + head) * S + slot % S, -1)
     if tl.program_id(1) == 0:
-        page = row * 0
-        if positions_ptr is not None:
-            page = tl.load(positions_ptr + row // HKV, mask=row < rows, other=0) // OFFSET_PAGE
-            page = tl.minimum(page, offset_last)
         _store_side(
-            k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, offset_ptr, page, k_exact_ptr, row, to,
+            k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, offset_ptr, page, k_exact_ptr, token, head, to,
             stride_kt, stride_kh, stride_kd, k_factor, HKV, D,
             K_BLOCK, K_SPAN, K_ROUND, K_BITS, K_THRESHOLD, ROOT, K_HAS_SCALE,
         )  # fmt: skip
     else:
         _store_side(
-            v_ptr, v_signs_ptr, v_codes_ptr, v_scale_ptr, None, 0, v_exact_ptr, row, to,
+            v_ptr, v_signs_ptr, v_codes_ptr, v_scale_ptr, None, None, v_exact_ptr, token, head, to,
             stride_vt, stride_vh, stride_vd, v_factor, HKV, D,
             V_BLOCK, V_SPAN, V_ROUND, V_BITS, V_THRESHOLD, ROOT, V_HAS_SCALE,
         )  # fmt: skip
@@ -328,7 +335,7 @@ def store(
         exact.check(k_side, head_dim)
     # few rows: more programs, so that all multiprocessors take part
     block_r = 32 if INTERPRETED else 4 if tokens * kv_heads <= 1024 else 8
-    _store_kernel[(triton.cdiv(tokens * kv_heads, block_r), 2)](
+    _store_kernel[(triton.cdiv(tokens, block_r) * kv_heads, 2)](
         k,
         v,
         k_turn.signs,
@@ -342,8 +349,8 @@ def store(
         positions if by_page else None,
         None if exact is None else exact.k,
         None if exact is None else exact.v,
-        center.last if center is not None and by_page else None,
-        tokens * kv_heads,
+        center.last if center is not None and by_page else 0,
+        tokens,
         k_turn.write_factor,
         v_turn.write_factor,
         *k.stride(),

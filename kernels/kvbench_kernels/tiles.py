@@ -21,15 +21,13 @@ def prefetch(ptr, first, COUNT: tl.constexpr):
     """Asks for COUNT elements from `first` on, into the L2 cache."""
     LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
     LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(COUNT, LINE))
-    line = tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
-        "=r,l",
-        [ptr + (first + line)],
-        tl.int32,
-        False,
-        1,
-    )
+    prefetch_at(ptr + (first + tl.minimum(tl.arange(0, LINES) * LINE, COUNT - 1)))
+
+
+@triton.jit
+def prefetch_at(at):
+    """Asks for the lines of 128 bytes that these addresses lie in, into the L2 cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def test_the_grid_file_is_valid(tmp_path):
     [
         ("{dtypes: [[int8]]}", r":1:19: grids\[0\]\.dtypes\[0\]: expected text, not \['int8'\]"),
         ("{dtypes: int8}", r":1:18: grids\[0\]\.dtypes: expected a list"),
-        ("{dtypes: [int9]}", r":1:9: grids\[0\]: unknown dtype 'int9'"),
+        ("{dtypes: [int9]}", r":1:19: grids\[0\].dtypes\[0\]: unknown dtype 'int9'"),
         ("{dtypes: [int8], batches: 010}", r":1:35: 010 is no plain number"),
         ("{dtypes: [int8], batches: ١}", r":1:35: grids\[0\]\.batches: '١' is no number"),
         ("{dtypes: [int8], prefix: '1,2'}", r":1:34: grids\[0\]\.prefix: expected one number"),

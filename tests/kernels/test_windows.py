@@ -70,7 +70,7 @@ class Case:
         self.center = None
         if centers:
             center = Center.make(offset, self.turn, POSITIONS)
-            self.center = Center(guarded(center.offset), guarded(center.turned), POSITIONS)
+            self.center = Center(guarded(center.offset), guarded(center.parts), POSITIONS)
         self.rows = []
         for b, (length, _) in enumerate(seqs):
             shape = (2, length, hkv, head_dim)
@@ -237,15 +237,30 @@ def test_large_centres_keep_their_digits(device):
 
 
 @pytest.mark.parametrize("programs", [1, 6, 50], ids=str)
-def test_exact_tokens_are_splits_like_others(programs, device, monkeypatch):
+def test_splits_share_exact_and_packed_tokens(programs, device, monkeypatch):
     """
-    However many packed splits there are; and several of exact tokens where the window is large.
+    However many splits there are: some of exact tokens alone, one of both kinds, some of packed ones, some of none.
     """
     monkeypatch.setattr("kvbench_kernels.tuning.multiprocessors", lambda: 2)
     monkeypatch.setattr(decode_module, "choose_tuning", lambda *_: Tuning(32, 2, programs, least=32))
-    monkeypatch.setattr(decode_module, "EXACT_TOKENS", 32)
     options = {"heads": (4, 1), "seqs": ((801, 1), (40, 1), (150, 1)), "centers": 5}
     Case(device, window=(7, 6, 16), **options).check(sinks=torch.randn(4, device=device))
+
+
+@pytest.mark.parametrize("dtype", ["int4_per_token_head", "int2_per_token_head", "int8_per_token_head"])
+def test_small_values_keep_their_digits_beside_exact_ones(dtype, device):
+    """
+    A packed weight includes its value's scale, here 2^-14 or less, and an exact one does not; both are in one sum.
+    """
+    case = Case(device, dtype, window=(4, 1, 16), seqs=((150, 1), (37, 1)))
+    for b, (length, _) in enumerate(case.seqs):
+        case.write(
+            b,
+            torch.randn(2, length, 2, 64, device=device)
+            * torch.tensor([1, 2**-13], device=device)[:, None, None, None],
+        )
+    case.q = case.q.float()  # and so are outputs, which are below the least of 16 bits
+    case.check()
 
 
 def test_no_token_gives_zeros(device):
