@@ -12,7 +12,7 @@ from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, fail, say
 
 EXAMPLES = """\
 kvbench export out/mine --to lm-eval                   # into out/mine/lm-eval
-kvbench export out/mine --to lm-eval --output results
+kvbench export out/mine --to eee --output datastore
 """
 
 
@@ -20,6 +20,7 @@ class Target(StrEnum):
     """Whose files are written."""
 
     LM_EVAL = "lm-eval"
+    EEE = "eee"
 
 
 def export(
@@ -31,16 +32,19 @@ def export(
 ) -> None:
     """Write a run as other tools keep results.
 
-    lm-eval: a results file a scheme and its samples, as `lm_eval --output_path --log_samples` writes them.
+    lm-eval: a results file a scheme and its samples, as `lm_eval --output_path --log_samples` writes them. eee: the
+    schema of Every Eval Ever, a file a scheme, which `every_eval_ever validate` accepts.
     """
-    from kvbench.report.to_lm_eval import export as exported
+    from kvbench.report import to_eee, to_lm_eval
     from kvbench.results import NotARunError
 
+    exported = {Target.LM_EVAL: to_lm_eval.export, Target.EEE: to_eee.export}[to]
     try:
         written = exported(folder, output or folder / to.value)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except (OSError, ValueError) as error:
         fail(error, BAD_INPUT)
-    results = [path for path in written if path.name.startswith("results_")]
-    say(*map(str, results), f"{len(results)} results, {len(written) - len(results)} files of samples")
+    results = [path for path in written if path.suffix == ".json"]
+    samples = f", {len(written) - len(results)} files of samples" if len(written) > len(results) else ""
+    say(*map(str, results), f"{len(results)} results{samples}")

@@ -63,3 +63,35 @@ def test_an_export_in_a_run_folder_goes_with_it(kvbench, exported):
     kvbench("runs", str(run), "--remove", "run", "--yes")
 
     assert not run.exists()
+
+
+def test_every_eval_ever_has_the_scheme_the_error_and_the_documents(kvbench, tmp_path):
+    """
+    A file a scheme at data/SWEEP/DEVELOPER/MODEL/UUID.json, controls left out; all details are text, every score has
+    its range, its standard error and its number of documents.
+    """
+    shutil.copytree(RESULTS / "quickstart", tmp_path / "run")
+
+    assert kvbench("export", "run", "--to", "eee", "--output", "store").exit_code == 0
+    assert kvbench("export", "run", "--to", "eee", "--output", "store").exit_code == 0
+    files = list(Path("store").rglob("*.json"))
+
+    assert len(files) == 9
+    assert {file.parent for file in files} == {Path("store/data/quickstart/unknown/smollm2-135m-instruct")}
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    details = [one["model_info"]["additional_details"] for one in found]
+    assert {"int8_per_token_head", "fp16"} <= {one["kv_cache_dtype"] for one in details}
+    assert all(isinstance(value, str) for one in details for value in one.values())
+    for one in found:
+        assert one["schema_version"] == "0.3.0"
+        for result in one["evaluation_results"]:
+            low, high = (
+                float(result["metric_config"][end].replace("Infinity", "inf"))
+                if isinstance(result["metric_config"][end], str)
+                else result["metric_config"][end]
+                for end in ("min_score", "max_score")
+            )
+            assert low <= result["score_details"]["score"] <= high
+            assert result["score_details"]["uncertainty"]["num_samples"] > 0
+    acc = [r for one in found for r in one["evaluation_results"] if r["metric_config"]["metric_id"] == "acc"]
+    assert all(result["score_details"]["uncertainty"]["standard_error"]["value"] >= 0 for result in acc)
