@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import socket
 import subprocess
 import sys
@@ -60,9 +61,8 @@ def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_
     assert (tmp_path / "once").exists()
     assert (failed.dtype, failed.task) == ("int2_per_token_head", "toy_b")
     assert failed.error.startswith("WorkerDiedError: it was tried 3 times, and each time its worker died: on ")
-    assert "Worker unexpectedly exits" in failed.error
-    places = [part.split(":")[0] for part in failed.error.split("on ")[1:]]
-    assert len(set(places)) == 2, "all three on one node"
+    places = re.findall(r"on (\S+): Worker unexpectedly exits", failed.error)
+    assert (len(places), len(set(places))) == (3, 2), "all three on one node"
 
 
 def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, tmp_path, toy, cluster):
@@ -108,7 +108,8 @@ def test_more_workers_than_there_is_room_for_are_refused(kvbench_in_a_cluster, t
     code, errors = ended(process, tmp_path)
 
     assert code == 4
-    assert "--workers 9: the cluster has 2 CPUs on 2 nodes, room for 2" in errors
+    # a node that another test took away may not be missed yet
+    assert re.search(r"--workers 9: the cluster has (\d) CPUs on \1 nodes, room for \1\n", errors)
 
 
 def test_doctor_says_what_a_cluster_has(kvbench_in_a_cluster, tmp_path):
