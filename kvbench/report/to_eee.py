@@ -79,6 +79,7 @@ def _evaluation(run: dict[str, Any], scheme: Sequence[str], records: Sequence[Re
         "model_info": {
             "name": model,
             "id": model,
+            "developer": model.rpartition("/")[0] or "unknown",
             "inference_engine": {
                 "name": "transformers",
                 "version": str((environment.get("versions") or {}).get("transformers") or "unknown"),
