@@ -24,6 +24,8 @@ def walk(package: str, path: Iterable[str], kind: type[T]) -> Iterator[T]:
 def find_name(text: str, names: Collection[str], what: str, others: Collection[str] = ()) -> str:
     """The one of `names` that `text` is, or that it begins where it is unique (`int2` for `int2_per_token_head`).
 
+    A whole short name (`tiers42`, and not `tiers421`) is unique.
+
     others: names of another kind that an unknown one may be meant for.
 
     Raises:
@@ -32,6 +34,7 @@ def find_name(text: str, names: Collection[str], what: str, others: Collection[s
     if text in names:
         return text
     begins = sorted(name for name in names if text and name.startswith(text))
+    begins = [name for name in begins if name.split("_per_")[0] == text] or begins
     if len(begins) == 1:
         return begins[0]
     if begins:

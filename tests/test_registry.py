@@ -30,6 +30,17 @@ def test_a_unique_beginning_is_enough(text, name):
     assert find_name(text, NAMES, "dtype") == name
 
 
+def test_a_whole_short_name_is_enough():
+    """
+    It is found where a longer short name begins with it, and that of two dtypes is neither.
+    """
+    names = ["tiers421_per_token_head", "tiers42_per_token_head"]
+    assert find_name("tiers42", names, "dtype") == names[1]
+    assert find_name("tiers421", names, "dtype") == names[0]
+    with pytest.raises(ValueError, match="'tiers4' is not unique"):
+        find_name("tiers4", names, "dtype")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -11,6 +11,7 @@ from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Side
 from kvbench_kernels.prefill import prefill
+from kvbench_kernels.tiers import Rank
 
 
 def attend(
@@ -32,6 +33,7 @@ def attend(
     v_turn: Turn | None = None,
     exact: Exact | None = None,
     center: Center | None = None,
+    rank: Rank | None = None,
 ) -> Tensor:
     """Attention outputs [T, HQ, D], in q's dtype, of a batch of prompts, chunks and single tokens.
 
@@ -52,7 +54,7 @@ def attend(
         max_seq_len = page_table.shape[1] * k.codes.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     options = {"scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    options |= {"k_turn": k_turn, "v_turn": v_turn, "exact": exact, "center": center, "out": out}
+    options |= {"k_turn": k_turn, "v_turn": v_turn, "exact": exact, "center": center, "rank": rank, "out": out}
     if qq_bias is not None:
         prefill(q, k, v, page_table, seq_lens, query_starts, qq_bias=qq_bias, **options)
         return out

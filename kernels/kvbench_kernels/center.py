@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side
+from kvbench_kernels.tiers import Rank
 from kvbench_kernels.tuning import INTERPRETED
 
 # what a query keeps beyond its first 16 bits, times this: neither part is then a subnormal number
@@ -33,8 +34,8 @@ class Center:
     page: int = 64
 
     @classmethod
-    def make(cls, offset: Tensor, turn: Turn | None = None, page: int = 64) -> Center:
-        """The offsets, and how they look to queries turned by `turn`.
+    def make(cls, offset: Tensor, turn: Turn | None = None, page: int = 64, rank: Rank | None = None) -> Center:
+        """The offsets, and how they look to queries turned by `turn`, or sorted by `rank`.
 
         Raises:
             ValueError: offsets of another shape, or that fp16 can't hold.
@@ -44,6 +45,8 @@ class Center:
         offset = turned = offset.to(torch.float32).contiguous()
         if turn is not None and turn.block > 1:
             turned = rotate(offset, turn) * (turn.write_factor / turn.read_factor)
+        if rank is not None:
+            turned = rank.rows(offset)
         largest = float(torch.maximum(offset.abs().amax(), turned.abs().amax()))
         if not largest <= LARGEST:
             raise ValueError(

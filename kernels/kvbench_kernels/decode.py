@@ -12,6 +12,7 @@ from kvbench_kernels.exact import TYPES, Exact, attend_exact, exact_bounds
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge_kernel
+from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_count, tier_field, tier_queries
 from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, together
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile
 from kvbench_kernels.unpack import (
@@ -19,6 +20,7 @@ from kvbench_kernels.unpack import (
     FLOAT,
     HALVES_BASES,
     SYMMETRIC4,
+    TIERS,
     UNSIGNED,
     channels,
     exp2,
@@ -56,6 +58,17 @@ def _prefetch_tile(
         prefetch(k_scale_ptr, base, BLOCK_N)
     if V_SCALES:
         prefetch(v_scale_ptr, base, BLOCK_N)
+
+
+@triton.jit
+def _load_queries(q_at, channel, stride_d, order_ptr, spread_ptr, of_head):
+    """[M, N] of queries at [M, 1] addresses: these places [N] of the keys' channels, times their spreads if ranked."""
+    if order_ptr is not None:
+        place = tl.load(order_ptr + of_head + channel)
+        spread = tl.load(spread_ptr + of_head + channel)
+        return tl.load(q_at + (place * stride_d)[None, :]).to(tl.float32) * spread[None, :]
+    else:
+        return tl.load(q_at + (channel * stride_d)[None, :])
 
 
 @triton.jit
@@ -135,6 +148,9 @@ def _decode_kernel(
     center_ptr,  # [pairs, stride_center, COLUMNS] float32: room for their part of the scores; or None
     center_last,  # N - 1
     stride_center,  # pages
+    k_rest_ptr,  # [P, HKV, S, words] int16: what follows the keys' words; or None
+    order_ptr,  # [HKV, D] int32: the keys' channels in another order, and their spreads; or None
+    spread_ptr,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -250,14 +266,15 @@ def _decode_kernel(
         if K_BITS == 8:
             # neighbouring channels are a word's two streams
             channel = tl.minimum(tl.arange(0, 2 * BLOCK_KW), D - 1)
-            q_all = tl.load(q_at + (channel * stride_qd)[None, :])
+            q_all = _load_queries(q_at, channel, stride_qd, order_ptr, spread_ptr, kv_head * D)
             loaded = tl.split(tl.reshape(q_all, [COLUMNS, BLOCK_KW, 2]))
         else:
             for stream in tl.static_range(K_STREAMS):
                 channel = channels(kw % K_WORDS if ABREAST > 1 else kw, stream, K_BITS, K_WORDS)
                 if BLOCK_KW != K_WORDS:
                     channel = tl.minimum(channel, D - 1)
-                loaded = loaded + (tl.load(q_at + (channel * stride_qd)[None, :]),)  # [COLUMNS, BLOCK_KW]
+                q = _load_queries(q_at, channel, stride_qd, order_ptr, spread_ptr, kv_head * D)
+                loaded = loaded + (q,)  # [COLUMNS, BLOCK_KW]
 
     # the split's tokens: whole tiles
     first = 0
@@ -423,7 +440,10 @@ def _decode_kernel(
     q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     queries = ()
     upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
-    for stream in tl.static_range(K_STREAMS):
+    if K_KIND == TIERS:
+        queries, q_offset = tier_queries(turned, q_inverse, kw, K_CODEBOOK, K_WORDS)
+        REST_WORDS: tl.constexpr = rest_count(K_CODEBOOK[0], K_WORDS)
+    for stream in tl.static_range(0 if K_KIND == TIERS else K_STREAMS):
         q = turned[stream] * q_inverse  # [COLUMNS, BLOCK_KW]
         if K_MASKED:
             # against the small units of the codes; all scores become 2^-10 of what they are
@@ -445,6 +465,8 @@ def _decode_kernel(
         score_scale *= k_factor
     if K_MASKED:
         score_scale *= 1024
+    if K_KIND == TIERS:
+        score_scale *= 1 / LOWERED
     if not HAS_SOFTCAP:
         score_scale *= _LOG2E
     if K_SCALE == 0:
@@ -471,6 +493,7 @@ def _decode_kernel(
         else:
             row = base
             row_0 = tl.split(tl.reshape(row, [ROWS, 2]))[0] if ABREAST > 1 else row  # [ROWS], where each row begins
+            row_1 = tl.split(tl.reshape(row, [ROWS, 2]))[1] if ABREAST > 1 else row
             k_at = k_ptr + (row_0 * K_WORDS)[:, None] + kw[None, :]
 
         # scores
@@ -479,9 +502,20 @@ def _decode_kernel(
         else:
             k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
         score = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if K_MASKED or K_KIND == SYMMETRIC4:
+        if K_MASKED or K_KIND == SYMMETRIC4 or K_KIND == TIERS:
             score += q_offset[None, :]
-        for stream in tl.static_range(K_STREAMS):
+        if K_KIND == TIERS:
+            # the rest of a token's channels, each beside its word
+            if S % BLOCK_N == 0:
+                beside = tl.arange(0, ROWS)[:, None] * ABREAST + (kw // K_WORDS)[None, :]
+                rest_at = k_rest_ptr + base * REST_WORDS + beside * REST_WORDS
+            else:
+                rest_at = k_rest_ptr + (tl.where((kw < K_WORDS)[None, :], row_0[:, None], row_1[:, None]) * REST_WORDS)
+            k_rest = tl.load(rest_at + (kw % REST_WORDS)[None, :])
+            for i in tl.static_range(fields(K_CODEBOOK[0])):
+                k = tier_field(k_words, k_rest, kw, i, K_CODEBOOK[0], K_WORDS, ASSEMBLY)
+                score = tl.dot(k, queries[i], score)
+        for stream in tl.static_range(0 if K_KIND == TIERS else K_STREAMS):
             if K_MASKED:
                 k = masked(k_words, stream, K_BITS, False, ASSEMBLY)
                 score = tl.dot(k, queries[stream], score)
@@ -578,7 +612,7 @@ def _decode_kernel(
                     v = unpack(v_words, None, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
                 new_acc = new_acc + (tl.dot(v, weights[i], acc[stream]),)
             acc = new_acc
-            if V_KIND == SYMMETRIC4:
+            if V_KIND == SYMMETRIC4 and V_STEP != 0.0:
                 new_acc = ()
                 for stream in tl.static_range(V_STREAMS):
                     upper = masked(v_words, stream, V_BITS, True, ASSEMBLY)
@@ -622,6 +656,7 @@ def decode(
     out: Tensor | None = None,
     exact: Exact | None = None,
     center: Center | None = None,
+    rank: Rank | None = None,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Attention outputs [T, HQ, D] of one query a sequence, each at its sequence's last position.
@@ -638,6 +673,7 @@ def decode(
     exact: the tokens that the query reads in 16 bits instead.
     center: what was subtracted from keys. All scores lack as much where it is the same for all positions, which shows
         with a softcap or sinks alone.
+    rank: how keys' channels were sorted; queries are sorted alike. Such keys are not turned.
 
     A scale that is NaN makes the outputs of the heads that read it NaN.
     """
@@ -705,6 +741,9 @@ def decode(
         center_room if center_pages else None,
         0 if center is None else center.last,
         center_pages,
+        k.following,
+        None if rank is None else rank.order,
+        None if rank is None else rank.spread,
         kv_heads,
         group,
         heads,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbench_kernels import unpack
+from kvbench_kernels.tiers import rest_words
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Layout:
     kind: one of the constants of `unpack`.
     bits: bits of one code: 16 (FLOAT), 8 (E4M3, SIGNED), 4 or 2. Codes under 8 bits are packed into 16-bit words: word
         j of W holds the codes of channels j, j+W, j+2W, ... from its low bits up.
-    codebook: SYMMETRIC4 and TABLE: the value of each code, rising.
+    codebook: SYMMETRIC4 and TABLE: the value of each code, rising. TIERS: as tiers.py says; bits are 2, as a row has
+        as many words.
     """
 
     kind: int
@@ -32,12 +34,13 @@ class Layout:
             unpack.UNSIGNED.value: (2, 4),
             unpack.SYMMETRIC4.value: (2,),
             unpack.TABLE.value: (1, 2, 4),
+            unpack.TIERS.value: (2,),
         }
         if self.bits not in allowed.get(self.kind, ()):
             raise ValueError(
                 f"no kernel decodes kind {self.kind} at {self.bits} bits; it needs {allowed.get(self.kind)}"
             )
-        if self.kind >= unpack.SYMMETRIC4.value and len(self.codebook) != 1 << self.bits:
+        if self.kind in (unpack.SYMMETRIC4.value, unpack.TABLE.value) and len(self.codebook) != 1 << self.bits:
             raise ValueError(f"a codebook of {self.bits} bits has {1 << self.bits} values, not {len(self.codebook)}")
 
     @classmethod
@@ -52,6 +55,10 @@ class Layout:
         if head_dim * self.bits % 16:
             raise ValueError(f"head_dim {head_dim} does not fill 16-bit words at {self.bits} bits")
         return head_dim * self.bits // 16
+
+    def rest_words(self, head_dim: int) -> int:
+        """16-bit words that follow them, in a piece of memory of their own: TIERS alone has such."""
+        return rest_words(int(self.codebook[0]), head_dim) if self.kind == unpack.TIERS.value else 0
 
     @property
     def unit(self) -> float:
@@ -74,18 +81,26 @@ class Side:
     """The keys or the values of one layer.
 
     codes: [P, HKV, S, code_bytes] uint8, contiguous; FLOAT: also [P, HKV, S, D] of the 16-bit type itself.
-    scale: [P, HKV, S] float32, one a row; or one float32 of no dimension for all; or None.
+    scale: [P, HKV, S] float32, one a row, or uint8 as `row_scale` has it; or one float32 of no dimension for all; or
+        None.
+    rest: [P, HKV, S, bytes] uint8, contiguous, the words that follow a row's words; or None.
     """
 
     codes: Tensor
     scale: Tensor | None
     layout: Layout
     storage: torch.dtype = torch.float16  # FLOAT: which 16-bit type the bytes are
+    rest: Tensor | None = None
 
     @property
     def words(self) -> Tensor:
         """The codes as int16 words, or as the 16-bit floats they are."""
         return self.codes.view(self.storage if self.layout.kind == unpack.FLOAT.value else torch.int16)
+
+    @property
+    def following(self) -> Tensor | None:
+        """The words that follow, as int16."""
+        return None if self.rest is None else self.rest.view(torch.int16)
 
     @property
     def scale_dims(self) -> int:
@@ -110,8 +125,14 @@ def check(q: Tensor, k: Side, v: Side) -> None:
             raise ValueError(f"{name}.codes is {list(shape)}, not [P, HKV, S, {2 * side.layout.words(head_dim)} bytes]")
         if side.scale_dims == 1 and side.scale is not None and side.scale.shape != shape[:3]:
             raise ValueError(f"{name}.scale is {list(side.scale.shape)}, not {list(shape[:3])}")
+        rest = side.layout.rest_words(head_dim)
+        found = None if side.rest is None else list(side.rest.shape)
+        if found != ([*shape[:3], 2 * rest] if rest else None):
+            raise ValueError(f"{name}.rest is {found}, not the {2 * rest} bytes a row that follow its words")
         if side.layout.kind == unpack.UNSIGNED.value and side.scale_dims != 1:
             raise ValueError(f"{name}: unsigned codes hide their zero-point in a scale a row, which is missing")
+    if v.layout.kind == unpack.TIERS.value:
+        raise ValueError("no kernel reads values in tiers, which are for keys")
     if k.codes.shape[:3] != v.codes.shape[:3]:
         raise ValueError(f"k and v differ in pages, heads or page size: {list(k.codes.shape)}, {list(v.codes.shape)}")
     if query_heads % k.codes.shape[1]:

@@ -12,9 +12,10 @@ from kvbench_kernels.center import Center, row_center_scores, scores_by_page, up
 from kvbench_kernels.exact import TYPES, Exact, attend_exact_rows, exact_start
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side, check
-from kvbench_kernels.tiles import row_scale
+from kvbench_kernels.tiers import Rank, rest_count, tier_rows, tier_steps
+from kvbench_kernels.tiles import row_scale, stack
 from kvbench_kernels.tuning import INTERPRETED, PrefillTuning, choose_prefill_tuning
-from kvbench_kernels.unpack import E4M3, FLOAT, UNSIGNED, channels, exp2, unpack
+from kvbench_kernels.unpack import E4M3, FLOAT, TIERS, UNSIGNED, channels, exp2, unpack
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # query rows of a KV head, per sequence on average, from which on a cache is first spread in memory, once for all
@@ -45,18 +46,14 @@ def _whole_rows(
             if KIND == UNSIGNED:
                 values -= zero.to(tl.float16)[:, None]  # small integers: exact
             streams = streams + (values,)
-        return tl.reshape(_stack(streams, N, W), [N, W * (16 // BITS)])
+        return tl.reshape(stack(streams, N, W), [N, W * (16 // BITS)])
 
 
 @triton.jit
-def _stack(tiles, N: tl.constexpr, W: tl.constexpr):
-    """A tuple of 2^m tiles [N, W] to [N, 2^m, W]."""
-    COUNT: tl.constexpr = len(tiles)
-    if COUNT == 1:
-        return tl.reshape(tiles[0], [N, 1, W])
-    else:
-        pair = tl.join(_stack(tiles[0::2], N, W), _stack(tiles[1::2], N, W))  # [N, COUNT / 2, W, 2]
-        return tl.reshape(tl.permute(pair, (0, 1, 3, 2)), [N, COUNT, W])
+def _load_rest(rest_ptr, row, kw, mask, CODEBOOK: tl.constexpr, WORDS: tl.constexpr):
+    """[N, W] of the words that follow: beside each word of these rows [N] the one with the bits of its channels."""
+    REST: tl.constexpr = rest_count(CODEBOOK[0], WORDS)
+    return tl.load(rest_ptr + row[:, None] * REST + (kw % REST)[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -93,6 +90,9 @@ def _spread_side(
     OFFSET_PAGE: tl.constexpr = 64,
     exact_ptr=None,
     SINKS: tl.constexpr = 0,
+    rest_ptr=None,  # [P, HKV, S, words] int16: what follows the words
+    order_ptr=None,  # [HKV, D] int32: which channel comes at each place, and its spread
+    spread_ptr=None,
 ):
     WORDS: tl.constexpr = D * BITS // 16
     BLOCK_C: tl.constexpr = BLOCK_W * (16 // BITS)
@@ -114,7 +114,11 @@ def _spread_side(
     elif SCALE == 0:
         scale *= tl.load(scale_ptr)
     # codes are small integers, and so are zero-points: exact in fp16, and so are their sums in float32
-    codes = _whole_rows(words, zero, tl.full([1, 1], STEP, tl.float16), KIND, BITS, CODEBOOK, ASSEMBLY)
+    if KIND == TIERS:
+        rest = _load_rest(rest_ptr, row, w, mask, CODEBOOK, WORDS)
+        codes = tier_rows(words, rest, w, CODEBOOK, WORDS)
+    else:
+        codes = _whole_rows(words, zero, tl.full([1, 1], STEP, tl.float16), KIND, BITS, CODEBOOK, ASSEMBLY)
     if BITS >= 8:
         if BITS == 8:
             # bytes of a word are neighbours
@@ -136,6 +140,8 @@ def _spread_side(
         values = tl.dot(codes, turn.to(codes.dtype)) * scale[:, None]
     else:
         values = codes.to(tl.float32) * scale[:, None]
+        if KIND == TIERS:
+            values *= tier_steps(c // BLOCK_W, CODEBOOK)[None, :]
     if exact_ptr is not None:  # noqa: SIM102 - a constant, and one that is none
         if block * BLOCK_N < SINKS:
             exact_at = exact_ptr + (row * D)[:, None] + channel[None, :]
@@ -149,6 +155,9 @@ def _spread_side(
         is_channel = d < D
         if signs_ptr is not None:
             values *= tl.load(signs_ptr + d, mask=is_channel, other=0.0)[None, :]
+    if order_ptr is not None:
+        values *= tl.load(spread_ptr + head * D + channel, mask=is_channel, other=0.0)[None, :]
+        channel = tl.load(order_ptr + head * D + channel, mask=is_channel, other=0)
     if offset_ptr is not None:
         of_row = (tl.minimum(token // OFFSET_PAGE, offset_last) * HKV + head) * D
         values += tl.load(offset_ptr + of_row[:, None] + channel[None, :], mask=is_channel[None, :], other=0.0)
@@ -187,6 +196,9 @@ def _spread_kernel(
     query_starts_ptr,  # [B + 1] int32 where rows are exact ones, of which not all are asked for; or None
     k_exact_ptr,  # [P, HKV, S, D] 16 bits, whose first SINKS tokens are taken instead; or None
     v_exact_ptr,
+    k_rest_ptr,  # [P, HKV, S, words] int16: what follows the keys' words; or None
+    order_ptr,  # [HKV, D] int32: the keys' channels in another order, and their spreads; or None
+    spread_ptr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -234,6 +246,7 @@ def _spread_kernel(
             k_ptr, k_scale_ptr, k_signs_ptr, page_table_ptr, k_values_ptr, k_unit_ptr, b, head, block, length, seq_len,
             k_factor, stride_table, HKV, D, S, K_KIND, K_BITS, K_CODEBOOK, K_UNIT, K_STEP, K_SCALE, K_TURN,
             BLOCK_N, BLOCK_KW, BLOCK_D, ASSEMBLY, offset_ptr, offset_last, OFFSET_PAGE, k_exact_ptr, SINKS,
+            k_rest_ptr, order_ptr, spread_ptr,
         )  # fmt: skip
     else:
         _spread_side(
@@ -278,6 +291,9 @@ def _prefill_kernel(
     center_ptr,  # [HKV, N, T, GROUP] float32: queries times the pages' centres, scaled; or None
     center_last,  # N - 1
     center_rows,  # T * GROUP
+    k_rest_ptr,  # [P, HKV, S, words] int16: what follows the keys' words; or None
+    order_ptr,  # [HKV, D] int32: the keys' channels in another order, and their spreads; or None
+    spread_ptr,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -368,13 +384,22 @@ def _prefill_kernel(
         k_channel = channels(kd % BLOCK_KW, kd // BLOCK_KW, K_BITS, K_WORDS)
     q_mask = is_row[:, None] & (kd % BLOCK_KW < K_WORDS)[None, :]
     q_at = q_ptr + ((query_start + query).to(tl.int64) * stride_qt + head * stride_qh)[:, None]
-    q = tl.load(q_at + (k_channel * stride_qd)[None, :], mask=q_mask, other=0.0).to(tl.float32)
+    place = k_channel
+    if order_ptr is not None:
+        is_place = kd % BLOCK_KW < K_WORDS
+        place = tl.load(order_ptr + kv_head * D + k_channel, mask=is_place, other=0)
+    q = tl.load(q_at + (place * stride_qd)[None, :], mask=q_mask, other=0.0).to(tl.float32)
+    if order_ptr is not None:
+        q *= tl.load(spread_ptr + kv_head * D + k_channel, mask=is_place, other=0.0)[None, :]
     exponent = tl.minimum(tl.maximum((tl.max(tl.abs(q)).to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     if CENTER == 1:
         q_upper, q_lower = upper_and_lower(q)
     if EXACT:
         q_exact = q.to(K_EXACT_TYPE)
+    if K_KIND == TIERS:
+        # a code's step is its query's; none is as much as 2
+        q *= tier_steps(kd // BLOCK_KW, K_CODEBOOK)[None, :]
     q = q.to(k_type)  # [BLOCK_M, BLOCK_KD]
 
     score_scale = scale * (exponent << 23).to(tl.float32, bitcast=True)
@@ -505,7 +530,11 @@ def _prefill_kernel(
                     else:
                         k_stored = tl.load(k_scale_ptr + base + line)
                     k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-                k = _whole_rows(k_words, k_zero, k_step, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
+                if K_KIND == TIERS:
+                    k_rest = _load_rest(k_rest_ptr, base + line, kw, (kw < K_WORDS)[None, :], K_CODEBOOK, K_WORDS)
+                    k = tier_rows(k_words, k_rest, kw, K_CODEBOOK, K_WORDS)
+                else:
+                    k = _whole_rows(k_words, k_zero, k_step, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
             score = tl.dot(q, tl.trans(k))
             # `factor` waits for the subtraction of the maximum: one instruction for both
             factor = score_scale
@@ -626,13 +655,15 @@ def _spread(
     values: Tensor,
     units: Tensor,
     center: Center | None,
+    rank: Rank | None,
     exact: Exact | None,
     query_starts: Tensor | None = None,
 ) -> None:
     """Writes a batch's keys and values in fp16, turned back, in the order of their tokens.
 
     values: [2, B, HKV, length, D] fp16, keys and values.  units: [2, B, HKV, blocks] float32, of a block's tokens each.
-    center: is added back to the keys.  exact: has the first tokens, which every query reads in 16 bits.
+    center: is added back to the keys, which `rank` had sorted.  exact: has the first tokens, which every query reads in
+        16 bits.
     query_starts: k and v are the exact rows themselves, and those are left out that no query reads.
     """
     page_size = k.codes.shape[2]
@@ -660,6 +691,9 @@ def _spread(
         None if center is None else center.last,
         query_starts,
         *((None, None) if with_sinks is None else (with_sinks.k, with_sinks.v)),
+        k.following,
+        None if rank is None else rank.order,
+        None if rank is None else rank.spread,
         kv_heads,
         head_dim,
         page_size,
@@ -698,6 +732,7 @@ def prefill(
     v_turn: Turn | None = None,
     exact: Exact | None = None,
     center: Center | None = None,
+    rank: Rank | None = None,
     tuning: PrefillTuning | None = None,
 ) -> None:
     """Causal attention outputs of every sequence's queries, its last tokens, into out [T, HQ, D].
@@ -746,9 +781,9 @@ def prefill(
         units = torch.empty(shape, dtype=torch.float32, device=q.device)
         values = torch.empty(*shape[:-1], length, head_dim, dtype=torch.float16, device=q.device)
         turns = (page_table, seq_lens, k_turn, v_turn)
-        _spread(k, v, *turns, values[:, 0], units[:, 0], center, exact)
+        _spread(k, v, *turns, values[:, 0], units[:, 0], center, rank, exact)
         if exact is not None and has_recent:
-            _spread(*exact.sides, *turns, values[:, 1], units[:, 1], center, exact, query_starts)
+            _spread(*exact.sides, *turns, values[:, 1], units[:, 1], center, rank, exact, query_starts)
         else:
             exact = None
         exact_args, rows_all = (None, None), seq_lens.shape[0] * kv_heads * length
@@ -759,7 +794,7 @@ def prefill(
         block = [tuning.block_n, max(16, triton.next_power_of_2(head_dim))]
         k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in values)
         k_scale, v_scale = units
-        center = None  # keys have it again
+        center = rank = None  # keys are again as they were
         target = out
     else:
         length = rows_all = 0
@@ -797,6 +832,9 @@ def prefill(
         by_page,
         0 if by_page is None else by_page.shape[1] - 1,
         0 if by_page is None else tokens * group,
+        None if spread else k.following,
+        None if rank is None else rank.order,
+        None if rank is None else rank.spread,
         kv_heads,
         group,
         head_dim,

@@ -13,6 +13,8 @@ from kvbench_kernels.center import Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn, butterfly, span
 from kvbench_kernels.layout import Side
+from kvbench_kernels.tiers import Rank, search, store_tiers
+from kvbench_kernels.tiles import sum_by_halves
 from kvbench_kernels.tuning import INTERPRETED
 
 # how a row becomes codes
@@ -22,6 +24,7 @@ ROUND_E4M3_ROW = tl.constexpr(2)  # x * (1 / s), s = absmax / 448
 ROUND_INT8_ROW = tl.constexpr(3)  # x * (1 / s), s = absmax / 127
 ROUND_UNSIGNED_ROW = tl.constexpr(4)  # x / s + zero, s = (max - min) / largest code
 ROUND_NORM4_ROW = tl.constexpr(5)  # cut at 0 and ±threshold norms, s = norm / sqrt(D)
+ROUND_SEARCH_ROW = tl.constexpr(6)  # uniform codes without a zero, s searched: see tiers.search
 
 _SMALLEST = tl.constexpr(1e-6)
 # rows of ROUND_NORM4_ROW with a value of _LARGE or more are shrunk before they are squared
@@ -32,10 +35,14 @@ _MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 @dataclass(frozen=True)
 class Rounding:
-    """kind: one of the constants above.  threshold: ROUND_NORM4_ROW's, for a row of unit variance."""
+    """kind: one of the constants above.  threshold: ROUND_NORM4_ROW's, for a row of unit variance.
+
+    tiers: ROUND_SEARCH_ROW's widths and steps, as a layout of TIERS has them in its codebook.
+    """
 
     kind: int
     threshold: float = 0.0
+    tiers: tuple[float, ...] = ()
 
 
 @triton.jit
@@ -63,8 +70,11 @@ def _store_side(
     x_ptr,
     signs_ptr,
     codes_ptr,
+    rest_ptr,
     scale_ptr,
     offset_ptr,
+    order_ptr,  # [HKV, D] int32: which channel comes at each place, and one over its spread; or None
+    inverse_ptr,
     page,  # [BLOCK_R], which offset is subtracted from each row; or None: the first
     exact_ptr,
     token,
@@ -83,21 +93,27 @@ def _store_side(
     THRESHOLD: tl.constexpr,
     ROOT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    TIERS: tl.constexpr,
 ):
     """Rows of x, of one head, into the cache's rows `to`, those at -1 skipped."""
     COUNT: tl.constexpr = D // SPAN
     inside = to >= 0
     d = tl.arange(0, SPAN)[None, :]
     if offset_ptr is not None:
-        offset_at = offset_ptr + head * D + d
+        offset_at = offset_ptr + head * D
         if page is not None:
             offset_at += (page * (HKV * D))[:, None]
     at = x_ptr + (token * stride_t + head * stride_h)[:, None]
     x = ()
     for i in tl.static_range(COUNT):
-        tile = tl.load(at + (i * SPAN + d) * stride_d, mask=inside[:, None], other=0.0).to(tl.float32)
+        channel = i * SPAN + d
+        if order_ptr is not None:
+            channel = tl.load(order_ptr + head * D + channel)
+        tile = tl.load(at + channel * stride_d, mask=inside[:, None], other=0.0).to(tl.float32)
         if offset_ptr is not None:
-            tile -= tl.load(offset_at + i * SPAN)
+            tile -= tl.load(offset_at + channel)
+        if order_ptr is not None:
+            tile *= tl.load(inverse_ptr + head * D + i * SPAN + d)
         if signs_ptr is not None:
             tile *= tl.load(signs_ptr + i * SPAN + d)
         x = x + (tile,)  # [BLOCK_R, SPAN]
@@ -147,20 +163,7 @@ def _store_side(
         squares = ()
         for i in tl.static_range(COUNT):
             squares = squares + (x[i] * x[i],)
-        for m in tl.static_range(9, -1, -1):
-            if 1 << m < len(squares):
-                halved = ()
-                for i in tl.static_range(1 << m):
-                    if i + (1 << m) < len(squares):
-                        halved = halved + (squares[i] + squares[i + (1 << m)],)
-                    else:
-                        halved = halved + (squares[i],)
-                squares = halved
-        total = squares[0]
-        for m in tl.static_range(3, -1, -1):
-            if 1 << m < SPAN:
-                total = tl.sum(tl.reshape(total, [total.shape[0], 2, 1 << m]), axis=1)
-        total = tl.reshape(total, [total.shape[0]])
+        total = sum_by_halves(squares)
         if CAN_BE_LARGE:
             norm = tl.sqrt_rn(tl.where(large, total, total + 1e-12))
         else:
@@ -168,6 +171,9 @@ def _store_side(
         scale = tl.div_rn(norm, ROOT)
 
     # the codes
+    if ROUND == ROUND_SEARCH_ROW:
+        codes, scale_code = search(x, TIERS, D)
+        tl.store(scale_ptr + to, scale_code.to(tl.uint8), mask=inside)
     if ROUND == ROUND_E4M3:
         scale = tl.full([token.shape[0]], 1.0, tl.float32)
         if HAS_SCALE:
@@ -184,6 +190,10 @@ def _store_side(
         for i in tl.static_range(COUNT):
             to_at = codes_ptr + (to * D)[:, None] + i * SPAN + d
             tl.store(to_at, x[i].to(codes_ptr.dtype.element_ty), mask=inside[:, None])
+    elif rest_ptr is not None:
+        store_tiers(codes, codes_ptr, rest_ptr, to, TIERS, D * BITS // 16)
+    elif ROUND == ROUND_SEARCH_ROW:
+        _store_words(codes, codes_ptr, to, D, BITS)
     else:
         if ROUND != ROUND_E4M3:
             # a row without a finite scale reads back as NaN throughout
@@ -209,13 +219,7 @@ def _store_side(
             for i in tl.static_range(COUNT):
                 tl.store(codes_ptr + (to * D)[:, None] + i * SPAN + d, codes[i].to(tl.int8), mask=inside[:, None])
         else:
-            # word j of W takes the codes of channels j, j+W, j+2W, ...
-            WORDS: tl.constexpr = D * BITS // 16
-            for i in tl.static_range(WORDS // SPAN):
-                word = codes[i]
-                for stream in tl.static_range(1, 16 // BITS):
-                    word = word | (codes[i + stream * (WORDS // SPAN)] << (stream * BITS))
-                tl.store(codes_ptr + (to * WORDS)[:, None] + i * SPAN + d, word.to(tl.int16), mask=inside[:, None])
+            _store_words(codes, codes_ptr, to, D, BITS)
         if ROUND != ROUND_E4M3:
             if ROUND == ROUND_UNSIGNED_ROW:
                 bits = (scale.to(tl.int32, bitcast=True) & ~((1 << BITS) - 1)) | zero.to(tl.int32)
@@ -223,6 +227,19 @@ def _store_side(
             if ROUND == ROUND_NORM4_ROW and CAN_BE_LARGE:
                 scale = tl.where(large, tl.minimum(scale * (1.0 / _SHRINK), _MAX), scale)
             tl.store(scale_ptr + to, tl.where(whole, scale, float("nan")), mask=inside)
+
+
+@triton.jit
+def _store_words(codes, codes_ptr, to, D: tl.constexpr, BITS: tl.constexpr):
+    """Word j of W takes the codes of channels j, j+W, j+2W, ..., and goes to the cache's rows `to`, but those at -1."""
+    SPAN: tl.constexpr = codes[0].shape[1]
+    WORDS: tl.constexpr = D * BITS // 16
+    d = tl.arange(0, SPAN)[None, :]
+    for i in tl.static_range(WORDS // SPAN):
+        word = codes[i]
+        for stream in tl.static_range(1, 16 // BITS):
+            word = word | (codes[i + stream * (WORDS // SPAN)] << (stream * BITS))
+        tl.store(codes_ptr + (to * WORDS)[:, None] + i * SPAN + d, word.to(tl.int16), mask=(to >= 0)[:, None])
 
 
 @triton.jit
@@ -246,6 +263,9 @@ def _store_kernel(
     positions_ptr,  # [T] int64, which offset is meant; or None: the first
     k_exact_ptr,  # [P, HKV, S, D]: the rows in 16 bits too, or None
     v_exact_ptr,
+    k_rest_ptr,  # [P, HKV, S, words] int16: what follows the keys' words, or None
+    order_ptr,  # [HKV, D] int32: the keys' channels in another order, and one over their spreads; or None
+    inverse_ptr,
     offset_last,  # N - 1
     tokens,  # T
     k_factor,
@@ -266,12 +286,14 @@ def _store_kernel(
     K_BITS: tl.constexpr,
     K_THRESHOLD: tl.constexpr,
     K_HAS_SCALE: tl.constexpr,
+    K_TIERS: tl.constexpr,
     V_BLOCK: tl.constexpr,
     V_SPAN: tl.constexpr,
     V_ROUND: tl.constexpr,
     V_BITS: tl.constexpr,
     V_THRESHOLD: tl.constexpr,
     V_HAS_SCALE: tl.constexpr,
+    V_TIERS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     OFFSET_PAGE: tl.constexpr = 64,
 ):
@@ -287,15 +309,15 @@ def _store_kernel(
     to = tl.where(slot >= 0, (slot // S * HKV + head) * S + slot % S, -1)
     if tl.program_id(1) == 0:
         _store_side(
-            k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, offset_ptr, page, k_exact_ptr, token, head, to,
-            stride_kt, stride_kh, stride_kd, k_factor, HKV, D,
-            K_BLOCK, K_SPAN, K_ROUND, K_BITS, K_THRESHOLD, ROOT, K_HAS_SCALE,
+            k_ptr, k_signs_ptr, k_codes_ptr, k_rest_ptr, k_scale_ptr, offset_ptr, order_ptr, inverse_ptr, page,
+            k_exact_ptr, token, head, to, stride_kt, stride_kh, stride_kd, k_factor, HKV, D,
+            K_BLOCK, K_SPAN, K_ROUND, K_BITS, K_THRESHOLD, ROOT, K_HAS_SCALE, K_TIERS,
         )  # fmt: skip
     else:
         _store_side(
-            v_ptr, v_signs_ptr, v_codes_ptr, v_scale_ptr, None, None, v_exact_ptr, token, head, to,
-            stride_vt, stride_vh, stride_vd, v_factor, HKV, D,
-            V_BLOCK, V_SPAN, V_ROUND, V_BITS, V_THRESHOLD, ROOT, V_HAS_SCALE,
+            v_ptr, v_signs_ptr, v_codes_ptr, None, v_scale_ptr, None, None, None, None,
+            v_exact_ptr, token, head, to, stride_vt, stride_vh, stride_vd, v_factor, HKV, D,
+            V_BLOCK, V_SPAN, V_ROUND, V_BITS, V_THRESHOLD, ROOT, V_HAS_SCALE, V_TIERS,
         )  # fmt: skip
 
 
@@ -311,13 +333,15 @@ def store(
     k_turn: Turn | None = None,
     v_turn: Turn | None = None,
     center: Center | None = None,
+    rank: Rank | None = None,
     positions: Tensor | None = None,
     exact: Exact | None = None,
 ) -> None:
     """Turn, quantize and write new tokens.
 
     k, v: [T, HKV, D], any strides.  slot_mapping: [T] int64, page * S + offset; -1 skips the token.
-    center: is subtracted from keys before they are turned.  positions: [T] int64, where its offsets differ by page.
+    center: is subtracted from keys before they are turned, or sorted by `rank`.
+    positions: [T] int64, where its offsets differ by page.
     exact: gets the same rows, turned, in 16 bits.
 
     A row with NaN or ±inf gets codes 0 and the scale NaN, where rows have scales.
@@ -349,6 +373,9 @@ def store(
         positions if by_page else None,
         None if exact is None else exact.k,
         None if exact is None else exact.v,
+        k_side.following,
+        None if rank is None else rank.order,
+        None if rank is None else rank.inverse,
         center.last if center is not None and by_page else 0,
         tokens,
         k_turn.write_factor,
@@ -374,7 +401,7 @@ def _codes(side: Side) -> Tensor:
 
 
 def _constants(side: Side, rounding: Rounding, turn: Turn, head_dim: int) -> tuple[object, ...]:
-    """The kernel's constants BLOCK, SPAN, ROUND, BITS, THRESHOLD and HAS_SCALE."""
+    """The kernel's constants BLOCK, SPAN, ROUND, BITS, THRESHOLD, HAS_SCALE and TIERS."""
     bits = side.layout.bits
     tile = span(side.layout.words(head_dim) if bits < 8 else head_dim)
-    return turn.block, tile, rounding.kind, bits, rounding.threshold, side.scale is not None
+    return turn.block, tile, rounding.kind, bits, rounding.threshold, side.scale is not None, rounding.tiers

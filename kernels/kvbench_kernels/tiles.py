@@ -8,7 +8,14 @@ from kvbench_kernels.unpack import UNSIGNED
 
 @triton.jit
 def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr):
-    """The scale of one stream unit and the zero-point in streams, both [N] float32, of the rows' stored scales."""
+    """The scale of one stream unit and the zero-point in streams, both [N] float32, of the rows' stored scales.
+
+    Scales of 8 bits are e5m3: five bits of exponent, three of mantissa, 255 for NaN.
+    """
+    if stored.dtype == tl.uint8:
+        code = stored.to(tl.int32)
+        stored = ((code + ((127 - 21) << 3)) << 20).to(tl.float32, bitcast=True)
+        stored = tl.where(code == 255, float("nan"), stored)
     if KIND == UNSIGNED:
         bits = stored.to(tl.int32, bitcast=True)
         low: tl.constexpr = (1 << BITS) - 1
@@ -69,3 +76,37 @@ def by_column(x, ABREAST: tl.constexpr, BLOCK_G: tl.constexpr):
         ROWS: tl.constexpr = x.shape[0] // ABREAST
         x = tl.broadcast_to(tl.reshape(x, [ROWS, ABREAST, 1]), [ROWS, ABREAST, BLOCK_G])
         return tl.reshape(x, [ROWS, ABREAST * BLOCK_G])
+
+
+@triton.jit
+def stack(tiles, N: tl.constexpr, W: tl.constexpr):
+    """A tuple of 2^m tiles [N, W] to [N, 2^m, W]."""
+    COUNT: tl.constexpr = len(tiles)
+    if COUNT == 1:
+        return tl.reshape(tiles[0], [N, 1, W])
+    else:
+        pair = tl.join(stack(tiles[0::2], N, W), stack(tiles[1::2], N, W))  # [N, COUNT / 2, W, 2]
+        return tl.reshape(tl.permute(pair, (0, 1, 3, 2)), [N, COUNT, W])
+
+
+@triton.jit
+def sum_by_halves(tiles):
+    """[R] of a tuple of [R, SPAN] tiles that follow each other along a row: the first half plus the second, and again.
+
+    That is the definition's order of a sum, where a row is no power of two with zeros behind it.
+    """
+    for m in tl.static_range(9, -1, -1):
+        if 1 << m < len(tiles):
+            halved = ()
+            for i in tl.static_range(1 << m):
+                if i + (1 << m) < len(tiles):
+                    halved = halved + (tiles[i] + tiles[i + (1 << m)],)
+                else:
+                    halved = halved + (tiles[i],)
+            tiles = halved
+    total = tiles[0]
+    SPAN: tl.constexpr = tiles[0].shape[1]
+    for m in tl.static_range(3, -1, -1):
+        if 1 << m < SPAN:
+            total = tl.sum(tl.reshape(total, [total.shape[0], 2, 1 << m]), axis=1)
+    return tl.reshape(total, [total.shape[0]])

@@ -23,6 +23,7 @@ SIGNED = tl.constexpr(2)  # two signed bytes
 UNSIGNED = tl.constexpr(3)  # unsigned codes of 2 or 4 bits, each row with a zero-point
 SYMMETRIC4 = tl.constexpr(4)  # 2-bit indices of four values that lie symmetrically about 0
 TABLE = tl.constexpr(5)  # indices of any other codebook
+TIERS = tl.constexpr(6)  # slices of channels with codes of their own width: see tiers.py
 
 
 def _pair(value: float) -> str:

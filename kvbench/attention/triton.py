@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -10,13 +11,15 @@ from kvbench_kernels.center import Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Layout, Side
+from kvbench_kernels.tiers import Rank
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
-from kvbench.dtypes import Affine, Cast, Codebook, Dtype
+from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Tiers
+from kvbench.dtypes.base import STEPS
 from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
@@ -39,6 +42,7 @@ _ROUNDINGS = {
     "int8_per_token_head": store.Rounding(store.ROUND_INT8_ROW.value),
     "int4_per_token_head": store.Rounding(store.ROUND_UNSIGNED_ROW.value),
     "int2_per_token_head": store.Rounding(store.ROUND_NORM4_ROW.value, THRESHOLD),
+    "midrise2_per_token_head": store.Rounding(store.ROUND_SEARCH_ROW.value, tiers=(22222222, 1.0, 1.0, 1.0, 1.0)),
 }
 
 
@@ -72,6 +76,7 @@ def attend(
         v_turn=_turn(values),
         exact=None if exact is None or window is None else _exact(exact, layer, window),
         center=center(keys),
+        rank=rank(keys),
     )
     return out
 
@@ -104,6 +109,7 @@ def append(
         k_turn=_turn(keys),
         v_turn=_turn(values),
         center=center(keys),
+        rank=rank(keys),
         positions=positions,
         exact=None if exact is None else _exact(exact, layer, WRITTEN),
     )
@@ -121,6 +127,9 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) ->
             rounding(dtype)
         for side in scheme.all_sides:
             turn(side, MULTIPLE, device)
+        for value in (scheme.value, *(layer.value for layer in scheme.layers)):
+            if value is not None and isinstance(value.dtype.decode, Tiers):
+                raise ValueError(f"no kernel reads values as {value.dtype.name}, which is for keys; the reference does")
     except ValueError as error:
         return str(error)
     return ""
@@ -132,7 +141,9 @@ def side(plane: Plane) -> Side:
     if made is None:
         storage = plane.dtype.decode.storage if isinstance(plane.dtype.decode, Cast) else None
         scale = plane.scale if plane.scale is not None else plane.tensor_scale
-        made = plane.launched["side"] = Side(plane.codes, scale, layout(plane.dtype), storage or torch.float16)
+        words = layout(plane.dtype)
+        made = Side(plane.codes, scale, words, storage or torch.float16, plane.rest)
+        plane.launched["side"] = made
     return made
 
 
@@ -161,6 +172,8 @@ def layout(dtype: Dtype) -> Layout:
         return Layout(unpack.E4M3.value, 8)
     if decode == Affine("none") and dtype.code_bits == 8:
         return Layout(unpack.SIGNED.value, 8)
+    if isinstance(decode, Tiers):
+        return Layout(unpack.TIERS.value, 2, _tiers(decode.widths))
     if dtype.code_bits < 8 and dtype.word_bits == 16:
         if decode == Affine("in_scale"):
             return Layout(unpack.UNSIGNED.value, dtype.code_bits)
@@ -175,9 +188,16 @@ def rounding(dtype: Dtype) -> store.Rounding:
     Raises:
         ValueError: it does not.
     """
+    if isinstance(dtype.decode, Tiers):
+        return store.Rounding(store.ROUND_SEARCH_ROW.value, tiers=_tiers(dtype.decode.widths))
     if dtype.name not in _ROUNDINGS:
         raise ValueError(f"no kernel rounds to {dtype.name}: append through PagedCache.append")
     return _ROUNDINGS[dtype.name]
+
+
+def _tiers(widths: tuple[int, ...], steps: Mapping[int, float] = STEPS) -> tuple[float, ...]:
+    """Widths and steps as kernels take them."""
+    return int("".join(map(str, widths))), *(steps[bits] for bits in (1, 2, 3, 4))
 
 
 @lru_cache(maxsize=64)
@@ -204,10 +224,25 @@ def center(keys: Plane) -> Center | None:
         offset = None if lowered.offset is None else lowered.offset.to(device)
         if offset is not None:
             by_page = offset if offset.dim() == 3 else offset[None]
-            _CENTERS[keys.codes] = Center.make(by_page, turn(keys.side, keys.head_dim, device), POSITIONS)
+            _CENTERS[keys.codes] = Center.make(by_page, turn(keys.side, keys.head_dim, device), POSITIONS, rank(keys))
         else:
             _CENTERS[keys.codes] = None
     found: Center | None = _CENTERS[keys.codes]
+    return found
+
+
+def rank(keys: Plane) -> Rank | None:
+    """How the transforms sort a layer's key channels, as they learned it; None where they do not."""
+    if not any(keys.params):
+        return None
+    if "rank" not in keys.launched:
+        lowered = keys.side.lower(keys.head_dim, keys.params)
+        assert lowered is not None, "`turn` refuses it"
+        keys.launched["rank"] = None
+        if lowered.order is not None and lowered.spread is not None:
+            device = keys.codes.device
+            keys.launched["rank"] = Rank.make(lowered.order.to(device), lowered.spread.to(device))
+    found: Rank | None = keys.launched["rank"]
     return found
 
 

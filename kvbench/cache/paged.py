@@ -28,7 +28,7 @@ class Plane:
     """The stored keys, or the stored values, of one layer.
 
     params: what the side's transforms learned of the layer.
-    codes: [P, HKV, S, code_bytes] uint8.
+    codes: [P, HKV, S, word_bytes] uint8. rest: [P, HKV, S, bytes] uint8, what of codes follows these; None if nothing.
     scale: [P, HKV, S, *scales_shape], or [P, HKV, *scales_shape] where pages are quantized whole; None for no scale.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
     launched: what an implementation made of this plane once, by name; for as long as its tensors are these.
@@ -40,6 +40,7 @@ class Plane:
     codes: Tensor
     scale: Tensor | None
     tensor_scale: Tensor | None
+    rest: Tensor | None = None
     launched: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -47,10 +48,25 @@ class Plane:
         """What its rows become."""
         return self.side.dtype
 
+    def rows(self, pages: Tensor) -> Rows:
+        """The stored rows [N, HKV, S] of these pages [N]."""
+        codes = self.codes[pages]
+        if self.rest is not None:
+            codes = torch.cat([codes, self.rest[pages]], dim=-1)
+        return Rows(codes, None if self.scale is None else self.scale[pages])
+
+    @property
+    def row_bytes(self) -> Tensor:
+        """[P, HKV, S, bytes] uint8: all that rows are, one after the other."""
+        parts = [self.codes, *(x for x in (self.rest,) if x is not None)]
+        if self.scale is not None:
+            parts.append(self.scale.view(*self.codes.shape[:3], -1).view(torch.uint8))
+        return torch.cat(parts, dim=-1)
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(t.nbytes for t in (self.codes, self.scale, self.tensor_scale) if t is not None)
+        return sum(t.nbytes for t in (self.codes, self.rest, self.scale, self.tensor_scale) if t is not None)
 
 
 def unlearned(scheme: Scheme, layers: int) -> Learned:
@@ -120,7 +136,10 @@ class PagedCache:
                 dtype, heads, head_dim = kind
                 members = [i for i, other in enumerate(kinds) if other == kind]
                 shape: tuple[int, ...] = (len(members), pages, heads, page_size)
-                codes = torch.empty(*shape, dtype.code_bytes(head_dim), dtype=torch.uint8, device=device)
+                words, rest = dtype.word_bytes(head_dim), None
+                codes = torch.empty(*shape, words, dtype=torch.uint8, device=device)
+                if more := dtype.code_bytes(head_dim) - words:
+                    rest = torch.empty(*shape, more, dtype=torch.uint8, device=device)
                 scales = None
                 if (scales_shape := dtype.scales_shape(head_dim)) is not None:
                     shape = shape[: 3 if dtype.page_tokens else 4]
@@ -130,11 +149,12 @@ class PagedCache:
                     scale = None if scales is None else scales[i]
                     one = torch.ones((), device=device) if dtype.granularity == "per_tensor" else None
                     known = tuple({n: t.to(device) for n, t in params.items()} for params in learned[layer][which])
-                    own.append(Plane(sides[layer], known, head_dim, codes[i], scale, one))
+                    behind = None if rest is None else rest[i]
+                    own.append(Plane(sides[layer], known, head_dim, codes[i], scale, one, behind))
                     found[layer] = own[-1]
-                self._stacks.append(_Stack(codes, "codes", own))
-                if scales is not None:
-                    self._stacks.append(_Stack(scales, "scale", own))
+                for name, tensor in (("codes", codes), ("rest", rest), ("scale", scales)):
+                    if tensor is not None:
+                        self._stacks.append(_Stack(tensor, name, own))
             return [plane for plane in found if plane is not None]
 
         self.keys, self.values = planes(0), planes(1)
@@ -151,7 +171,7 @@ class PagedCache:
         A scale that a whole layer shares belongs to no token and is left out.
         """
         planes = [*self.keys, *self.values]
-        pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.scale) if t is not None)
+        pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.rest, plane.scale) if t is not None)
         return pages / (self.pages * self.page_size)
 
     def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, positions: Tensor | None = None) -> None:
@@ -172,7 +192,10 @@ class PagedCache:
             if plane.dtype.page_tokens:
                 continue
             rows = plane.dtype.quantize(plane.side.apply(x, plane.params, positions), plane.tensor_scale)
-            plane.codes[page, :, offset] = rows.codes
+            words = plane.codes.shape[-1]
+            plane.codes[page, :, offset] = rows.codes[..., :words]
+            if plane.rest is not None:
+                plane.rest[page, :, offset] = rows.codes[..., words:]
             if plane.scale is not None:
                 assert rows.scale is not None
                 plane.scale[page, :, offset] = rows.scale
@@ -219,9 +242,7 @@ class PagedCache:
         pages: [N] int64. Returns k, v: [N, HKV, S, D], computed in `dtype`; slots never written hold anything.
         """
         k, v = (
-            plane.dtype.dequantize(
-                Rows(plane.codes[pages], None if plane.scale is None else plane.scale[pages]), dtype, plane.tensor_scale
-            )
+            plane.dtype.dequantize(plane.rows(pages), dtype, plane.tensor_scale)
             for plane in (self.keys[layer], self.values[layer])
         )
         return k, v

@@ -203,6 +203,10 @@ class Dtype:
         self.check_head_dim(head_dim)
         return head_dim * self.code_bits // 8
 
+    def word_bytes(self, head_dim: int) -> int:
+        """Those of them that a cache keeps in one piece of memory; the rest of a row's lie in another."""
+        return self.code_bytes(head_dim)
+
     @property
     def scale_storage(self) -> torch.dtype:
         """The type of stored scales."""

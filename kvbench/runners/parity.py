@@ -72,10 +72,7 @@ def _compare(loaded: TransformersModel, scheme: Scheme, exact: list[list[torch.T
             (caches[0].keys[0], caches[0].values[0]), (caches[1].keys[0], caches[1].values[0]), strict=True
         ):
             # [tokens, HKV]: pages are in order, so slot t is token t
-            wrong = (a.codes.cpu() != b.codes).any(-1).transpose(1, 2).flatten(0, 1)[: len(k)]
-            if a.scale is not None and b.scale is not None:
-                other = a.scale.cpu().view(torch.int32) != b.scale.view(torch.int32)
-                wrong |= other.transpose(1, 2).flatten(0, 1)[: len(k)]
+            wrong = (a.row_bytes.cpu() != b.row_bytes).any(-1).transpose(1, 2).flatten(0, 1)[: len(k)]
             rows += wrong.numel()
             wrong_rows += int(wrong.sum())
             if first is None and bool(wrong.any()):

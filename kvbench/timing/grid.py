@@ -276,7 +276,8 @@ def _gate_write(work: Work) -> tuple[float, str]:
         want.append(0, work.k.cpu(), work.v.cpu(), slots.cpu(), positions.cpu())
         page, offset = slots.cpu() // want.page_size, slots.cpu() % want.page_size
         for expected, plane in ((want.keys[0], cache.keys[0]), (want.values[0], cache.values[0])):
-            for a, b in ((expected.codes, plane.codes), (expected.scale, plane.scale)):
+            pairs = (expected.codes, plane.codes), (expected.rest, plane.rest), (expected.scale, plane.scale)
+            for a, b in pairs:
                 if a is not None and b is not None:
                     differs = a[page, :, offset] != b.cpu()[page, :, offset]
                     wrong, total = wrong + int(differs.sum()), total + differs.numel()

@@ -18,7 +18,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
-from kvbench.dtypes import Rows
 from kvbench.dtypes.seed import export_rows
 from kvbench.schemes import Scheme
 from kvbench.timing.work import Work
@@ -236,7 +235,7 @@ def _vllm_cache(work: Work) -> dict[str, Any]:
 
 def _exported(plane: Plane, pages: Tensor) -> Tensor:
     assert plane.scale is not None
-    rows = Rows(plane.codes[pages], plane.scale[pages])
+    rows = plane.rows(pages)
     (rotation,) = plane.side.transforms or (all_rotations()["none"],)
     assert isinstance(rotation, Rotation), "VLLM_SCHEMES has no other"
     return export_rows(rows, plane.dtype, rotation, plane.head_dim)

@@ -71,6 +71,7 @@ class Sample:
 class Lowered:
     """A transform as kernels take it: y = 2^-exponent H (signs ∘ (x - offset)), H of blocks of `block` values.
 
+    order, spread: [HKV, D]; or, without a matrix, y = (x - offset)[order] / spread.
     signs: [D] float32 of ±1, or None. offset: [HKV, D] float32, or [pages of 64 positions, HKV, D], or None; an offset
     by page also adds q·offset[page] to the scores of a page's keys.
     """
@@ -79,14 +80,16 @@ class Lowered:
     exponent: int = 0
     signs: Tensor | None = None
     offset: Tensor | None = None
+    order: Tensor | None = None
+    spread: Tensor | None = None
 
     def then(self, other: Lowered) -> Lowered | None:
         """Both, one after the other; None where that has another form."""
-        if self.block == 1:
+        if self.block == 1 and self.order is None:
             if other.offset is None:
                 return replace(other, offset=self.offset)
             return other if self.offset is None else None
-        return self if other.block == 1 and other.offset is None else None
+        return self if other.block == 1 and other.offset is None and other.order is None else None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class Rank(Transform):
         return q.gather(-1, order.expand(q.shape)) * spread.to(q.dtype)
 
     def lower(self, head_dim: int, params: Params = NOTHING) -> Lowered | None:
-        return None
+        none = torch.zeros(1, head_dim, dtype=torch.int64)
+        return Lowered(order=params.get("order", none), spread=params.get("spread", none.to(torch.float32) + 1))
 
 
 def _mean_square(x: Tensor) -> Tensor:

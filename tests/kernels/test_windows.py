@@ -88,7 +88,8 @@ class Case:
         codes = torch.full((*shape, dtype.code_bytes(self.head_dim)), 0xFF, dtype=torch.uint8, device=self.device)
         scale = None
         if dtype.granularity == "per_token_head":
-            scale = torch.full(shape, math.nan, device=self.device)
+            broken = torch.full((*shape, dtype.scale_storage.itemsize), 0xFF, dtype=torch.uint8, device=self.device)
+            scale = broken.view(dtype.scale_storage)[..., 0]  # NaN
         elif dtype.granularity == "per_tensor":
             scale = torch.full((), 0.02, device=self.device)
         storage = getattr(dtype.decode, "storage", None)
@@ -300,7 +301,8 @@ def test_centred_bytes_are_the_definition_s(dtype, centers, device):
         expected = definition.quantize(turned, one)
         assert torch.equal(expected.codes, side.codes[page, :, at].cpu())
         if expected.scale is not None:
-            assert torch.equal(expected.scale.view(torch.int32), side.scale[page, :, at].cpu().view(torch.int32))
+            scales = (expected.scale, side.scale[page, :, at].cpu())
+            assert torch.equal(*(scale.unsqueeze(-1).view(torch.uint8) for scale in scales))
         assert torch.equal(turned.half(), exact[page, :, at].cpu())
 
 

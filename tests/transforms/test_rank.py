@@ -68,4 +68,4 @@ def test_values_cannot_have_it():
     It is made of queries, which values never meet.
     """
     with pytest.raises(ValueError, match="'rank' on values"):
-        Scheme.parse("tiers421", "rank")
+        Scheme.parse("tiers421_per_token_head", "rank")
