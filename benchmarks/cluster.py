@@ -74,7 +74,8 @@ def compared(folder: Path) -> dict[str, Any]:
             same = cell in records and cell in theirs and plain(records[cell]) == plain(theirs[cell])
             if not same or not alone.samples(cell).equals(other.samples(cell)):
                 differ.append(f"{name}: {cell}")
-    return {"cells": cells, "differ": differ}
+    sources = sorted({str(record.environment.get("source_sha256")) for record in records.values()})
+    return {"cells": cells, "differ": differ, "sources_sha256": sources}
 
 
 def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
