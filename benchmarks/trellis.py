@@ -29,12 +29,17 @@ from kvbench.dtypes.trellis import FOUR, ONE, THREE, TWO, TrellisPerTokenHead, t
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BITS = (1, 2, 3, 4)
-STATE_BITS = (8, 10, 12)
+OURS = 8  # state bits of the dtypes
+STATE_BITS = (8, 5, 6, 7, 10, 12)  # others with two bits alone
 LONG = 4096
 # where the search of a curve begins: nearly the quantile of a Gaussian, the wider the more bits
-WIDE = ((0, 47), (2, 17), (16, 36))
-CURVES = {1: ((0, 38), (6, 30)), 2: ((0, 46), (6, 36)), 3: WIDE, 4: WIDE}
-TRIED = {8: None, 10: 256, 12: 64}  # odd multipliers, of all that there are; None: all
+CURVES = {
+    1: ((0, 38), (6, 30)),
+    2: ((0, 46), (6, 36)),
+    3: ((0, 47), (2, 17), (16, 35)),
+    4: ((0, 48), (2, 17), (16, 37)),
+}
+TRIED = {10: 256, 12: 64}  # odd multipliers, of more that there are
 PERMUTATIONS = 8  # of which the table has the mean
 QTIP = 34038481, 76625530  # 1MAD's multiplier and addend
 
@@ -72,7 +77,8 @@ def distortion(dtype: TrellisPerTokenHead, x: torch.Tensor, stored: bool = False
     """The error's square over the rows' own; with the scale as it is stored, or with the one that fits best."""
     values = dtype.dequantize(dtype.quantize(x), torch.float64)
     if not stored:
-        values *= (values * x).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
+        # a code of few values may have none that fits: its scale is 0
+        values *= ((values * x).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)).nan_to_num(0)
     return float((values - x).square().sum() / x.double().square().sum())
 
 
@@ -99,13 +105,13 @@ def search(bits: int, state_bits: int, say: Callable[[str], None]) -> Part:
     """The best multiplier of those tried, with a curve that is climbed to by steps of its coefficients."""
     few, many = gaussian(256, 128, 1), gaussian(8192, 128, 2)
     all_odd = range(1, 1 << (state_bits + bits), 2)
-    tried = TRIED[state_bits]
+    tried = TRIED.get(state_bits)
     multipliers = list(all_odd) if tried is None else random.Random(0).sample(all_odd, tried)
     options = [Part(bits, multiplier, CURVES[bits]) for multiplier in multipliers]
     finalists = [one for _, one in best(options, state_bits, few, 16)]
     ((least, found),) = best(finalists, state_bits, many, 1)
     say(f"{bits} bits, 2^{state_bits} states: {len(options)} tried, best {found.multiplier}, {db(least):.3f} dB")
-    while state_bits == min(STATE_BITS):
+    while state_bits == OURS:
         near = [
             replace(found, curve=tuple((e, c + by * (i == at)) for i, (e, c) in enumerate(found.curve)))
             for at in range(len(found.curve))
@@ -137,7 +143,7 @@ def table(codes: dict[tuple[int, int], Part]) -> Iterator[dict[str, Any]]:
     for (bits, state_bits), part in codes.items():
         dtype = of(part, state_bits)
         yield row("cosets", bits, state_bits, LONG, distortion(dtype, rows[LONG]), bits)
-        if state_bits == min(STATE_BITS):  # the dtypes
+        if state_bits == OURS:
             for width in (64, 128):
                 share = distortion(dtype, rows[width], stored=True)
                 yield row("stored", bits, state_bits, width, share, dtype.bits_per_value(width))
@@ -165,9 +171,9 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.time() - begun:6.0f} s  {text}", flush=True)
 
-    codes = {(part.bits, min(STATE_BITS)): part for part in (ONE, TWO, THREE, FOUR)}
+    codes = {(part.bits, OURS): part for part in (ONE, TWO, THREE, FOUR)}
     if "--search" in sys.argv:
-        codes = {(bits, s): search(bits, s, say) for s in STATE_BITS for bits in BITS if s == 8 or bits == 2}
+        codes = {(bits, s): search(bits, s, say) for s in STATE_BITS for bits in BITS if s == OURS or bits == 2}
     found = []
     for row in table(codes):
         found.append(row)

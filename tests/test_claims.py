@@ -311,3 +311,45 @@ def test_what_windows_and_centres_cost_is_the_measured_time():
                 ]
                 assert len(found) == 1
                 assert agrees(cell, found[0]), (form, size, found)
+
+
+# ---- docs/two-bits.md
+
+
+def distortions():
+    """By code, bits, state bits and width of rows: decibels and bits a value, of results/trellis/distortion.json."""
+    rows = json.loads((ROOT / "results/trellis/distortion.json").read_text())["rows"]
+    return {(row["code"], row["bits"], row["state_bits"], row["width"]): row for row in rows}
+
+
+def test_the_trellis_s_decibels_are_those_of_the_record():
+    """
+    Each figure of both tables, to the place it is shown to; a dash is what was not measured.
+    """
+    found = distortions()
+    head, *rows = table("docs/two-bits.md", "| bits | states |")
+    assert len(rows) == 5
+    for bits, states, *shown in rows:
+        for name, cell in zip(head[2:], shown, strict=True):
+            state_bits = int(re.search(r"2\^(\d+)", states)[1])
+            code = {"evenly": "cosets", "random": "permutation", "1MAD": "1MAD", "limit": "limit"}[name.split()[0]]
+            row = found[(code, int(bits), None if code == "limit" else state_bits, 4096)]
+            assert agrees(cell, row["db"]), (bits, states, name, row["db"])
+    for name, *shown in table("docs/two-bits.md", "| dtype | bits, D=64 |")[1:]:
+        for width, (bits, decibels) in zip((64, 128), zip(shown[::2], shown[1::2], strict=True), strict=True):
+            row = found[("stored", int(name.strip("`")[3:]), 8, width)]
+            assert float(bits) == row["bits_per_value"]
+            assert agrees(decibels, row["db"])
+
+
+def test_the_trellis_s_constants_are_those_that_were_found():
+    """
+    The search's record has the multipliers and curves of the dtypes.
+    """
+    from kvbench.dtypes.trellis import FOUR, THREE, TWO
+
+    record = json.loads((ROOT / "results/trellis/distortion.json").read_text())["constants"]
+    found = {row["bits"]: row for row in record if row["state_bits"] == 8}
+    for part in (TWO, THREE, FOUR):
+        assert found[part.bits]["multiplier"] == part.multiplier
+        assert [tuple(pair) for pair in found[part.bits]["curve"]] == list(part.curve)

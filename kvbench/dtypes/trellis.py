@@ -128,11 +128,8 @@ class TrellisPerTokenHead(Dtype):
 
     def _paths(self, z: Tensor, steps: _Steps) -> Tensor:
         """[..., D] int64 states of the cheapest path of each row z [..., D], in the order of its bits."""
-        chunk = CHUNK.get(z.device.type, CHUNK["cuda"])
         rows = z.clamp(-REACH, REACH).to(torch.int32).reshape(-1, z.shape[-1])
-        parts = steps.part.tolist()
-        found = [cheapest_path(some.T.contiguous(), self.trellis, parts, self.starts).T for some in rows.split(chunk)]
-        return torch.cat(found).view(z.shape) if found else rows.to(torch.int64).view(z.shape)
+        return cheapest_paths(rows, self.trellis, self.starts).view(z.shape)
 
     @property
     def _broken(self) -> int:
@@ -169,8 +166,8 @@ class TrellisPerTokenHead(Dtype):
 
     def _values(self, dtype: torch.dtype, windows: Tensor, steps: _Steps) -> Tensor:
         """[..., D] of windows [..., D], both in the order of steps."""
-        table = _table(self.trellis, dtype, windows.device)
-        return table.flatten()[windows + (steps.part << self.trellis.state_bits)]
+        values = table(self.trellis, dtype, windows.device)
+        return values.flatten()[windows + (steps.part << self.trellis.state_bits)]
 
     def _head_dim(self, code_bytes: int) -> int:
         eighths = sum(part.bits * part.eighths for part in self.trellis.parts)
@@ -208,14 +205,24 @@ class TrellisPerTokenHead(Dtype):
         return parts
 
 
-def cheapest_path(z: Tensor, trellis: Trellis, parts: list[int], free: bool = True) -> Tensor:
-    """[D, N] int64 states for rows z [D, N] int32 whose step t is of part parts[t], by the Viterbi algorithm.
+def cheapest_paths(z: Tensor, trellis: Trellis, free: bool = True) -> Tensor:
+    """[N, D] int64 states of the cheapest path of each row z [N, D] int32, in the order of steps.
 
-    free: the first state is any, else one of those whose bits before the first code are zeros. A cost lies above the
-    bits that say which of the next step's predecessors its state is: the least of both is the cheapest and, of equal
-    ones, the first. Costs are taken relative to one of them, so they stay below 2^31.
+    free: the first state is any, else one of those whose bits before the first code are zeros.
+    """
+    chunk = CHUNK.get(z.device.type, CHUNK["cuda"])
+    found = [_cheapest_path(some.T.contiguous(), trellis, free).T for some in z.split(chunk)]
+    return torch.cat(found)
+
+
+def _cheapest_path(z: Tensor, trellis: Trellis, free: bool) -> Tensor:
+    """[D, N] int64 states of the rows z [D, N], by the Viterbi algorithm.
+
+    A cost lies above the bits that say which of the next step's predecessors its state is: the least of both is the
+    cheapest and, of equal ones, the first. Costs are taken relative to one of them, so they stay below 2^31.
     """
     steps, rows = z.shape
+    parts = [index for index, part in enumerate(trellis.parts) for _ in range(part.eighths * steps // 8)]
     bits = trellis.state_bits
     widths = [trellis.parts[part].bits for part in parts]
     after = [*widths[1:], 0]
@@ -251,7 +258,7 @@ def cheapest_path(z: Tensor, trellis: Trellis, parts: list[int], free: bool = Tr
 @lru_cache(maxsize=64)
 def _terms(trellis: Trellis, part: int, after: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[2^L, 1] int32 each: a state costs the first less z times the second, above the `after` bits that name it."""
-    value = _table(trellis, torch.int32, device)[part][:, None]
+    value = table(trellis, torch.int32, device)[part][:, None]
     state = torch.arange(len(value), dtype=torch.int32, device=device)[:, None]
     slope = (value * trellis.parts[part].weight) << after
     return FINE // 2 * value * slope | (state >> (trellis.state_bits - after)), slope
@@ -287,7 +294,7 @@ def _steps(trellis: Trellis, head_dim: int, device: torch.device) -> _Steps:
 
 
 @lru_cache(maxsize=64)
-def _table(trellis: Trellis, dtype: torch.dtype, device: torch.device) -> Tensor:
+def table(trellis: Trellis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[parts, 2^L]: what each window decodes to."""
     return torch.tensor([part.values(trellis.state_bits) for part in trellis.parts], dtype=dtype, device=device)
 
@@ -333,3 +340,4 @@ def _tiers(*shares: tuple[Part, int, int]) -> TrellisPerTokenHead:
 
 
 tcq421 = _tiers((FOUR, 2, 32), (TWO, 4, 4), (ONE, 2, 1))
+tcq4321 = _tiers((FOUR, 1, 32), (THREE, 1, 16), (TWO, 3, 4), (ONE, 3, 1))

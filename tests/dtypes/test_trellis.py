@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvbench.dtypes import Part, Rows, Trellis, all_dtypes
-from kvbench.dtypes.trellis import cheapest_path
+from kvbench.dtypes.trellis import cheapest_paths
 
 ALL = [dtype for dtype in all_dtypes().values() if isinstance(dtype.decode, Trellis)]
 TCQ = [dtype for dtype in ALL if len(dtype.trellis.parts) == 1]
@@ -25,7 +25,7 @@ def test_the_path_is_the_cheapest_of_all():
     values = trellis.parts[0].values(4)
     z = (torch.randn(20, 8) * 512).round().to(torch.int32)
 
-    found = cheapest_path(z.T.contiguous(), trellis, [0] * 8).T
+    found = cheapest_paths(z, trellis)
 
     strings = torch.arange(2**18)[:, None]
     windows = (strings >> torch.arange(14, -1, -2)) & 15  # [2^18, 8]
@@ -41,9 +41,9 @@ def test_of_equal_paths_the_first_bits_decide():
     """
     trellis = Trellis(8, (Part(2, 0, ((0, 0),)),))
 
-    path = cheapest_path(torch.randint(-900, 900, (64, 5), dtype=torch.int32), trellis, [0] * 64)
+    paths = cheapest_paths(torch.randint(-900, 900, (5, 64), dtype=torch.int32), trellis)
 
-    assert torch.equal(path, torch.zeros(64, 5, dtype=torch.int64))
+    assert not paths.any()
 
 
 @pytest.mark.parametrize(("bits", "least"), [(2, 11.0), (3, 16.6), (4, 22.2)])
