@@ -115,7 +115,18 @@ class Case:
         want = attend(q.double(), packed, 0, batch, impl="reference", **options)
         got = attend(q, packed, 0, batch, impl="triton", **options).double()
         assert got.isfinite().all()
-        assert float((got - want).norm() / want.norm()) < budget
+        assert float((got - want).norm() / want.norm()) < budget + self.rounding(q.double(), packed.keys[0])
+
+    def rounding(self, q, keys):
+        """By how much scores move where sorted queries are rounded to 11 bits: half a unit of each product, as noise.
+
+        Channels of many spreads make scores large, and what rounding does to them.
+        """
+        sorted_queries = keys.side.query(q, keys.params)
+        k, _ = self.caches[str(self.device)][0].read(0, self.table.flatten().to(self.device), torch.float64)
+        k = k.nan_to_num().transpose(1, 2).flatten(0, 1).repeat_interleave(HQ // HKV, 1)  # [N, HQ, D]
+        products = torch.einsum("thd,nhd->thn", sorted_queries.square(), k.square())
+        return 2.0**-12 * self.head_dim**-0.5 * float(products.mean().sqrt())
 
 
 def scheme_of(key="tiers421_per_token_head", value="midrise2", rotation="center+rank:randomized_hadamard", window=""):
