@@ -353,3 +353,21 @@ def test_the_trellis_s_constants_are_those_that_were_found():
     for part in (TWO, THREE, FOUR):
         assert found[part.bits]["multiplier"] == part.multiplier
         assert [tuple(pair) for pair in found[part.bits]["curve"]] == list(part.curve)
+
+
+def test_the_first_screen_says_whose_speed_it_is():
+    """README's first bullets: plain int4 and its peer of one record, the centred window of another run."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    plain, peer, ratio, window, beside = re.search(
+        r"over plain int4 takes (\d+) µs where torch's fastest 16-bit attention \(cuDNN\) takes (\d+) µs .*?, "
+        r"([\d.]+) × less; with centred keys and the window it takes (\d+) µs "
+        r"\(in another run, where plain int4 took (\d+)\)",
+        text,
+    ).groups()
+    row = decode("int4_per_token_head")
+    assert row["best_16bit_peer"] == "sdpa-cudnn"
+    assert all(map(agrees, (plain, peer, ratio), (row["us"], row["best_16bit_us"], row["speedup"])))
+    rows = json.loads((ROOT / "results/windows-h100.json").read_text(encoding="utf-8"))
+    times = {(row["dtype"], row["rotation"]): row["us"] for row in rows if (row["batch"], row["context"]) == (32, 8192)}
+    assert agrees(window, times["int4_per_token_head+w64s4", "center+hadamard:hadamard"])
+    assert agrees(beside, times["int4_per_token_head", "hadamard"])
