@@ -342,6 +342,27 @@ def test_the_trellis_s_decibels_are_those_of_the_record():
             assert agrees(decibels, row["db"])
 
 
+def test_what_a_trellis_is_worth_is_that_of_the_records():
+    """
+    KLD over all positions and over the later ones, and the bits, of each row of docs/two-bits.md that has both.
+    """
+    keys = {"4, 2 and 1": "xa152", "4, 3, 2 and 1": "xb2222", "4, 3 and 2": "xc323", "`tcq4321`": "xd134"}
+    records = [json.loads(path.read_text()) for path in (ROOT / "results/two-bits-smollm2/cells").glob("*/record.json")]
+    found = {(row["dtype"], row["rotation"]): {m["name"]: m["value"] for m in row["metrics"]} for row in records}
+    rows = table("docs/two-bits.md", "| keys | values | window |")[1:]
+    assert len(rows) == 13
+    for key, value, window, _, *shown in rows:
+        names = [short for text, short in keys.items() if key.startswith(text)]
+        name = names[0] if names else re.search(r"`(\w+)`", key)[1]
+        value = "xe2nostart" if "without" in value else value.strip("`")
+        dtype = f"{name}:{value}+{window}"
+        dtype = dtype.replace("tiers421", "tiers421_per_token_head").replace("midrise2", "midrise2_per_token_head")
+        extra = "+correction" if "correction" in key else "+eighths" if "rotated" in key else ""
+        row = found[dtype, f"center+rank{extra}:randomized_hadamard"]
+        for cell, metric in zip(shown, ("kld", "kld@512-1024"), strict=True):
+            assert agrees(cell, row[metric]), (dtype, metric, row[metric])
+
+
 def test_the_trellis_s_constants_are_those_that_were_found():
     """
     The search's record has the multipliers and curves of the dtypes.
