@@ -338,6 +338,7 @@ def test_the_table_is_this(kvbench, config):
 
     assert result.exit_code == 0, result.output
     assert result.stdout == (Path(__file__).parent / "search.md").read_text(encoding="utf-8")
+    assert Path("out/toys/search.md").read_text(encoding="utf-8") == result.stdout
 
 
 def test_plan_says_what_a_search_takes(kvbench, config):

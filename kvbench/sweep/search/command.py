@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from kvbench.files import is_there, write_text
-from kvbench.render import Document
+from kvbench.render import Document, render
 from kvbench.results import Record, Store
 from kvbench.schemes import Layers, Scheme
 from kvbench.sweep.agreement import known
@@ -253,7 +253,7 @@ def _run(search: Search, path: Path) -> tuple[int, Document | None]:
 
 
 def tabled(search: Search, costs: Costs, found: Mapping[float, Sequence[Found]], planned: Planned) -> Document:
-    """The table of what was verified, and each budget's winner, which is written as a YAML that `sweep` takes."""
+    """The table of what was verified, which is written too, and each budget's winner, as a YAML that `sweep` takes."""
     rows = {
         scheme.label: Row(scheme, search.bits(scheme), "listed", predicted(scheme, costs, len(search.layers)))
         for scheme in search.listed
@@ -266,7 +266,12 @@ def tabled(search: Search, costs: Costs, found: Mapping[float, Sequence[Found]],
         file = planned.store.folder / f"best-{budget:g}.yaml"
         write_text(file, winner_yaml(search.sweep, scheme, budget, search.context, file.parent))
         lines.append(f"kvbench sweep {file}")
-    return replace(document, notes=[*document.notes, *lines])
+    files = [planned.store.folder / f"search.{ending}" for ending in ("md", "json")]
+    lines.append(f"{files[0]} · {files[1].name}")
+    document = replace(document, notes=[*document.notes, *lines])
+    for file in files:
+        write_text(file, render(document, file.suffix[1:]))
+    return document
 
 
 def winner_yaml(sweep: Sweep, scheme: Scheme, budget: float, context: int, folder: Path) -> str:
