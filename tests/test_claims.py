@@ -392,3 +392,45 @@ def test_the_first_screen_says_whose_speed_it_is():
     times = {(row["dtype"], row["rotation"]): row["us"] for row in rows if (row["batch"], row["context"]) == (32, 8192)}
     assert agrees(window, times["int4_per_token_head+w64s4", "center+hadamard:hadamard"])
     assert agrees(beside, times["int4_per_token_head", "hadamard"])
+
+
+def test_what_another_calibration_text_changes_is_that_of_the_records():
+    """
+    Each divergence of the table in docs/method.md, to the place it is shown to; what the sentence below it adds, too.
+    """
+    records = [json.loads(p.read_text()) for p in (ROOT / "results/schemes-cpu/cells").glob("*/record.json")]
+    found = {
+        (row["model"]["name"], row["dtype"], row["rotation"]): next(m for m in row["metrics"] if m["name"] == "kld")
+        for row in records
+    }
+    models = {"SmolLM2-135M": "smollm2-135m-instruct", "Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b-instruct"}
+    texts = ("", "+c8192-1a59b821", "+c8192-dc1eba8a")
+    _, *rows = table("docs/method.md", "| model | scheme | the text that ships |")
+    shown = 0
+    for model, scheme, *values in rows:
+        columns = Scheme.parse(scheme.strip("`")).columns()
+        for text, value in zip(texts, values, strict=True):
+            if value != "–":
+                metric = found[models[model], columns["dtype"] + text, columns["rotation"]]
+                assert agrees(value, metric["value"]), (model, scheme, text, metric["value"])
+                shown += 1
+    assert shown == 11
+
+    def of(dtype, rotation="center+randomized_hadamard:randomized_hadamard"):
+        return found["smollm2-135m-instruct", dtype, rotation]["value"]
+
+    int4, int2 = "int4_per_token_head+w64s4", "int2_per_token_head+w64s4"
+    balanced = [f"center+{name}+randomized_hadamard:randomized_hadamard" for name in ("balance", "balance_full")]
+    words = " ".join((ROOT / "docs/method.md").read_text().split())
+    assert "has 0.0338 and 0.0341" in words
+    assert [round(of(f"again {i} of int4_per_token_head"), 4) for i in (1, 2)] == [0.0338, 0.0341]
+    assert "0.0016 (`balance`) and 0.0020 (`balance_full`), of int2's 0.058 0.054 and 0.066" in words
+    assert [round(of(int4, rotation), 4) for rotation in balanced] == [0.0016, 0.0020]
+    assert [round(of(int2, rotation), 3) for rotation in balanced] == [0.054, 0.066]
+    assert round(of(f"{int2}+l0=int8_per_token_head"), 3) == 0.058
+    qwen = found[
+        "qwen2.5-coder-0.5b-instruct",
+        f"int4_per_token_head{texts[1]}",
+        "center+randomized_hadamard:randomized_hadamard",
+    ]
+    assert (round(qwen["value"], 3), round(qwen["stderr"], 3)) == (0.082, 0.039)
