@@ -542,7 +542,8 @@ def _overrides(layers: Any, scheme: Scheme) -> tuple[Override, ...]:
             if index in found:
                 raise ValueError(f"layers: layer {index} stands twice")
             found[index] = Override(index, *sides)
-    return tuple(found.values())
+    # in one order, however they are grouped: the same layers are the same scheme
+    return tuple(found[index] for index in sorted(found, key=lambda n: (n < 0, n)))
 
 
 def _numbers(text: str) -> list[int]:

@@ -305,3 +305,15 @@ def test_wrong_layers_are_refused(layers, message):
     """
     with pytest.raises(ValueError, match=message):
         Scheme.of({"dtype": "int2", "layers": layers})
+
+
+def test_layers_are_the_same_however_they_are_grouped():
+    """
+    Written one by one or in groups that interleave, the name, the identity and the mapping that gives it back agree.
+    """
+    single = Scheme.of({"dtype": "int2", "layers": {str(i): "int8" if i % 2 else "int4" for i in range(6)}})
+    grouped = Scheme.of({"dtype": "int2", "layers": {"1,3,5": "int8", "0,2,4": "int4"}})
+
+    assert single == grouped
+    assert single.label == grouped.label
+    assert Scheme.of(single.spec()) == single
