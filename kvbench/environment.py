@@ -58,6 +58,7 @@ READS = {
     "HF_DATASETS_CACHE": "Where data sets are that were fetched before; else below HF_HOME.",
     "CUDA_VISIBLE_DEVICES": "Which GPUs there are; `--devices` counts them.",
     "RAY_ADDRESS": "The cluster of `sweep --executor ray` where `--address` names none.",
+    "MLFLOW_TRACKING_URI": "Where `export --to mlflow` writes; else into the run folder.",
     "TRITON_INTERPRET": "`1`: kernels run in Triton's interpreter, as they do where there is no GPU.",
 }
 

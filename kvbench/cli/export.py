@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, fail, say
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, UNUSABLE, fail, say
 
 EXAMPLES = """\
 kvbench export out/mine --to lm-eval                   # into out/mine/lm-eval
 kvbench export out/mine --to eee --output datastore
+WANDB_MODE=offline kvbench export out/mine --to wandb  # or mlflow
 """
 
 
@@ -21,6 +22,8 @@ class Target(StrEnum):
 
     LM_EVAL = "lm-eval"
     EEE = "eee"
+    MLFLOW = "mlflow"
+    WANDB = "wandb"
 
 
 def export(
@@ -33,16 +36,25 @@ def export(
     """Write a run as other tools keep results.
 
     lm-eval: a results file a scheme and its samples, as `lm_eval --output_path --log_samples` writes them. eee: the
-    schema of Every Eval Ever, a file a scheme, which `every_eval_ever validate` accepts.
+    schema of Every Eval Ever, a file a scheme, which `every_eval_ever validate` accepts. mlflow, wandb: a run a scheme
+    and model, its metrics as task/metric, with the report. MLflow's go to --output, else to MLFLOW_TRACKING_URI, else
+    into DIR; wandb's to its server, or with WANDB_MODE=offline into DIR.
     """
-    from kvbench.report import to_eee, to_lm_eval
+    from kvbench.report import to_eee, to_lm_eval, to_mlflow, to_wandb
+    from kvbench.report.tracked import TrackerError
     from kvbench.results import NotARunError
 
-    exported = {Target.LM_EVAL: to_lm_eval.export, Target.EEE: to_eee.export}[to]
     try:
-        written = exported(folder, output or folder / to.value)
+        if to in (Target.MLFLOW, Target.WANDB):
+            say(*{Target.MLFLOW: to_mlflow.export, Target.WANDB: to_wandb.export}[to](folder, output))
+            return
+        written = {Target.LM_EVAL: to_lm_eval.export, Target.EEE: to_eee.export}[to](
+            folder, output or folder / to.value
+        )
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
+    except TrackerError as error:
+        fail(error, UNUSABLE)
     except (OSError, ValueError) as error:
         fail(error, BAD_INPUT)
     results = [path for path in written if path.suffix == ".json"]

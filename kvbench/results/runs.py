@@ -12,7 +12,8 @@ from pathlib import Path
 from kvbench.files import discard, is_folder, is_real_folder, read_json
 from kvbench.results.store import Store
 
-REPORTS = ("lm-eval", "eee", "report.md", "report.csv", "report.json", "report.html", "compare.md")
+EXPORTS = ("lm-eval", "eee", "mlflow", "wandb")
+REPORTS = (*EXPORTS, "report.md", "report.csv", "report.json", "report.html", "compare.md")
 
 
 @dataclass(frozen=True)
