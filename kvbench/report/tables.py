@@ -265,10 +265,7 @@ class Report:
 
     def summary(self) -> list[str]:
         """Lines below all tables: how much is done, the canary, what failed, what cannot be read."""
-        counts = {status: sum(record.status == status for record in self.records) for status in ("done", "failed")}
-        left = set(self._planned()) - {record.cell for record in self.records}
-        noun = "cell" if counts["done"] == 1 else "cells"
-        lines = [f"{counts['done']} {noun} done, {counts['failed']} failed, {len(left)} of the sweep not run"]
+        lines = [self.progress]
         lines += self._without_verdicts()
         lines += list(self._agreement())
         lines += list(self._canary())
@@ -280,6 +277,22 @@ class Report:
                 label = f"{record.model['name']} · {record.dtype} · {record.rotation} · {record.task}"
                 lines.append(f"failed: {label}: {record.error}: {self.folder / 'cells' / record.cell / 'record.json'}")
         return lines + self.problems
+
+    @property
+    def progress(self) -> str:
+        """How many cells are done, failed, and not run."""
+        counts = {status: sum(record.status == status for record in self.records) for status in ("done", "failed")}
+        noun = "cell" if counts["done"] == 1 else "cells"
+        return f"{counts['done']} {noun} done, {counts['failed']} failed, {len(self._left)} of the sweep not run"
+
+    @property
+    def whole(self) -> bool:
+        """Whether each cell of the sweep is done."""
+        return not self._left and all(record.status == "done" for record in self.records)
+
+    @property
+    def _left(self) -> set[str]:
+        return set(self._planned()) - {record.cell for record in self.records}
 
     @property
     def faults(self) -> list[str]:

@@ -16,7 +16,7 @@ from kvbench.render import Plot, Table, render
 from kvbench.report.documents import hash_of, texts
 from kvbench.report.page import page
 from kvbench.report.page.answer import answer, chosen
-from kvbench.report.page.found import Scheme
+from kvbench.report.page.found import Scheme, difference_and_interval
 from kvbench.report.tables import Report
 from kvbench.report.verdicts import Comparison
 from kvbench.results import Metric, Record, Store, name_of
@@ -44,7 +44,7 @@ def found(*schemes):
         baseline=lambda model: every[0],
         task=lambda row: row.task,
         rows=[row for one in schemes for row in one.rows],
-        comparisons=SimpleNamespace(again=[]),
+        comparisons=SimpleNamespace(again=[], family=[row for one in schemes for row in one.rows]),
         longest=1024,
     )
 
@@ -84,13 +84,14 @@ def test_the_answer_in_sentences():
     ).lines
 
     assert sentences == [
-        "The smallest cache without a measurable loss is int8, with 8.00 bits a value: WORSE than fp16 in none of 2 "
-        "comparisons, but not EQUIVALENT in all (1 EQUIVALENT, 1 INCONCLUSIVE). One scheme was measured on fewer tasks "
-        "and left out of this answer.",
+        "Of the 2 schemes measured on every task, the smallest cache without a measurable loss is int8, with 8.00 bits "
+        "a value: WORSE than fp16 in none of 2 comparisons, but not EQUIVALENT in all (1 EQUIVALENT, 1 INCONCLUSIVE).",
+        "Left out, as measured on fewer tasks: fp8. Of these fp8 (8.00 bits a value) looks best on what it has: 1 "
+        "WORSE in task0.",
         "It takes 0 MiB in place of 0 for one sequence of 1024 tokens, 0.1 KiB a token in place of 0.2: "
         "2.00 × smaller.",
         "Uncertain: 1 of its comparisons could not be decided: task1 acc −2.0 pp [−3.0, −1.0] would need 900 documents "
-        "and has 400.",
+        "and has 400 (verdicts are corrected for 5 comparisons by Holm, intervals are not).",
         "The next size down, int2 (2.00 bits a value), is WORSE in 1 of 2 comparisons: task0 acc −2.0 pp [−3.0, −1.0] "
         "(p = 1e-09).",
     ]
@@ -106,6 +107,59 @@ def test_an_answer_that_is_none_says_what_comes_nearest():
         "None without a measurable loss: every cache smaller than fp16 is WORSE in something. Nearest comes int8 (8.00 "
         "bits a value): 1 EQUIVALENT, 1 WORSE of 2 comparisons. WORSE in task0 acc −2.0 pp [−3.0, −1.0] (p = 1e-09)."
     )
+
+
+def test_an_answer_that_is_none_counts_only_what_was_measured_whole():
+    """
+    A scheme of fewer tasks, WORSE in nothing, is named beside "none", not contradicted by it; lists add up.
+    """
+    first, left, *_ = answer(
+        found(scheme("int8", 8, *[WORSE] * 5), scheme("int4", 4, *[WORSE] * 5), scheme("fp8", 8, OPEN, OPEN))
+    ).lines
+
+    assert first.startswith(
+        "Of the 2 schemes measured on every task, none is without a measurable loss: each is WORSE than fp16 in "
+        "something. Nearest comes int4 (4.00 bits a value): 5 WORSE of 5 comparisons. WORSE in task0 acc"
+    )
+    assert first.endswith("; and 2 more.")
+    assert left == (
+        "Left out, as measured on fewer tasks: fp8. Of these fp8 (8.00 bits a value) looks best on what it has: "
+        "2 INCONCLUSIVE in task0, task1."
+    )
+
+
+def test_a_perplexity_millions_of_times_as_large_is_no_percentage():
+    """
+    A relative difference from × 11 on is a factor, its interval too; below it is a percentage.
+    """
+    row = Comparison("toy", "int2", "none", "text", "perplexity", "fp16", difference=1.5e7 - 1, unit="relative",
+                     ci_low=1.2e7 - 1, ci_high=1.9e7 - 1, verdict="WORSE")  # fmt: skip
+
+    assert difference_and_interval(row) == "× 1.5e7 [× 1.2e7, × 1.9e7]"
+    assert difference_and_interval(replace(row, difference=0.5, ci_low=0.4, ci_high=0.6)) == "+50.00 % [+40.00, +60.00]"
+
+
+def test_the_page_of_a_partial_sweep_says_so_first(qwen):
+    """
+    What was not run stands above the numbers; so does up to which context accuracy was measured, and whose speed it is.
+    """
+    told, cautions = qwen.sections[:2]
+    assert cautions.lines[0] == "86 cells done, 0 failed, 54 of the sweep not run."
+    assert "needle up to 8192 tokens; nothing here says what a cache loses at 32768." in told.lines[-1]
+    assert "32 query and 8 KV heads (this model: 2 KV heads)" in told.lines[-2]
+    assert "1 sequence of 32768 tokens: " in told.lines[-2]
+    assert "32 sequences of 32768 tokens: " in told.lines[-2]
+
+
+def test_no_speed_of_unlike_tasks_and_needles_open_on_a_loss(qwen):
+    """
+    The table of costs has no tokens a second; the needles' first picture is of the scheme that finds least.
+    """
+    cost = part(qwen, "Cost of all cells")
+    assert not any("tokens/s" in column.lines for column in cost.columns)
+    assert all(len(row) == len(cost.columns) for row in cost.rows)
+    shares = [sum(point["value"] for point in view.points) for view in part(qwen, "Needles by length and depth").views]
+    assert shares[0] == min(shares) < shares[-1]
 
 
 def test_what_rounding_alone_moves_does_not_count():

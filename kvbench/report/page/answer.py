@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvbench.render import Prose
 from kvbench.report.comparison_text import shown_count
-from kvbench.report.page.found import BITS_AT, Found, Scheme, said
+from kvbench.report.page.found import BITS_AT, Found, Scheme, difference_and_interval
 from kvbench.report.verdicts import Comparison
 from kvbench.results import Record, shown_number
 
@@ -75,30 +75,40 @@ def _model(found: Found, model: str) -> Iterator[str]:
         yield "No cache smaller than the baseline was compared with it, so there is no answer yet."
         return
     best = chosen(found, model)
-    partly = len(smaller) - len(_whole(smaller))
+    whole = _whole(smaller)
+    partly = [one for one in smaller if one not in whole]
+    among = f"Of the {len(whole)} schemes measured on most, " if len(whole) > 1 else "Of what was measured on most, "
+    among = among.replace("on most", "on every task") if not any(_unmeasured(found, one) for one in whole) else among
     if best is None:
-        best = min(_whole(smaller), key=lambda one: (len(one.having("WORSE")), _rank(one)))
+        best = min(whole, key=lambda one: (len(one.having("WORSE")), _rank(one)))
+        none = (
+            f"{among}none is without a measurable loss: each is WORSE than {base.name} in something."
+            if partly
+            else f"None without a measurable loss: every cache smaller than {base.name} is WORSE in something."
+        )
         line = (
-            f"None without a measurable loss: every cache smaller than {base.name} is WORSE in something. Nearest "
-            f"comes {best.name} ({_bits(best)}): {_counts(best)} of {len(best.rows)} comparisons. "
+            f"{none} Nearest comes {best.name} ({_bits(best)}): {_counts(best)} of {len(best.rows)} comparisons"
+            f"{_overlap(found, best)}. "
             f"WORSE in {_listed(found, best.having('WORSE', 'INVALID'), 3)}."
         )
     elif len(best.having("EQUIVALENT")) == len(_told(best)):
         line = (
-            f"The smallest cache without a measurable loss is {best.name}, with {_bits(best)}: EQUIVALENT to "
+            f"{among if partly else ''}{'the' if partly else 'The'} smallest cache without a measurable loss is "
+            f"{best.name}, with {_bits(best)}: EQUIVALENT to "
             f"{base.name} in all {len(_told(best))} comparisons that could tell."
         )
     else:
         line = (
-            f"The smallest cache without a measurable loss is {best.name}, with {_bits(best)}: WORSE than {base.name} "
-            f"in none of {len(best.rows)} comparisons, but not EQUIVALENT in all ({_counts(best)})."
+            f"{among if partly else ''}{'the' if partly else 'The'} smallest cache without a measurable loss is "
+            f"{best.name}, with {_bits(best)}: WORSE than {base.name} in none of {len(best.rows)} comparisons"
+            f"{_overlap(found, best)}, but not EQUIVALENT in all ({_counts(best)})."
         )
-    left = f"{partly} schemes were" if partly > 1 else "One scheme was"
-    line += f" {left} measured on fewer tasks and left out of this answer." if partly else ""
     if rounded := _rounded(found, model):
         names = ", ".join(" ".join(place) for place in rounded)
         line += f" Left out: {names}, where an exact cache under a rotation is WORSE too, by rounding alone."
     yield line
+    if partly:
+        yield _left_out(found, partly)
     yield _saving(found, best, base)
     yield _doubt(found, best)
     below = [one for one in smaller if (one.bits or 0) < 0.75 * (best.bits or 0) and one.having("WORSE")]
@@ -113,16 +123,38 @@ def _model(found: Found, model: str) -> Iterator[str]:
         )
 
 
+def _overlap(found: Found, one: Scheme) -> str:
+    """Where several metrics or lengths of a task count each, on how many tasks they are."""
+    tasks = len({found.task(row) for row in one.rows})
+    noun = f"{tasks} tasks" if tasks > 1 else "one task"
+    return f" on {noun} (a task's metrics and lengths overlap, and count one each)" if tasks < len(one.rows) else ""
+
+
+def _left_out(found: Found, partly: Sequence[Scheme]) -> str:
+    """Which schemes were measured on fewer tasks, and how the best of them looks on what it has."""
+    names: dict[str, list[str]] = {}
+    for one in partly:
+        names.setdefault(one.dtype, []).append(one.rotation)
+    told = "; ".join(
+        dtype if rotations == ["none"] else f"{dtype} · {', '.join(rotations)}" for dtype, rotations in names.items()
+    )
+    best = min(partly, key=lambda one: (len(one.having("WORSE", "INVALID")) / len(one.rows), one.bits or 0.0))
+    tasks = ", ".join(dict.fromkeys(found.task(row) for row in best.rows))
+    return (
+        f"Left out, as measured on fewer tasks: {told}. Of these {best.name} ({_bits(best)}) looks best on what it "
+        f"has: {_counts(best)} in {tasks}."
+    )
+
+
 def _listed(found: Found, rows: Sequence[Comparison], most: int) -> str:
     """The first metric of each task with its difference, as many as there is room for."""
     whole = [row for row in rows if "@" not in row.metric] or list(rows)
     first = list({found.task(row): row for row in reversed(whole)}.values())[::-1]
-    named = "; ".join(f"{found.task(row)} {row.metric} {_difference(row)}{_sure(row)}" for row in first[:most])
-    return named + (f"; and {len(first) - most} more" if len(first) > most else "")
-
-
-def _difference(row: Comparison) -> str:
-    return said(row).rpartition(", ")[0]
+    named = "; ".join(
+        f"{found.task(row)} {row.metric} {difference_and_interval(row)}{_sure(row)}" for row in first[:most]
+    )
+    left = len(rows) - len(first[:most])
+    return named + (f"; and {left} more" if left else "")
 
 
 def _bits(one: Scheme) -> str:
@@ -160,12 +192,15 @@ def _doubt(found: Found, best: Scheme) -> str:
         # parts of a task last, then the best measured
         rows = sorted(undecided, key=lambda row: ("@" in row.metric, -(row.n or 0)))
         named = "; ".join(
-            f"{found.task(row)} {row.metric} {_difference(row)}"
+            f"{found.task(row)} {row.metric} {difference_and_interval(row)}"
             + (f" would need {shown_count(row.n_to_decide)} documents and has {row.n}" if row.n_to_decide else "")
             for row in rows[:2]
         )
         more = f", and {len(rows) - 2} more" if len(rows) > 2 else ""
-        parts.append(f"{len(undecided)} of its comparisons could not be decided: {named}{more}")
+        family = len(found.comparisons.family)
+        apart = any(row.p_holm is not None and (row.ci_low or 0) * (row.ci_high or 0) > 0 for row in rows[:2])
+        why = f" (verdicts are corrected for {family} comparisons by Holm, intervals are not)" if apart else ""
+        parts.append(f"{len(undecided)} of its comparisons could not be decided: {named}{more}{why}")
     missing = _unmeasured(found, best)
     if missing:
         parts.append(f"it was not measured on {', '.join(missing)}")
@@ -189,10 +224,10 @@ def _unmeasured(found: Found, best: Scheme) -> list[str]:
 # ---- warnings
 
 
-def cautions(found: Found) -> Prose | None:
-    """What the numbers hide; None where that is nothing."""
+def cautions(found: Found, progress: str = "") -> Prose | None:
+    """What the numbers hide; None where that is nothing. progress: of a sweep that is not whole."""
     done = [record for record in found.records if record.status == "done" and not record.kernel]
-    lines = [*_biased(done), *_fixed_scale(done), *_peak(done)]
+    lines = [*([progress] if progress else []), *_biased(done), *_fixed_scale(done), *_peak(done)]
     return Prose("Before you read the numbers", lines) if lines else None
 
 
@@ -205,9 +240,9 @@ def _biased(records: Sequence[Record]) -> Iterator[str]:
             uncentred.setdefault(record.model["name"], {})[record.dtype] = None
     for model, dtypes in uncentred.items():
         yield (
-            f"The keys of {model} have a bias, and {', '.join(dtypes)} without `center` do not centre them: a row's "
-            "scale is spent on a constant that softmax cannot see. `kvbench doctor --keys MODEL` shows it; "
-            "`kvbench ls schemes` has centred ones."
+            f"The keys' bias of {model} uses up the quantization range of {', '.join(dtypes)} where no "
+            "`center` takes it off, though softmax cannot see it: `kvbench ls schemes` has presets that centre keys, "
+            "`kvbench doctor --keys MODEL` shows the bias."
         )
 
 

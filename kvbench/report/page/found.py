@@ -138,11 +138,35 @@ def scheme_name(dtype: str, rotation: str) -> str:
     return dtype if rotation == "none" else f"{dtype} · {rotation}"
 
 
+def difference(row: Comparison) -> str:
+    """`−2.2 pp`, `+6.7 %`; from eleven times the baseline's on as `× 1.5e7`: percents of that size say nothing."""
+    return _times(row.difference) if _far(row) else shown_difference(row.difference, row.unit)
+
+
+def interval(row: Comparison) -> str:
+    """Both ends, in the words of the difference."""
+    if not _far(row) or row.ci_low is None or row.ci_high is None:
+        return shown_interval(row)
+    return f"[{_times(row.ci_low)}, {_times(row.ci_high)}]"
+
+
+def _far(row: Comparison) -> bool:
+    return row.unit == "relative" and (row.difference or 0.0) >= 10
+
+
+def _times(ratio_less_1: float | None) -> str:
+    return f"× {1 + (ratio_less_1 or 0.0):.2g}".replace("e+0", "e").replace("e+", "e")
+
+
+def difference_and_interval(row: Comparison) -> str:
+    """`−2.2 pp [−3.0, −1.5]`."""
+    ends = interval(row)
+    return f"{difference(row)}{'' if ends == '-' else f' {ends}'}"
+
+
 def said(row: Comparison) -> str:
     """`−2.2 pp [−3.0, −1.5], WORSE`: a difference with its interval and its verdict."""
-    interval = shown_interval(row)
-    difference = shown_difference(row.difference, row.unit)
-    return f"{difference}{'' if interval == '-' else f' {interval}'}, {shown_verdict(row)}"
+    return f"{difference_and_interval(row)}, {shown_verdict(row)}"
 
 
 def verdict_cell(row: Comparison) -> Cell:
@@ -152,7 +176,7 @@ def verdict_cell(row: Comparison) -> Cell:
 
 def interval_cell(row: Comparison) -> Cell:
     """An interval as text and as a bar, five margins to each side of 0."""
-    text = shown_interval(row)
+    text = interval(row)
     if row.ci_low is None or row.ci_high is None or row.difference is None:
         return Cell(text)
     ends = row.ci_low, row.difference, row.ci_high

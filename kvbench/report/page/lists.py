@@ -13,7 +13,16 @@ from kvbench.render import Cell, Column, Prose, Table
 from kvbench.report.comparison_text import shown_difference
 from kvbench.report.flips import answer, moved
 from kvbench.report.labels import machine_of
-from kvbench.report.page.found import MARKS, Found, Scheme, interval_cell, number_cell, scheme_name, verdict_cell
+from kvbench.report.page.found import (
+    MARKS,
+    Found,
+    Scheme,
+    difference,
+    interval_cell,
+    number_cell,
+    scheme_name,
+    verdict_cell,
+)
 from kvbench.report.verdicts import Comparison
 from kvbench.results import Record, shown_number
 
@@ -35,32 +44,38 @@ def glance(found: Found) -> Table | None:
         *([Column(("model",), numeric=False, choose=True)] if several else []),
         Column(("scheme",), numeric=False),
         Column(("bits/", "value")),
-        Column(("smaller",)),
         Column(("verdicts",), numeric=False),
-        *(Column((task, *metric.split(","))) for task, metric in first.items()),
+        # as narrow as its numbers: all tasks fit a screen
+        *(
+            Column((*_broken(task), *(part for one in metric.split(",") for part in _broken(one))))
+            for task, metric in first.items()
+        ),
     ]
     rows = []
     for one in found.schemes:
-        base = found.baseline(one.model)
         if one.baseline or not one.rows:
             continue
         by_task = {(found.task(row), row.metric): row for row in one.rows}
-        ratio = base.bits / one.bits if base and base.bits and one.bits else None
         rows.append(
             [
                 *([one.model] if several else []),
                 one.name,
                 Cell(f"{one.bits:.2f}" if one.bits else "-", one.bits),
-                Cell(f"{ratio:.2f} ×" if ratio else "-", ratio),
                 counted(one),
                 *(_glance(by_task.get(place)) for place in first.items()),
             ]
         )
     notes = [
         "Differences from the baseline on the same documents. ▼ WORSE, = EQUIVALENT (the 95 % interval lies within the "
-        f"margin of {found.comparisons.margin}), ? INCONCLUSIVE, ▲ BETTER, · could not tell; - was not measured."
+        f"margin of {found.comparisons.margin}), ? INCONCLUSIVE, ▲ BETTER, ○ could not tell: its "
+        "baseline has nothing to lose; - was not measured."
     ]
     return Table("At a glance", columns, rows, notes=notes)
+
+
+def _broken(name: str) -> list[str]:
+    """A name in lines that end where a part does."""
+    return name.replace("_", "_ ").replace("-", "- ").split()
 
 
 def counted(one: Scheme) -> Cell:
@@ -76,7 +91,7 @@ def _glance(row: Comparison | None) -> str:
         return "-"
     if row.difference is None:
         return Cell(str(row.verdict), mark=MARKS[row.verdict])
-    return Cell(shown_difference(row.difference, row.unit), row.difference, mark=MARKS[row.verdict])
+    return Cell(difference(row), row.difference, mark=MARKS[row.verdict])
 
 
 def comparisons(found: Found) -> Table:
@@ -104,7 +119,7 @@ def comparisons(found: Found) -> Table:
         rows.append(
             [
                 verdict_cell(row),
-                Cell(shown_difference(row.difference, row.unit), row.difference),
+                Cell(difference(row), row.difference),
                 interval_cell(row),
                 *([row.model] if several else []),
                 scheme_name(row.dtype, row.rotation),
@@ -121,7 +136,8 @@ def comparisons(found: Found) -> Table:
     notes = [
         "Bars: the interval against 0; the shaded band is the margin, and the whole bar five margins to each side.",
         "Paired tests over the same documents, p after Holm over all of them. "
-        "A distance from the baseline (kld, same_top) is there for sure and has no p.",
+        "A distance from the baseline (kld, same_top) is nonzero by construction and has no p. "
+        "Intervals are not corrected for their number: one may exclude 0 where its verdict is INCONCLUSIVE.",
     ]
     return Table("Every comparison", columns, rows, notes=notes)
 
@@ -165,31 +181,54 @@ def gains(found: Found) -> Table | None:
     return Table("Memory and speed", columns, rows, notes=list(_gain_notes(found, timed)))
 
 
-def gain_line(found: Found) -> str | None:
-    """What is gained in memory and speed at the longest context, in a sentence; None where no size is known."""
+def gain_lines(found: Found) -> list[str]:
+    """What is gained in memory and speed at the longest context, a sentence each; none where no size is known."""
     longest = found.longest or 32768
     model = found.models[0] if found.models else ""
     sized = [one for one in found.schemes if one.model == model and one.bytes_per_token]
     by_dtype = {one.dtype: one.size(longest) for one in reversed(sized)}
     if not by_dtype:
-        return None
+        return []
     ordered = sorted(by_dtype.items(), key=lambda item: -item[1])
     sizes = ", ".join(f"{dtype} {size / 2**20:.0f}" for dtype, size in ordered)
-    line = f"Memory of one sequence of {longest} tokens, MiB: {sizes}. "
+    lines = [f"Memory of one sequence of {longest} tokens, MiB: {sizes}."]
     timed = _timings(found)
     if not timed:
-        return line + "Speed: no kernel was timed for this page; `--kernels DIR` puts a folder of timings beside it."
-    batch, context = max(timed, key=lambda size: (size[1], size[0]))
-    records = timed[batch, context]
-    speeds = ", ".join(
-        f"{dtype} {record.facts['speedup']:.2f} ×"
-        for dtype, record in sorted(records.items(), key=lambda item: item[1].facts["speedup"])
+        return [*lines, "Speed: no kernel was timed for this page; `--kernels DIR` puts a folder of timings beside it."]
+    context = max(context for _, context in timed)
+    speeds = []
+    for batch in sorted(batch for batch, length in timed if length == context):
+        records = timed[batch, context]
+        each = sorted(records.items(), key=lambda item: item[1].facts["speedup"])
+        told = ", ".join(f"{dtype} {record.facts['speedup']:.2f} ×" for dtype, record in each)
+        speeds.append(f"{batch} sequence{'s' if batch > 1 else ''} of {context} tokens: {told}")
+    record = next(iter(timed[max(batch for batch, length in timed if length == context), context].values()))
+    heads = f"{record.facts['query_heads']} query and {record.facts['kv_heads']} KV heads"
+    layers = dict.fromkeys(heads for one in found.records for heads, _ in one.model.get("layers") or ())
+    other = "" if _own(found, record) else f" (this model: {' or '.join(map(str, layers))} KV heads)"
+    lines.append(
+        f"Speed of one layer's decode attention kernel, {heads}{other}, against the best 16-bit attention. "
+        f"{'; '.join(speeds)}. A whole model gains less: its other layers take as long as before."
     )
-    other = "" if _own(found, next(iter(records.values()))) else ", timed with other heads than this model's"
-    return line + (
-        f"Speed of decode attention over {batch} sequences of {context} tokens against the best 16-bit attention"
-        f"{other}: {speeds}."
-    )
+    return lines
+
+
+def reach_line(found: Found) -> str | None:
+    """Up to which context accuracy was measured, in a sentence; None where no task says its context."""
+    reached: dict[str, int] = {}
+    for record in found.records:
+        task = record.identity.get("task") or {}
+        lengths = task.get("contexts") or task.get("context")
+        if record.status == "done" and isinstance(lengths, int | list) and record.metrics:
+            label = found.labels[record.cell]
+            reached[label] = max(reached.get(label, 0), lengths if isinstance(lengths, int) else max(lengths))
+    if not reached:
+        return None
+    most = max(reached.values())
+    longest = found.longest or 32768
+    told = ", ".join(f"{label} up to {tokens} tokens" for label, tokens in reached.items())
+    beyond = f"; nothing here says what a cache loses at {longest}" if most < longest else ""
+    return f"Context that accuracy was measured in: {told}{beyond}."
 
 
 def _own(found: Found, record: Record) -> bool:
@@ -390,10 +429,13 @@ def _agreements(found: Found) -> Iterator[list[str]]:
         if isinstance(one := record.facts.get("agreement"), dict):
             kept[str(one.get("key"))] = record, one
     for record, one in kept.values():
-        seen = (
-            f"max |Δ log p| {one['largest']:.0e} nats over {one['tokens']} positions; "
-            f"transformers against itself: {one['noise']:.0e}"
-        )
+        seen = f"largest |Δ log p| {one['largest']:.2g} nats over {one['tokens']} positions, "
+        seen += f"transformers against itself {one['noise']:.2g}"
+        if "tolerance" in one:
+            seen = (
+                f"three quarters of positions differ by less than {one['typical']:.2g} nats; allowed: "
+                f"{one['tolerance']:.2g}, 3 × the same of transformers against itself, or rounding; {seen}"
+            )
         of = f"{record.model['name']}, {record.model.get('compute_dtype')}"
         yield ["the exact cache is the model", of, Cell("passed", mark="good"), seen]
     if not kept:

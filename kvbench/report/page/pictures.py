@@ -117,9 +117,12 @@ def _loss(found: Found, row: Comparison, log: bool) -> Point | None:
 def short(name: str) -> str:
     """A scheme's name as a picture has room for it."""
     dtype, dot, rotation = name.partition(" · ")
-    dtype = dtype.replace("_per_token_head", "").replace("_per_tensor", "/tensor")
+    # of fp8 there are two
+    dtype = (
+        dtype.replace("fp8_per_token_head", "fp8/head").replace("_per_token_head", "").replace("_per_tensor", "/tensor")
+    )
     # where only keys are centred the values' part says nothing more
-    rotation = rotation.partition(":")[0].replace("randomized_hadamard", "r. hadamard")
+    rotation = rotation.partition(":")[0].replace("randomized_hadamard", "random hadamard")
     return f"{dtype}{dot}{rotation}"
 
 
@@ -215,6 +218,8 @@ def needles(found: Found) -> Plot | None:
         choice = {"model": record.model["name"], "task": found.labels[record.cell], "scheme": scheme}
         x, y = Axis("tokens of the text"), Axis("depth of the needle")
         views.append(View(choice, says, x, y, sorted(points, key=lambda one: (float(one["y"][:-1]), float(one["x"])))))
+    # the page opens on what loses most
+    views.sort(key=lambda view: sum(point["value"] for point in view.points) / len(view.points))
     return Plot("Needles by length and depth", "grid", views) if views else None
 
 
