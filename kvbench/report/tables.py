@@ -232,7 +232,9 @@ class Report:
             # a perplexity is called one
             unit = f" ({found[0].unit})" if found[0].unit not in ("", "%", "ppl") else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
-            columns.append(Column((label, f"{name}{unit}", size), drop=len(columns)))
+            # a narrow terminal shows each task's first metric before another's second
+            behind = 500 if name != next(other for task, other in measures if task == label) else 0
+            columns.append(Column((label, f"{name}{unit}", size), drop=behind + len(columns)))
         judged = self._verdict(records) != "-"
         if judged:
             columns.append(Column(("verdict",), numeric=False, verdict=True, prose=True))

@@ -55,6 +55,24 @@ def test_a_committed_sweep_fits(documents, width):
         assert any(line.startswith("verdict ") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("width", "there", "absent"),
+    [
+        (80, ["bits/"], ["kld"]),
+        (120, ["kld", "same_top", "perplexity"], ["acc"]),
+        (200, ["kld", "perplexity", "acc"], []),
+    ],
+)
+def test_each_tasks_first_metric_comes_before_anothers_second(documents, width, there, absent):
+    """
+    At 120 columns the quickstart has both tasks; at 80, beside verdict, names and bits, there is room for neither.
+    """
+    head = text.render(documents[0], width).split("─", maxsplit=1)[0]
+
+    assert all(name in head for name in there)
+    assert not any(name in head for name in absent)
+
+
 @pytest.mark.parametrize("width", [30, 44, 60, 80, None])
 def test_values_are_whole_or_their_column_is_named(width):
     """
