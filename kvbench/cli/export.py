@@ -13,7 +13,7 @@ from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, UNUSABLE, fail, sa
 EXAMPLES = """\
 kvbench export out/mine --to lm-eval                   # into out/mine/lm-eval
 kvbench export out/mine --to eee --output datastore
-WANDB_MODE=offline kvbench export out/mine --to wandb  # or mlflow
+kvbench export out/mine --to wandb                     # or mlflow; WANDB_MODE=offline keeps it here
 """
 
 

@@ -31,33 +31,25 @@ def digest(path: Path) -> str:
     Raises:
         ValueError: no file, or a broken row, as `file:line: what is wrong`.
     """
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    return _checked(path, stat.st_mtime_ns, stat.st_size)
+    return _checked(path, *_stamp(path))[1]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file.
+    """The rows of a file, read once while its size and time stay; not to be changed.
 
     Raises:
         ValueError: no file; or, as `file:line: what is wrong`, a line that is no JSON object or lacks a field.
     """
-    found: list[dict[str, Any]] = []
-    # not splitlines(): text in JSON may hold other line separators as they are
-    for number, line in enumerate(_text(path).rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
-        lacking = [field for field in (found[0] if found else row) if field not in row]
-        if lacking:
-            raise ValueError(f"{path}:{number}: no field {lacking[0]!r}, which the first row has")
-        found.append(row)
-    return found
+    return list(_checked(path, *_stamp(path))[0])
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """When a file last changed, in ns, and its bytes."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def load(mirror_files: dict[str, str], **_: Any) -> Any:
@@ -114,6 +106,19 @@ def _text(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _checked(path: Path, mtime_ns: int, size: int) -> str:
-    rows(path)
-    return hashlib.sha256(read_bytes(path)).hexdigest()
+def _checked(path: Path, mtime_ns: int, size: int) -> tuple[list[dict[str, Any]], str]:
+    """A file's rows, found whole, and its SHA-256."""
+    found: list[dict[str, Any]] = []
+    # not splitlines(): text in JSON may hold other line separators as they are
+    for number, line in enumerate(_text(path).rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
+        lacking = [field for field in (found[0] if found else row) if field not in row]
+        if lacking:
+            raise ValueError(f"{path}:{number}: no field {lacking[0]!r}, which the first row has")
+        found.append(row)
+    return found, hashlib.sha256(read_bytes(path)).hexdigest()

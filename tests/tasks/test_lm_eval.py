@@ -376,6 +376,24 @@ def test_more_examples_than_there_are_is_one_line(options, there, mirror):
         make_task({**options, "num_fewshot": most + 1}, mirror).identity()
 
 
+def test_a_mirror_s_file_is_read_once(mirror, monkeypatch):
+    """
+    Many cells ask for the same documents: a file is read again only where it changed.
+    """
+    (file,) = mirror.glob("**/gsm8k/main/test.jsonl")
+    whole = file.read_text()
+    read = []
+    text = lm_eval.mirror._text
+    monkeypatch.setattr(lm_eval.mirror, "_text", lambda path: read.append(path) or text(path))
+
+    first = [make_task("gsm8k", mirror).identity() for _ in range(3)]
+    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    second = make_task("gsm8k", mirror).identity()
+
+    assert first[0] == first[1] == first[2] != second
+    assert read.count(file) == 2
+
+
 def test_a_mirror_s_pipe_is_not_opened(mirror):
     """
     What is no file in the data folder is named, where reading it would never end.
