@@ -70,7 +70,7 @@ TEXTS = [
     (GOOD.replace(MODEL, "model: ~nobodyx/y"), "2:8", "no such folder"),
     (GOOD.replace(MODEL, f"model: {'x' * 300}"), "2:8", "unknown model"),
     (GOOD.replace(MODEL, f"model: {'x/' * 3000}"), "2:8", "expected a line|no path"),
-    (GOOD.replace("[fp16, int4]", "[[int8]]"), "3:10", "expected a name"),
+    (GOOD.replace("[fp16, int4]", "[[int8]]"), "3:11", "expected a name"),
 ]
 
 
