@@ -36,7 +36,7 @@ class Held:
             for plane in (*cache.keys, *cache.values):
                 plane.codes.fill_(0xFF)
                 if plane.scale is not None:
-                    plane.scale.fill_(torch.nan)
+                    plane.scale.view(torch.uint8).fill_(0xFF)  # and NaN as a scale
 
     def feed(self, table, q, k, v, **options):
         """Outputs of a piece of a sequence."""
