@@ -216,7 +216,10 @@ class PagedCache:
             rows = stored.dtype.dequantize(Rows(stored.codes[page, :, offset], None), precise).transpose(1, 2)
             rows[first, :, :sinks] = rows[first, :, sinks : sinks + 1]  # [N, HKV, S, D]
             packed = plane.dtype.quantize(rows)
-            plane.codes[pages] = packed.codes
+            words = plane.codes.shape[-1]
+            plane.codes[pages] = packed.codes[..., :words]
+            if plane.rest is not None:
+                plane.rest[pages] = packed.codes[..., words:]
             if plane.scale is not None:
                 assert packed.scale is not None
                 plane.scale[pages] = packed.scale
