@@ -33,7 +33,7 @@ def test_an_output_that_cannot_be_written_is_said(kvbench, toy, tmp_path):
     """
     (tmp_path / "file").write_text("")
 
-    shown = kvbench("plan", toy.write_config(tmp_path / "toys.yaml"), "--output", "file/run").stdout
+    shown = kvbench("plan", toy.write_config(tmp_path / "toys.yaml"), "--output", "file/run", "--wide").stdout
 
     assert f"output file/run: {tmp_path / 'file'} is no folder; --output takes another" in shown
 
