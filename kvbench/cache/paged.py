@@ -55,6 +55,16 @@ class Plane:
             codes = torch.cat([codes, self.rest[pages]], dim=-1)
         return Rows(codes, None if self.scale is None else self.scale[pages])
 
+    def write(self, where: Any, rows: Rows) -> None:
+        """Store rows; where: an index into [P, HKV, S], or into [P] for pages that are quantized whole."""
+        words = self.codes.shape[-1]
+        self.codes[where] = rows.codes[..., :words]
+        if self.rest is not None:
+            self.rest[where] = rows.codes[..., words:]
+        if self.scale is not None:
+            assert rows.scale is not None
+            self.scale[where] = rows.scale
+
     @property
     def row_bytes(self) -> Tensor:
         """[P, HKV, S, bytes] uint8: all that rows are, one after the other."""
@@ -192,13 +202,7 @@ class PagedCache:
             if plane.dtype.page_tokens:
                 continue
             rows = plane.dtype.quantize(plane.side.apply(x, plane.params, positions), plane.tensor_scale)
-            words = plane.codes.shape[-1]
-            plane.codes[page, :, offset] = rows.codes[..., :words]
-            if plane.rest is not None:
-                plane.rest[page, :, offset] = rows.codes[..., words:]
-            if plane.scale is not None:
-                assert rows.scale is not None
-                plane.scale[page, :, offset] = rows.scale
+            plane.write((page, slice(None), offset), rows)
 
     def seal(self, layer: int, exact: PagedCache, pages: Tensor, slots: Tensor, first: Tensor) -> None:
         """Quantize pages that are full, where that is done by page, from their rows in 16 bits.
@@ -215,14 +219,7 @@ class PagedCache:
             precise = torch.promote_types(stored.dtype.decode.storage or torch.float32, torch.float32)
             rows = stored.dtype.dequantize(Rows(stored.codes[page, :, offset], None), precise).transpose(1, 2)
             rows[first, :, :sinks] = rows[first, :, sinks : sinks + 1]  # [N, HKV, S, D]
-            packed = plane.dtype.quantize(rows)
-            words = plane.codes.shape[-1]
-            plane.codes[pages] = packed.codes[..., :words]
-            if plane.rest is not None:
-                plane.rest[pages] = packed.codes[..., words:]
-            if plane.scale is not None:
-                assert packed.scale is not None
-                plane.scale[pages] = packed.scale
+            plane.write(pages, plane.dtype.quantize(rows))
 
     def grow(self, pages: int) -> None:
         """Has so many pages at least; those that are there keep what they hold."""
