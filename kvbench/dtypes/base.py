@@ -188,10 +188,15 @@ class Dtype:
 
     # ---- sizes
 
+    @property
+    def head_dim_multiple(self) -> int:
+        """What head_dim must be a multiple of, for rows to fill whole words and groups."""
+        words = max(1, self.word_bits // self.code_bits) if self.code_bits < 8 else 1
+        return math.lcm(words, self.group_size or 1)
+
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError where rows of head_dim values do not fill whole words."""
-        multiple = max(1, self.word_bits // self.code_bits) if self.code_bits < 8 else 1
-        multiple = math.lcm(multiple, self.group_size or 1)
+        multiple = self.head_dim_multiple
         if head_dim <= 0 or head_dim % multiple:
             raise ValueError(
                 f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of {multiple}; "

@@ -16,18 +16,22 @@ CENTROIDS = (-1.5104, -0.4528, 0.4528, 1.5104)
 LARGE, SHRINK = 2.0**58, 2.0**-72
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """[...] of x [..., D] float32, summed by halving (x[:n/2] + x[n/2:]) after padding D to a power of two.
+def sum_by_halves(x: Tensor) -> Tensor:
+    """[...] sums of x [..., D] float32, by halving (x[:n/2] + x[n/2:]) after padding D to a power of two.
 
-    The order is part of the definition: it makes the sum, and so the scale, the same bits on every machine.
+    The order is part of definitions: it makes a sum, and so a scale, the same bits on every machine.
     """
-    squares = x * x
     width = 1 << (x.shape[-1] - 1).bit_length()
-    squares = torch.nn.functional.pad(squares, (0, width - x.shape[-1]))
+    x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
     while width > 1:
         width //= 2
-        squares = squares[..., :width] + squares[..., width:]
-    return squares.squeeze(-1)
+        x = x[..., :width] + x[..., width:]
+    return x.squeeze(-1)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """[...] of x [..., D] float32, as `sum_by_halves` adds."""
+    return sum_by_halves(x * x)
 
 
 @dataclass(frozen=True)

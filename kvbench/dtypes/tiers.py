@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from kvbench.dtypes import e5m3
 from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers
-from kvbench.dtypes.int2 import sum_of_squares
+from kvbench.dtypes.int2 import sum_by_halves, sum_of_squares
 
 SEARCHED = range(-3, 8)  # the scales that are tried, in codes from that of the row's root mean square on
 SEARCHED_BY_CHANNEL = range(0, 18, 2)  # likewise, downwards from that of the channel's largest magnitude
@@ -99,12 +99,9 @@ class TiersPerTokenHead(_Searched):
         codes, scale = search(x, widths, tuple(STEPS[bits] for bits in widths))
         return Rows(self.pack(codes), scale)
 
-    def check_head_dim(self, head_dim: int) -> None:
-        if head_dim <= 0 or head_dim % 8:
-            raise ValueError(
-                f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of 8; "
-                f"use a dtype of 8 or more bits for this model"
-            )
+    @property
+    def head_dim_multiple(self) -> int:
+        return 8
 
     def word_bytes(self, head_dim: int) -> int:
         return head_dim // 4
@@ -154,7 +151,7 @@ class TiersPerChannel(TiersPerTokenHead):
     where b > 2, its mean otherwise) and r = max |x - m| / 2^(b-1), the scales tried are 9, every other e5m3 number from
     the last one up to r downwards, none too small for a zero of -127 to 127 to reach m; the zero of each is the integer
     next to 8 m / s. The smallest sum of squared errors wins, of equal ones the largest scale. Stored: the scale, and
-    the zero as int8. Sums are by halves, as `sum_of_squares` does; divisions are products with a rounded inverse. A
+    the zero as int8. Sums are by halves, as `sum_by_halves` does; divisions are products with a rounded inverse. A
     channel with NaN or ±inf has codes 0, zero 0 and the scale NaN.
     """
 
@@ -168,7 +165,7 @@ class TiersPerChannel(TiersPerTokenHead):
         whole = (x.abs() < torch.inf).all(-1)
         x = x.masked_fill(~whole.unsqueeze(-1), 0)
         ends = (x.amin(-1) + x.amax(-1)) * 0.5
-        middle = torch.where(high > 1, ends, _by_halves(x) * (1 / x.shape[-1]))  # [..., D]
+        middle = torch.where(high > 1, ends, sum_by_halves(x) * (1 / x.shape[-1]))  # [..., D]
         first = e5m3.floor((x - middle.unsqueeze(-1)).abs().amax(-1) * (1 / -low))
         reach = e5m3.floor(middle.abs() * (8 / 127)) + 1
         low, high = low[:, None], high[:, None]
@@ -200,13 +197,6 @@ class TiersPerChannel(TiersPerTokenHead):
         zero = rows.scale[..., 1].contiguous().view(torch.int8) / 8
         scale = e5m3.decode(rows.scale[..., 0]).to(dtype)
         return (codes - half + zero.unsqueeze(-2)).to(dtype) * scale.unsqueeze(-2)
-
-
-def _by_halves(x: Tensor) -> Tensor:
-    """[...] sums of x [..., n], n a power of two: x[:n/2] + x[n/2:], and so on."""
-    while x.shape[-1] > 1:
-        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
-    return x.squeeze(-1)
 
 
 _STEPS = "steps of Max 1960, Quantizing for Minimum Distortion"

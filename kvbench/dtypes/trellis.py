@@ -86,14 +86,10 @@ class TrellisPerTokenHead(Dtype):
     def scale_storage(self) -> torch.dtype:
         return torch.int16 if self.starts else torch.uint8
 
-    def check_head_dim(self, head_dim: int) -> None:
+    @property
+    def head_dim_multiple(self) -> int:
         parts = self.trellis.parts
-        multiple = math.lcm(*(WORD // math.gcd(WORD, p.bits) for p in parts)) if len(parts) == 1 else 16
-        if head_dim <= 0 or head_dim % multiple:
-            raise ValueError(
-                f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of {multiple}; "
-                f"use a dtype of 8 or more bits for this model"
-            )
+        return WORD // math.gcd(WORD, parts[0].bits) if len(parts) == 1 else 16
 
     def code_bytes(self, head_dim: int) -> int:
         self.check_head_dim(head_dim)
