@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, fail, say, show
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, draw, fail, say, show
 
 if TYPE_CHECKING:
     from kvbench.report.tables import Report
@@ -49,7 +49,9 @@ def report(
     try:
         found = Report.read(folder, kernels)
         if plot:
-            _draw(found, plot)
+            from kvbench.report.page import trade_off
+
+            draw(trade_off(found), plot)
     except NotARunError as error:
         fail(error, NOTHING_TO_COMPARE)
     except (FileNotFoundError, ValueError) as error:
@@ -75,14 +77,3 @@ def _write_page(found: Report, data: Path | None) -> Path:
     from kvbench.report.page import page
 
     return found.write_as(PAGE, page(found, texts(found.records, data) if data else None))
-
-
-def _draw(found: Report, path: Path) -> None:
-    """A picture in a file; ValueError where there is no place or no way to draw it."""
-    from kvbench.render.picture import save
-    from kvbench.report.page import trade_off
-
-    try:
-        save(trade_off(found), path)
-    except OSError as error:
-        raise ValueError(f"{path}: not written ({error.strerror})") from None

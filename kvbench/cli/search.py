@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,14 +20,11 @@ from kvbench.cli.shared import (
     Output,
     Set,
     Wide,
+    draw,
     fail,
     show,
 )
 from kvbench.cli.sweep import Devices, Executors, Fresh, RetryFailed, Workers
-
-if TYPE_CHECKING:
-    from kvbench.render import Document
-
 
 EXAMPLES = """\
 kvbench search mine.yaml --budget 4.5 --budget 3
@@ -77,6 +74,7 @@ def search(
     What is done is kept, whatever stops the search.
     """
     check_file(config)
+    from kvbench.render.document import Plot
     from kvbench.render.picture import ENDINGS
     from kvbench.sweep.search.command import Request, Search, run_search, search_plan
     from kvbench.sweep.stopping import UnusableError
@@ -98,15 +96,5 @@ def search(
     if found is not None:
         show(found, as_format, wide)
         if plot:
-            _draw(found, plot)
+            draw([view for section in found.sections if isinstance(section, Plot) for view in section.views], plot)
     raise typer.Exit(code)
-
-
-def _draw(found: Document, path: Path) -> None:
-    from kvbench.render.document import Plot
-    from kvbench.render.picture import save
-
-    try:
-        save([view for section in found.sections if isinstance(section, Plot) for view in section.views], path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: not written ({error.strerror})" if isinstance(error, OSError) else error, BAD_INPUT)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from kvbench.render import Column, Document, all_renderers, render, text
+from kvbench.render import Column, Document, View, all_renderers, render, text
 from kvbench.render.text import seen
 
 # 3 comes from the sweep itself
@@ -104,6 +104,16 @@ def show(document: Document, as_format: str, wide: bool = False) -> None:
         print(text.render(document, None if wide else width(), _colored()), end="")
     else:
         print(render(document, as_format), end="")
+
+
+def draw(views: Sequence[View], path: Path) -> None:
+    """A picture in a file; a line and exit code 2 where there is no place or no way to draw it."""
+    from kvbench.render.picture import save
+
+    try:
+        save(views, path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: not written ({error.strerror})" if isinstance(error, OSError) else error, BAD_INPUT)
 
 
 def width() -> int | None:
