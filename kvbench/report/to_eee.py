@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from kvbench.files import write_text
-from kvbench.results import Metric, NotARunError, Record, Store, plain_json
+from kvbench.report.by_scheme import by_scheme
+from kvbench.results import Metric, Record, plain_json
 
 VERSION = "0.3.0"
 
@@ -29,15 +29,7 @@ def export(folder: Path, place: Path) -> list[Path]:
         FileNotFoundError, NotARunError: no run folder, or none with a finished cell of a model.
         OSError: a file that can't be written.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    store = Store(folder)
-    schemes: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in store.load().records.values():
-        if record.status == "done" and not (record.canary or record.again or record.kernel):
-            schemes[record.model["name"], record.dtype, record.rotation].append(record)
-    if not schemes:
-        raise NotARunError(f"nothing to export: {folder} has no finished cell of a model")
+    store, schemes = by_scheme(folder, lambda record: record.scored, "a model")
     run, written = store.run(), []
     for scheme, records in schemes.items():
         evaluation = _evaluation(run, scheme, records)

@@ -7,11 +7,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from kvbench.files import write_text
-from kvbench.results import NotARunError, Record, Store, plain_json
+from kvbench.report.by_scheme import by_scheme
+from kvbench.results import Record, Store, plain_json
 
 
 def export(folder: Path, place: Path) -> list[Path]:
@@ -24,16 +26,7 @@ def export(folder: Path, place: Path) -> list[Path]:
         FileNotFoundError, NotARunError: no run folder, or none with such a cell.
         OSError: a file that can't be written.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    store = Store(folder)
-    schemes: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in store.load().records.values():
-        task = record.identity.get("task")
-        if record.status == "done" and isinstance(task, dict) and "lm_eval" in task:
-            schemes[record.model["name"], record.dtype, record.rotation].append(record)
-    if not schemes:
-        raise NotARunError(f"nothing to export: {folder} has no finished cell of a task of lm-eval")
+    store, schemes = by_scheme(folder, _of_lm_eval, "a task of lm-eval")
     written = []
     for scheme, records in schemes.items():
         name = "__".join(map(_sanitized, scheme))
@@ -49,6 +42,11 @@ def export(folder: Path, place: Path) -> list[Path]:
                 write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
                 written.append(path)
     return written
+
+
+def _of_lm_eval(record: Record) -> bool:
+    task = record.identity.get("task")
+    return record.status == "done" and isinstance(task, dict) and "lm_eval" in task
 
 
 def _sanitized(text: str) -> str:
@@ -126,7 +124,7 @@ def _samples(store: Store, record: Record) -> Iterator[tuple[str, list[dict[str,
         single = record.task if row.get("task") == record.identity["task"]["task"] else row.get("task")
         answers = row.get("resps")
         if answers is None:
-            pairs = zip(row.get("logprobs") or [], row.get("greedy") or [None] * 10**4, strict=False)
+            pairs = zip(row.get("logprobs") or [], row.get("greedy") or repeat(None), strict=False)
             answers = [[str(logprob), str(greedy)] for logprob, greedy in pairs]
         metrics = {name: value for name, value in row.items() if name not in known and "." not in name}
         tasks[single or record.task].append(

@@ -56,7 +56,7 @@ def tracked_runs(report: Report) -> list[TrackedRun]:
     """
     schemes: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in report.records:
-        if record.status == "done" and not (record.canary or record.again or record.kernel):
+        if record.scored:
             schemes[*group_of(record), record.dtype, record.rotation].append(record)
     if not schemes:
         raise NotARunError(f"nothing to export: {report.folder} has no finished cell of a model")

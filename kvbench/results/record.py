@@ -96,6 +96,11 @@ class Record:
         return "kernel" in self.identity
 
     @property
+    def scored(self) -> bool:
+        """Whether it says what a scheme does to a model: done, and no control and no kernel's time."""
+        return self.status == "done" and not (self.canary or self.again or self.kernel)
+
+    @property
     def throughput(self) -> bool:
         """Whether its scores are speeds, which it timed apart from the rest of the cell."""
         task = self.identity.get("task")

@@ -162,7 +162,7 @@ def positions(found: Found) -> Plot | None:
     ranged = re.compile(r"kld@(\d+)-(\d+)$")
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
     for record in found.records:
-        if record.status != "done" or record.canary or record.again or record.kernel:
+        if not record.scored:
             continue
         spans = [(place, metric) for metric in record.metrics if (place := ranged.match(metric.name))]
         for place, metric in spans if len(spans) > 1 else []:
@@ -193,12 +193,7 @@ def needles(found: Found) -> Plot | None:
     """Needles found by length and depth, a grid a scheme; None where no task hid any."""
     views = []
     for record in found.records:
-        if (
-            record.status != "done"
-            or record.again
-            or record.canary
-            or record.identity.get("task", {}).get("task") != "needle"
-        ):
+        if not record.scored or record.identity.get("task", {}).get("task") != "needle":
             continue
         try:
             samples = found.store.samples(record.cell, lists=False)
