@@ -15,7 +15,7 @@ import pytest
 
 from kvbench.results import Store
 from kvbench.sweep.command import Options, make_executor, run_sweep
-from kvbench.sweep.executors.ray import Node, capacity, check_address, differences
+from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences
 from kvbench.sweep.executors.ray_worker import Needs, look
 from kvbench.sweep.stopping import UnusableError
 from kvbench.yaml_text import ConfigError
@@ -193,6 +193,27 @@ def test_a_node_says_which_model_and_data_it_lacks(toy):
     assert lacks(planned) == ["toy_a wants a file: put it there"]
     assert lacks(toy.ModelFacts("toy", "float32", missing="fetch it"))[0] == "model toy: fetch it"
     assert lacks(toy.ModelFacts("toy", "float32", "r2"))[0] == "model toy: its revision is r2, and here r1"
+
+
+def test_a_node_that_ends_while_it_is_asked_is_no_node_any_more():
+    """
+    Its error stops nothing, where the cluster does not count it any more; that of one that goes on does.
+    """
+    cluster = Cluster.__new__(Cluster)
+    cluster.known = {name: Node(name, f"node-{name}", 0.0, 1.0) for name in "ab"}
+    alive = [["a", "b"], ["a"]]
+    rows = lambda: [{"NodeID": name, "Alive": True} for name in alive.pop(0)]  # noqa: E731
+    cluster.ray = SimpleNamespace(nodes=rows, wait=lambda answers, **_: (answers, []))
+
+    def look(node):
+        node.looking = node.id
+
+    def hear(node):
+        node.lacks = ["cannot run kvbench"]
+
+    cluster.look, cluster.hear = look, hear
+
+    assert cluster.survey() == ["node node-a: cannot run kvbench"]
 
 
 def test_flags_of_a_cluster_go_with_its_executor(tmp_path, toy):

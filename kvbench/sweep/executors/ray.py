@@ -119,7 +119,7 @@ class Cluster:
         node.looking = None
 
     def survey(self) -> list[str]:
-        """A line for each thing that a node lacks; looks at all of them."""
+        """A line for each thing that a node lacks. Looks at all; one that ends meanwhile is none any more."""
         nodes = self.nodes()
         for node in nodes:
             self.look(node)
@@ -130,7 +130,8 @@ class Cluster:
         for node in nodes:
             if node.lacks is None:
                 node.lacks = [f"does not answer within {LOOK_SECONDS:.0f} s: no room for a process, or a dead node"]
-        return [f"node {node.name}: {line}" for node in nodes for line in node.lacks or ()]
+        alive = {node.id for node in self.nodes()}
+        return [f"node {node.name}: {line}" for node in nodes if node.id in alive for line in node.lacks or ()]
 
     def pinned(self, node: Node) -> Any:
         """Where Ray should run something: there and nowhere else."""
