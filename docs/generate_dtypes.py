@@ -7,7 +7,7 @@ from types import ModuleType
 
 import kvbench.dtypes
 import kvbench.transforms
-from kvbench.dtypes import Affine, Cast, Dtype, Tiers, Trellis, all_dtypes
+from kvbench.dtypes import Affine, Cast, Dtype, Sketch, Tiers, Trellis, all_dtypes
 from kvbench.presets import all_presets
 from kvbench.schemes import Scheme
 from kvbench.transforms import Rotation, Transform, all_transforms
@@ -49,6 +49,8 @@ A name may be shortened where it is unique (`int4`), and keys and values may dif
 and two for values (`{key: int4, value: int2}` in YAML).
 """
 
+MOST_CENTROIDS = 8  # that a table spells out
+
 
 def code(dtype: Dtype) -> str:
     """What one code is."""
@@ -69,7 +71,12 @@ def code(dtype: Dtype) -> str:
         return f"{bits} bits of a string, of which the last {dtype.decode.state_bits} are a value{shares}"
     if isinstance(dtype.decode, Tiers):
         return f"{', '.join(map(str, dtype.decode.widths))} bits, an eighth of the channels each"
-    centroids = ", ".join(f"{centroid:g}" for centroid in dtype.decode.centroids)
+    book = dtype.decode.centroids
+    centroids = ", ".join(f"{centroid:g}" for centroid in book)
+    if len(book) > MOST_CENTROIDS:
+        centroids = f"{len(book)} values from {book[0]:g} to {book[-1]:g}"
+    if isinstance(dtype.decode, Sketch):
+        return f"{dtype.code_bits - 1}-bit index of {centroids}, and a sign"
     return f"{dtype.code_bits}-bit index of {centroids}"
 
 

@@ -8,7 +8,7 @@ from kvbench.presets import all_presets
 from kvbench.schemes import Scheme, Window, split_pair
 from kvbench.transforms import all_rotations
 
-PAIRS = [(dtype, rotation) for dtype in all_dtypes() for rotation in all_rotations()]
+PAIRS = [*((dtype, "hadamard") for dtype in all_dtypes()), *(("int4_per_token_head", one) for one in all_rotations())]
 
 
 @pytest.mark.parametrize(("dtype", "rotation"), PAIRS)

@@ -174,7 +174,7 @@ def layout(dtype: Dtype) -> Layout:
         return Layout(unpack.SIGNED.value, 8)
     if isinstance(decode, Tiers):
         return Layout(unpack.TIERS.value, 2, _tiers(decode.widths))
-    if dtype.code_bits < 8 and dtype.word_bits == 16:
+    if dtype.code_bits < 8 and dtype.word_bits == 16 and len(dtype.planes) == 1:
         if decode == Affine("in_scale"):
             return Layout(unpack.UNSIGNED.value, dtype.code_bits)
         if isinstance(decode, Codebook):

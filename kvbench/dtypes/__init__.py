@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Part, Rows, Tiers, Trellis
+from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Part, Rows, Sketch, Tiers, Trellis
 from kvbench.registry import walk
 
-__all__ = ["Affine", "Cast", "Codebook", "Dtype", "Part", "Rows", "Tiers", "Trellis", "all_dtypes"]
+__all__ = ["Affine", "Cast", "Codebook", "Dtype", "Part", "Rows", "Sketch", "Tiers", "Trellis", "all_dtypes"]
 
 
 @cache

@@ -46,6 +46,13 @@ class Codebook:
     centroids: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """A code's upper bits are an index of `centroids`; its lowest is a sign of a projection of what they leave."""
+
+    centroids: tuple[float, ...]
+
+
 # of the uniform code of so many bits that suits a unit Gaussian best (Max 1960)
 STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 
@@ -161,14 +168,14 @@ class Dtype:
     granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head"),
         `group_size` neighbouring channels of a row ("per_group"), a channel of `page_tokens` tokens ("per_channel").
     page_tokens: of a page that is quantized whole; 0 where every row is by itself.
-    word_bits: codes are packed into little-endian words of this many bits.
+    word_bits: codes are packed into little-endian words of this many bits; of 3, 5, 6 and 7 bits in `planes`.
     default_rotation: the rotation that the dtype's origin runs it with.
     source: where the definition comes from.
     """
 
     name: str
     code_bits: int
-    decode: Cast | Affine | Codebook | Tiers | Trellis
+    decode: Cast | Affine | Codebook | Sketch | Tiers | Trellis
     granularity: Literal["none", "per_tensor", "per_token_head", "per_group", "per_channel"]
     source: str
     default_rotation: str = "none"
@@ -191,8 +198,13 @@ class Dtype:
     @property
     def head_dim_multiple(self) -> int:
         """What head_dim must be a multiple of, for rows to fill whole words and groups."""
-        words = max(1, self.word_bits // self.code_bits) if self.code_bits < 8 else 1
+        words = max(1, self.word_bits // self.planes[-1]) if self.code_bits < 8 else 1
         return math.lcm(words, self.group_size or 1)
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of a code that are packed together, from the upper ones down: 4, 2 or 1; none straddles words."""
+        return tuple(bits for bits in (4, 2, 1) if self.code_bits & bits)
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError where rows of head_dim values do not fill whole words."""
@@ -268,26 +280,36 @@ class Dtype:
 
         A row is W = D * code_bits / word_bits words. Word j holds the codes of channels j, j+W, j+2W, ... from its low
         bits up, so that the codes at one bit position of all words (a *stream*) are a contiguous slice of channels: a
-        kernel multiplies each stream with a slice of Q, and never interleaves.
+        kernel multiplies each stream with a slice of Q, and never interleaves. Planes are packed so one after another.
         """
         if self.code_bits >= 8:
             return codes.contiguous().view(torch.uint8)
-        per_word = self.word_bits // self.code_bits
-        words = codes.shape[-1] // per_word
-        streams = codes.to(torch.int64).unflatten(-1, (per_word, words))
-        shifts = torch.arange(0, self.word_bits, self.code_bits, device=codes.device).unsqueeze(-1)
-        packed: Tensor = (streams << shifts).sum(-2)  # [..., W]
+        codes, below = codes.to(torch.int64), self.code_bits
         word_dtype = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[self.word_bits]
-        return packed.to(word_dtype).contiguous().view(torch.uint8)
+        parts = []
+        for bits in self.planes:
+            below -= bits
+            per_word = self.word_bits // bits
+            streams = ((codes >> below) & ((1 << bits) - 1)).unflatten(-1, (per_word, codes.shape[-1] // per_word))
+            shifts = torch.arange(0, self.word_bits, bits, device=codes.device).unsqueeze(-1)
+            parts.append((streams << shifts).sum(-2).to(word_dtype))  # [..., W]
+        words = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return words.contiguous().view(torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[..., code_bytes] uint8 back to [..., D] integer codes (int32), the inverse of `pack`."""
         if self.code_bits >= 8:
-            return packed.view(torch.int8).to(torch.int32)
+            return (packed.view(torch.int8) if self.decode == Affine("none") else packed).to(torch.int32)
         word_dtype = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[self.word_bits]
         words = packed.contiguous().view(word_dtype).to(torch.int32)
-        mask = (1 << self.code_bits) - 1
-        return torch.cat([(words >> shift) & mask for shift in range(0, self.word_bits, self.code_bits)], dim=-1)
+        sizes = [words.shape[-1] * bits // self.code_bits for bits in self.planes]
+        codes: Tensor | None = None
+        for bits, own in zip(self.planes, words.split(sizes, -1), strict=True):
+            mask = (1 << bits) - 1
+            part = torch.cat([(own >> shift) & mask for shift in range(0, self.word_bits, bits)], dim=-1)
+            codes = part if codes is None else codes << bits | part
+        assert codes is not None
+        return codes
 
     # ---- decoding
 

@@ -7,7 +7,7 @@ import torch
 from scipy import integrate
 from torch.testing import assert_close
 
-from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Rows, Tiers, Trellis, all_dtypes
+from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Rows, Sketch, Tiers, Trellis, all_dtypes
 
 HEAD_DIMS = [64, 80, 96, 128, 256]
 
@@ -17,12 +17,32 @@ DTYPES = [
     for dtype in all_dtypes().values()
     if not dtype.page_tokens and dtype.decode != Affine("minimum")
 ]
+# of a codebook's dtypes that differ in their bits alone one, and one of planes, and of bytes
+DTYPES = list(
+    {
+        (
+            type(d.decode) if isinstance(d.decode, Codebook | Sketch) else d.name,
+            type(d),
+            len(d.planes),
+            d.code_bits < 8,
+        ): d
+        for d in DTYPES
+    }.values()
+)
 NOT_AUTO = [dtype for dtype in DTYPES if dtype.name != "auto"]
 SCALED = [dtype for dtype in DTYPES if dtype.granularity == "per_token_head"]
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 every_scaled_dtype = pytest.mark.parametrize("dtype", SCALED, ids=lambda dtype: dtype.name)
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
+
+
+@pytest.fixture(autouse=True)
+def _fits(request):
+    """A row of 80 is no whole number of groups of 32: see test_a_head_dim_that_does_not_fit_is_refused."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if given.get("head_dim") in HEAD_DIMS and "dtype" in given and given["head_dim"] % given["dtype"].head_dim_multiple:
+        pytest.skip("no row of this dtype has so many values")
 
 
 def heavy_tailed(*shape: int) -> torch.Tensor:
@@ -108,8 +128,7 @@ def test_a_head_dim_that_does_not_fit_is_refused(dtype, head_dim):
     """
     Codes fill whole words, or an error says which sizes do.
     """
-    per_word = dtype.word_bits // dtype.code_bits if dtype.code_bits < 8 else 1
-    if head_dim > 0 and head_dim % per_word == 0:
+    if head_dim > 0 and head_dim % dtype.head_dim_multiple == 0:
         assert dtype.code_bytes(head_dim) * 8 == head_dim * dtype.code_bits
         return
     with pytest.raises(ValueError, match=rf"head_dim {head_dim} does not fit {dtype.name}"):
@@ -148,18 +167,23 @@ def test_unpacking_undoes_packing(dtype, head_dim):
 @every_head_dim
 def test_every_bit_of_a_row_belongs_to_one_code(dtype, head_dim):
     """
-    Word j holds channels j, j+W, j+2W, ... from its low bits up: each bit of each code is found where that says.
+    Word j holds channels j, j+W, j+2W, ... from its low bits up: each bit of each code is found where that says; of
+    3, 5, 6 and 7 bits the upper 4, then 2, then the last, each in words of their own.
     """
     bits = dtype.code_bits
     word_bits = dtype.word_bits if bits < 8 else 8
-    words = head_dim * bits // word_bits
+    planes = [width for width in (4, 2, 1) if bits & width] if bits < 8 else [8]
 
-    for channel in range(head_dim):
+    for channel in range(0, head_dim, 1 if len(planes) == 1 else 7):
         for bit in range(bits):
+            plane = next(i for i in range(len(planes)) if bit >= bits - sum(planes[: i + 1]))
+            width, inside = planes[plane], bit - (bits - sum(planes[: plane + 1]))
+            words = head_dim * width // word_bits
             codes = torch.zeros(head_dim, dtype=torch.int8 if bits == 8 else torch.uint8)
             codes[channel] = -128 if bit == 7 else 1 << bit
             word, stream = channel % words, channel // words
-            position = word * word_bits + stream * bits + bit  # counted from the first byte's low bit
+            # counted from the first byte's low bit
+            position = head_dim * sum(planes[:plane]) + word * word_bits + stream * width + inside
             expected = bytearray(dtype.code_bytes(head_dim))
             expected[position // 8] = 1 << position % 8
             assert bytes(dtype.pack(codes).tolist()) == bytes(expected)
@@ -347,7 +371,7 @@ def test_a_power_of_two_changes_the_scale_alone(dtype, scale, head_dim):
     """
     Rows far above the smallest scale have the same codes when they are doubled, and twice the scale.
     """
-    if scale > {torch.uint8: 1e3, torch.int16: 1e6}.get(dtype.scale_storage, scale):
+    if scale > {torch.uint8: 1e3, torch.float16: 1e3, torch.int16: 1e6}.get(dtype.scale_storage, scale):
         pytest.skip("its scales end before")
     x = torch.randn(5, head_dim) * scale
 
@@ -440,11 +464,15 @@ def test_int2_errs_as_theory_says(head_dim):
     assert error.mean().item() == pytest.approx(expected, abs=5 * spread / math.sqrt(x.numel()))
 
 
-@every_dtype
+@pytest.mark.parametrize(
+    "dtype", [dtype for dtype in DTYPES if not isinstance(dtype.decode, Sketch)], ids=lambda dtype: dtype.name
+)
 @every_head_dim
 def test_every_dtype_beats_the_sign(dtype, head_dim):
     """
     On Gaussian rows no dtype loses more than one bit a value at its best would (Max 1960: a mean square of 1 - 2/pi).
+
+    A sketch, which is right in the mean alone, may.
 
     An all-zero answer has a relative error of 1 and no direction, so it fails, and so does a shuffle of the channels.
     """
@@ -481,7 +509,7 @@ def test_int2_breaks_on_heavy_tails_and_the_rotation_mends_it():
 
 # a codebook's scale is the row's norm, and the row's centroids have another: see test_int2_shrinks_a_second_time;
 # so with a trellis, whose path is sought at the row's norm, and with tiers, whose scale is searched
-ON_A_GRID = [dtype for dtype in DTYPES if not isinstance(dtype.decode, Codebook | Tiers | Trellis)]
+ON_A_GRID = [dtype for dtype in DTYPES if not isinstance(dtype.decode, Codebook | Sketch | Tiers | Trellis)]
 
 
 @pytest.mark.parametrize("dtype", ON_A_GRID, ids=lambda dtype: dtype.name)
@@ -522,7 +550,7 @@ def test_reading_in_float64_loses_nothing(dtype):
     """
     float32 reads are the float64 reads, rounded once.
     """
-    rows = dtype.quantize(heavy_tailed(7, 80))
+    rows = dtype.quantize(heavy_tailed(7, 96))
 
     exact = dtype.dequantize(rows, torch.float64)
 

@@ -19,7 +19,8 @@ from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
 ROWS = [name for name, dtype in all_dtypes().items() if not dtype.page_tokens and dtype.group_size in (0, 16)]
-SCHEMES = [Scheme.parse(dtype, rotation) for dtype in ROWS for rotation in all_rotations()]
+# each dtype under its own rotation, and each rotation
+SCHEMES = [*map(Scheme.parse, ROWS), *(Scheme.parse("int4", rotation) for rotation in all_rotations())]
 SCHEMES.append(Scheme.parse("int4:int2"))
 IDS = [f"{s.dtype_name}-{s.rotation_name}" for s in SCHEMES]
 
