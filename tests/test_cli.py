@@ -708,7 +708,7 @@ def test_kernels_are_checked_where_nothing_can_be_timed(kvbench):
     ("arguments", "code", "message"),
     [
         (["--timed"], 4, "error: there is no GPU here to time on"),
-        (["--dtype", "int3"], 2, "error: unknown dtype 'int3': one of auto, "),
+        (["--dtype", "int7"], 2, "error: unknown dtype 'int7': one of auto, "),
         (["--heads", "32"], 2, "error: heads are QUERY/KV, such as 32/8, not '32'"),
         (["--heads", "9/4"], 2, "error: 9 query heads are no multiple of 4 KV heads"),
         (["--batch", "many"], 2, "error: 'many' is no number from 1 on: write 32768 or 32k"),

@@ -20,7 +20,7 @@ from kvbench.yaml_text import ConfigError, Loader, apply_setting, read_document
 PACKED = [d for d in all_dtypes().values() if d.code_bits < 8 and not isinstance(d.decode, Tiers | Trellis)]
 PACKED += [d for d in all_dtypes().values() if isinstance(d.decode, Trellis) and len(d.decode.parts) == 1]
 # one for each way to pack
-PACKED = list({(d.code_bits, d.word_bits, type(d).pack): d for d in PACKED}.values())
+PACKED = list({(d.code_bits, d.word_bits, type(d).pack): d for d in reversed(PACKED)}.values())
 
 # what JSON holds, and a YAML too; YAML has no half characters, and a file none that are not seen
 texts = st.text(

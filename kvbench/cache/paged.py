@@ -157,7 +157,7 @@ class PagedCache:
                 own = []
                 for i, layer in enumerate(members):
                     scale = None if scales is None else scales[i]
-                    one = torch.ones((), device=device) if dtype.granularity == "per_tensor" else None
+                    one = torch.ones((), device=device) if dtype.has_tensor_scale else None
                     known = tuple({n: t.to(device) for n, t in params.items()} for params in learned[layer][which])
                     behind = None if rest is None else rest[i]
                     own.append(Plane(sides[layer], known, head_dim, codes[i], scale, one, behind))

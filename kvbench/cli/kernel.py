@@ -103,15 +103,21 @@ def kernel(
             if len(cached) > 1:
                 raise ValueError(f"--prefix is one number, such as 28k, not '{prefix}'")
             given = Shape(int(query_heads), int(kv_heads), head_dim, page_size)
+            shape = shape_of_model(model, page_size) if model else given
+            # those that fit; and Triton's interpreter gets bf16 wrong
+            every = [
+                name
+                for name, one in all_dtypes().items()
+                if name != "auto" and (gpu or name != "bf16") and shape.head_dim % one.head_dim_multiple == 0
+            ]
             requests = [
                 KernelRequest(
-                    # Triton's interpreter gets bf16 wrong
-                    dtypes=tuple(dtype or [n for n in all_dtypes() if n != "auto" and (gpu or n != "bf16")]),
+                    dtypes=tuple(dtype or every),
                     rotations=tuple(rotation or ()),
                     op=op.value,
                     batches=parse_grid(batch),
                     contexts=parse_grid(context),
-                    shape=shape_of_model(model, page_size) if model else given,
+                    shape=shape,
                     prefix=cached[0],
                     peers=peers,
                 )

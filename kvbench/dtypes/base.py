@@ -169,6 +169,7 @@ class Dtype:
         `group_size` neighbouring channels of a row ("per_group"), a channel of `page_tokens` tokens ("per_channel").
     page_tokens: of a page that is quantized whole; 0 where every row is by itself.
     word_bits: codes are packed into little-endian words of this many bits; of 3, 5, 6 and 7 bits in `planes`.
+    tensor_scaled: beside what granularity says, one float32 of a layer's K or V multiplies all scales.
     default_rotation: the rotation that the dtype's origin runs it with.
     source: where the definition comes from.
     """
@@ -182,18 +183,24 @@ class Dtype:
     word_bits: int = 16
     group_size: int = 0
     page_tokens: int = 0
+    tensor_scaled: bool = False
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         """Quantized rows of x: [..., D], or pages of x: [..., S, D] with S = page_tokens; any floating dtype.
 
-        tensor_scale: scalar float32, for the "per_tensor" granularity alone; 1.0 when not given.
+        tensor_scale: scalar float32, where `has_tensor_scale`; 1.0 when not given.
 
-        A row that holds NaN or ±inf becomes a row that decodes to NaN throughout (dtypes that scale each row), so
-        that a broken model stays visible; see each dtype for the others.
+        What shares a scale with NaN or ±inf decodes to NaN throughout (dtypes that scale each row or group), so that a
+        broken model stays visible; see each dtype for the others.
         """
         raise NotImplementedError
 
     # ---- sizes
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether a layer's K, and its V, has one float32 for all of it."""
+        return self.tensor_scaled or self.granularity == "per_tensor"
 
     @property
     def head_dim_multiple(self) -> int:
@@ -212,7 +219,7 @@ class Dtype:
         if head_dim <= 0 or head_dim % multiple:
             raise ValueError(
                 f"head_dim {head_dim} does not fit {self.name}: it needs a multiple of {multiple}; "
-                f"use a dtype of 8 or more bits for this model"
+                f"use a dtype with a scale a row and 8 or more bits for this model"
             )
 
     def code_bytes(self, head_dim: int) -> int:
@@ -254,7 +261,7 @@ class Dtype:
     def bits_per_value(self, head_dim: int) -> float:
         """True bits a value, every byte of the row counted.
 
-        A per-tensor scale is 4 bytes a layer, counted in the cache's `nbytes`.
+        A scale a tensor is 4 bytes a layer's K or V, counted in the cache's `nbytes`.
         """
         return 8 * self.row_bytes(head_dim) / head_dim
 
@@ -332,7 +339,8 @@ class Dtype:
             scale, minimum = (self._by_channel(x) for x in rows.scale.to(dtype).unbind(-1))
             return values * scale + minimum
         if rows.scale is not None:
-            return values * self._by_channel(self.clean_scale(rows.scale).to(dtype))
+            scale = self.clean_scale(rows.scale).to(dtype)
+            return values * self._by_channel(scale if tensor_scale is None else scale * tensor_scale.to(dtype))
         if tensor_scale is not None:
             return values * tensor_scale.to(dtype)
         return values

@@ -56,13 +56,12 @@ uint4_per_channel_64, uint4_per_channel_128, uint2_per_channel_64, uint2_per_cha
 )
 # values: 32 channels of a row
 uint4_per_group, uint2_per_group = (
-    MinMax(
-        f"uint{bits}_per_group",
-        bits,
-        Affine("minimum"),
-        "per_group",
-        source=_KIVI + "; values",
-        group_size=32,
-    )
+    MinMax(f"uint{bits}_per_group", bits, Affine("minimum"), "per_group", _KIVI + "; values", group_size=32)
     for bits in (4, 2)
+)
+# the groups of other engines: a whole row where head_dim is the group's size
+_LMDEPLOY = "LMDeploy's kv int4 (a head a group), https://github.com/InternLM/lmdeploy; MLX-LM's QuantizedKVCache (64)"
+uint4_per_group_64, uint4_per_group_128 = (
+    MinMax(f"uint4_per_group_{size}", 4, Affine("minimum"), "per_group", _LMDEPLOY, group_size=size)
+    for size in (64, 128)
 )

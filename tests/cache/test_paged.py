@@ -9,7 +9,7 @@ from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
-ROWS = [name for name, dtype in all_dtypes().items() if not dtype.page_tokens and dtype.group_size in (0, 16)]
+ROWS = [name for name, dtype in all_dtypes().items() if not dtype.page_tokens and 32 % dtype.head_dim_multiple == 0]
 # each dtype under its own rotation, and each rotation
 SCHEMES = [*map(Scheme.parse, ROWS), *(Scheme.parse("int4", rotation) for rotation in all_rotations())]
 SCHEMES.append(Scheme.parse("int4:int2"))
@@ -51,14 +51,14 @@ def test_the_largest_cache_fits_and_a_page_more_does_not(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES + WHOLE, ids=str)
 def test_memory_is_the_packed_size(scheme):
     """
-    8 * nbytes == values * bits_per_value, exactly; a per-tensor scale is four bytes more a layer and side.
+    8 * nbytes == values * bits_per_value, exactly; a scale a tensor is four bytes more a layer and side.
     """
     pages, page_size = 5, scheme.page_tokens or 4
     cache = PagedCache(LAYERS, scheme, pages=pages, page_size=page_size)
     slots = pages * page_size
     scheme = scheme.resolve(torch.float32)
     bits = sum(slots * heads * head_dim * 2 * scheme.bits_per_value(head_dim) for heads, head_dim in LAYERS)
-    scales = 4 * len(LAYERS) * sum(side.dtype.granularity == "per_tensor" for side in scheme.sides)
+    scales = 4 * len(LAYERS) * sum(side.dtype.has_tensor_scale for side in scheme.sides)
 
     assert 8 * (cache.nbytes - scales) == bits
     assert cache.nbytes - scales == slots * scheme.token_bytes(LAYERS)
