@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Codebook, Dtype, Rows
+from kvbench.dtypes.base import Codebook
+from kvbench.dtypes.blocks import Blocks
 
 GROUP = 32
 SMALLEST = 1e-10  # added to a group's largest magnitude
 
 
 @dataclass(frozen=True)
-class MidpointPerGroup(Dtype):
+class MidpointPerGroup(Blocks):
     """Each group's range, from minus to plus its largest magnitude, in 2^bits equal cells; a code is a cell's middle.
 
-    Codes are made with the largest magnitude as it is, and it is stored as the nearest float16, as exllamav3 does; a
-    group whose magnitude is none decodes to NaN.
+    Codes are made with the largest magnitude as it is, and it is stored as the nearest float16, as exllamav3 does.
     """
 
-    @property
-    def scale_storage(self) -> torch.dtype:
-        return torch.float16
-
-    def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
-        groups = x.to(torch.float32).unflatten(-1, (-1, self.group_size))
-        scale = groups.abs().amax(-1) + SMALLEST
+    def encode(self, blocks: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
+        scale = blocks.abs().amax(-1) + SMALLEST
         half = 1 << (self.code_bits - 1)
         # a power of two: the product is exact, so the sum is rounded once, as a fused one is
-        cells = (groups * (1 / scale).unsqueeze(-1) * half + half).floor().clamp(0, 2 * half - 1)
-        stored = scale.to(torch.float16)
-        whole = stored.isfinite()
-        codes = cells.masked_fill(~whole.unsqueeze(-1), 0).to(torch.uint8).flatten(-2)
-        return Rows(self.pack(codes), stored.masked_fill(~whole, math.nan))
+        cells = (blocks * (1 / scale).unsqueeze(-1) * half + half).floor().clamp(0, 2 * half - 1)
+        return cells.to(torch.uint8), scale
 
 
 def _exl3(bits: int) -> MidpointPerGroup:

@@ -17,7 +17,7 @@ from kvbench.dtypes.blocks import Blocks, e2m1
 from kvbench.schemes import Scheme
 
 F = np.float32
-BLOCKS = [name for name, dtype in all_dtypes().items() if isinstance(dtype, Blocks)]
+BLOCKS = [name for name, dtype in all_dtypes().items() if type(dtype).__module__ == Blocks.__module__]
 GGML = [name for name in BLOCKS if hasattr(gguf.GGMLQuantizationType, name.upper())]  # gguf reads them
 INTEGERS = ["q8_0", "q5_1", "q4_1", "q4_0"]  # and writes these, byte for byte
 
