@@ -341,6 +341,19 @@ def test_the_reference_computes_them_and_says_why(monkeypatch, name, reason):
         choose("triton", scheme, torch.float16, gpu)
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q4_1", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize(("head_dim", "keys", "values"), [(64, 64, 64), (128, 128, 64), (192, 64, 64), (256, 256, 64)])
+def test_presets_turn_as_llama_cpp_does(name, head_dim, keys, values):
+    """
+    Keys in blocks of the largest power of two that divides head_dim, values in blocks of 64.
+    """
+    scheme = Scheme.parse(f"llama_cpp_{name}")
+
+    for side, block in zip(scheme.sides, (keys, values), strict=True):
+        assert side.dtype.name == name
+        assert [one.block(head_dim) for one in side.transforms] == [block]
+
+
 def test_rotated_and_not():
     """
     Any of them goes with a Hadamard rotation, which spreads an outlier over its block's neighbours.
