@@ -89,6 +89,7 @@ def scale(dtype: Dtype) -> str:
     """What shares a scale."""
     by = {"none": "-", "per_tensor": "a layer's K, and its V", "per_token_head": "a row"}
     by["per_channel"] = f"{dtype.page_tokens} tokens of a channel"
+    by["learned"] = "a channel, learned"
     whole = ", and those by a layer's K, and its V" if dtype.tensor_scaled else ""
     return by.get(dtype.granularity, f"{dtype.group_size} channels of a row{whole}")
 

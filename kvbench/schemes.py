@@ -33,7 +33,7 @@ SPEC = ("dtype", "key", "value", "rotation", "rotations", "window", "layers", "c
 class Side:
     """How keys, or values, are stored: what prepares a row, in this order, and what it becomes.
 
-    The maps take what each transform learned of a layer, in the same order.
+    The maps take what each transform learned of a layer, in the same order; what the dtype learned follows.
     """
 
     dtype: Dtype
@@ -57,26 +57,42 @@ class Side:
     @property
     def learns(self) -> bool:
         """Whether it needs a calibration text."""
-        return any(transform.learns for transform in self.transforms)
+        return self.dtype.learns or any(transform.learns for transform in self.transforms)
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether it learns from queries too."""
+        return self.dtype.reads_queries or any(transform.reads_queries for transform in self.transforms)
+
+    @property
+    def unlearned(self) -> tuple[Params, ...]:
+        """What it knows that learned nothing: a place for each transform, and one for a dtype that learns."""
+        return ({},) * (len(self.transforms) + self.dtype.learns)
+
+    @property
+    def lesson(self) -> str:
+        """What decides what it learns of a text: its transforms, and its dtype where that, or how it reads, counts."""
+        counts = self.dtype.learns or any(transform.reads_stored for transform in self.transforms)
+        return f"{self.name} of {self.dtype.name}" if counts else self.name
 
     def resolve(self, model_dtype: torch.dtype) -> Self:
         """This side with `auto` replaced by the model's own dtype."""
         return replace(self, dtype=self.dtype.resolve(model_dtype))
 
     def learn(self, sample: Sample) -> tuple[Params, ...]:
-        """What each transform learns of a layer, from the sample as the transforms before it left it."""
+        """What each transform learns of a layer, and the dtype, from the sample as the transforms before it left it."""
         found: list[Params] = []
         dtype = self.dtype.resolve(torch.float32)
         sample = replace(sample, stored=dtype.stored)
         for transform in self.transforms:
             params = transform.learn(sample)
             found.append(params)
-            if any(later.learns for later in self.transforms[len(found) :]):
+            if self.dtype.learns or any(later.learns for later in self.transforms[len(found) :]):
                 keys = transform.apply(sample.keys, params, sample.positions)
                 queries = None if sample.queries is None else transform.query(sample.queries, params)
                 # what else a transform leaves is not turned by the position as the model's keys are
                 sample = replace(sample, keys=keys, queries=queries, rope=None)
-        return tuple(found)
+        return (*found, self.dtype.learn(sample)) if self.dtype.learns else tuple(found)
 
     def apply(self, x: Tensor, params: Sequence[Params] = (), positions: Tensor | None = None) -> Tensor:
         """[T, H, D] rows as the dtype takes them, of tokens at these positions [T]."""
@@ -121,7 +137,7 @@ class Side:
         return whole
 
     def _with(self, params: Sequence[Params]) -> list[tuple[Transform, Params]]:
-        return list(zip(self.transforms, params or ({},) * len(self.transforms), strict=True))
+        return list(zip(self.transforms, (params or self.unlearned)[: len(self.transforms)], strict=True))
 
 
 @dataclass(frozen=True)
@@ -372,9 +388,11 @@ class Scheme:
     def learning(self) -> dict[str, Any]:
         """All that decides what a scheme that learns is taught of a model."""
         assert self.calibration is not None
-        other = {str(one.index): one.key.name for one in self.layers if one.key and one.key.name != self.key.name}
+        other = {str(one.index): one.key.lesson for one in self.layers if one.key and one.key.lesson != self.key.lesson}
+        values = {one.index: one.value for one in self.layers if one.value and one.value.learns}
+        other |= {f"{index}.value": side.lesson for index, side in values.items() if side.lesson != self.value.lesson}
         return {
-            "rotation": self.rotation_name,
+            "rotation": join_pair(self.key.lesson, self.value.lesson),
             "calibration": self.calibration.identity(),
             **({"layers": other} if other else {}),
         }

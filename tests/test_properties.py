@@ -17,7 +17,9 @@ from kvbench.dtypes import Tiers, Trellis, all_dtypes
 from kvbench.results import name_of
 from kvbench.yaml_text import ConfigError, Loader, apply_setting, read_document
 
-PACKED = [d for d in all_dtypes().values() if d.code_bits < 8 and not isinstance(d.decode, Tiers | Trellis)]
+PACKED = [
+    d for d in all_dtypes().values() if d.code_bits < 8 and not (d.learns or isinstance(d.decode, Tiers | Trellis))
+]
 PACKED += [d for d in all_dtypes().values() if isinstance(d.decode, Trellis) and len(d.decode.parts) == 1]
 # one for each way to pack
 PACKED = list({(d.code_bits, d.word_bits, type(d).pack): d for d in reversed(PACKED)}.values())

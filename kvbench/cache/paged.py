@@ -13,7 +13,7 @@ from kvbench.dtypes import Cast, Dtype, Rows
 from kvbench.schemes import Layers, Scheme, Side
 from kvbench.transforms import Params
 
-# of each layer, what the transforms of its keys learned, and those of its values
+# of each layer, what the transforms of its keys learned, and their dtype, and those of its values
 Learned = Sequence[tuple[tuple[Params, ...], tuple[Params, ...]]]
 
 
@@ -27,7 +27,7 @@ def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torc
 class Plane:
     """The stored keys, or the stored values, of one layer.
 
-    params: what the side's transforms learned of the layer.
+    params: what the side's transforms learned of the layer, and its dtype. dtype: what rows become, as it learned.
     codes: [P, HKV, S, word_bytes] uint8. rest: [P, HKV, S, bytes] uint8, what of codes follows these; None if nothing.
     scale: [P, HKV, S, *scales_shape], or [P, HKV, *scales_shape] where pages are quantized whole; None for no scale.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
@@ -42,11 +42,10 @@ class Plane:
     tensor_scale: Tensor | None
     rest: Tensor | None = None
     launched: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    dtype: Dtype = field(init=False)
 
-    @property
-    def dtype(self) -> Dtype:
-        """What its rows become."""
-        return self.side.dtype
+    def __post_init__(self) -> None:
+        self.dtype = self.side.dtype.bind(self.params[-1]) if self.side.dtype.learns else self.side.dtype
 
     def rows(self, pages: Tensor) -> Rows:
         """The stored rows [N, HKV, S] of these pages [N]."""
@@ -54,6 +53,15 @@ class Plane:
         if self.rest is not None:
             codes = torch.cat([codes, self.rest[pages]], dim=-1)
         return Rows(codes, None if self.scale is None else self.scale[pages])
+
+    def read(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, HKV, S, D] decoded rows of these pages [N], computed in `dtype`."""
+        rows = self.rows(pages)
+        if not self.dtype.learns:
+            return self.dtype.dequantize(rows, dtype, self.tensor_scale)
+        # what a head's channels have learned is told by the last dimension but one
+        scale = None if rows.scale is None else rows.scale.transpose(1, 2)
+        return self.dtype.dequantize(Rows(rows.codes.transpose(1, 2), scale), dtype).transpose(1, 2)
 
     def write(self, where: Any, rows: Rows) -> None:
         """Store rows; where: an index into [P, HKV, S], or into [P] for pages that are quantized whole."""
@@ -81,11 +89,7 @@ class Plane:
 
 def unlearned(scheme: Scheme, layers: int) -> Learned:
     """What the transforms of a scheme know that learned nothing."""
-
-    def nothing(side: Side) -> tuple[Params, ...]:
-        return ({},) * len(side.transforms)
-
-    return [(nothing(key), nothing(value)) for key, value in (scheme.layer(i, layers) for i in range(layers))]
+    return [(key.unlearned, value.unlearned) for key, value in (scheme.layer(i, layers) for i in range(layers))]
 
 
 @dataclass
@@ -241,10 +245,7 @@ class PagedCache:
 
         pages: [N] int64. Returns k, v: [N, HKV, S, D], computed in `dtype`; slots never written hold anything.
         """
-        k, v = (
-            plane.dtype.dequantize(plane.rows(pages), dtype, plane.tensor_scale)
-            for plane in (self.keys[layer], self.values[layer])
-        )
+        k, v = (plane.read(pages, dtype) for plane in (self.keys[layer], self.values[layer]))
         return k, v
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+from kvbench.transforms.base import Params, Sample
 
 SCALE_BYTES = 4  # of a float32 scale
 
@@ -166,7 +168,8 @@ class Dtype:
 
     code_bits: bits of one code, without the scale's share; of tiers, the mean, rounded down.
     granularity: what shares a scale: nothing ("none"), one layer's K or V ("per_tensor"), one row ("per_token_head"),
-        `group_size` neighbouring channels of a row ("per_group"), a channel of `page_tokens` tokens ("per_channel").
+        `group_size` neighbouring channels of a row ("per_group"), a channel of `page_tokens` tokens ("per_channel");
+        or a channel of a layer has one that was learned ("learned"), of which rows hold nothing.
     page_tokens: of a page that is quantized whole; 0 where every row is by itself.
     word_bits: codes are packed into little-endian words of this many bits; of 3, 5, 6 and 7 bits in `planes`.
     tensor_scaled: beside what granularity says, one float32 of a layer's K or V multiplies all scales.
@@ -177,13 +180,23 @@ class Dtype:
     name: str
     code_bits: int
     decode: Cast | Affine | Codebook | Sketch | Tiers | Trellis
-    granularity: Literal["none", "per_tensor", "per_token_head", "per_group", "per_channel"]
+    granularity: Literal["none", "per_tensor", "per_token_head", "per_group", "per_channel", "learned"]
     source: str
     default_rotation: str = "none"
     word_bits: int = 16
     group_size: int = 0
     page_tokens: int = 0
     tensor_scaled: bool = False
+    learns: ClassVar[bool] = False  # from a calibration text
+    reads_queries: ClassVar[bool] = False  # and from the queries there
+
+    def learn(self, sample: Sample) -> Params:
+        """What it needs to know of a layer, from its rows as the transforms left them."""
+        return {}
+
+    def bind(self, params: Params) -> Self:
+        """This dtype as it stores a layer of which it learned this; itself where that is nothing."""
+        return self
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         """Quantized rows of x: [..., D], or pages of x: [..., S, D] with S = page_tokens; any floating dtype.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,27 +26,32 @@ class _Layer:
 
     scaling: float
     keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
 
 
 def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
-    """What each layer's transforms learned, of the model with its exact cache; sums are float64.
+    """What each layer's transforms and dtypes learned, of the model with its exact cache; sums are float64.
 
     Raises:
         ValueError: the text is too short.
     """
     calibration = scheme.calibration or Calibration()
     documents = texts(loaded, calibration)
-    queries = any(transform.reads_queries for side in scheme.all_sides for transform in side.transforms)
+    queries = any(side.reads_queries for side in scheme.all_sides)
+    # what values learn from; keys are few beside a model
+    values = any(side.learns for side in (scheme.value, *(one.value for one in scheme.layers if one.value)))
     layers: dict[int, _Layer] = {}
 
-    def keep(layer: int, q: Tensor, k: Tensor, positions: Tensor, scaling: float) -> None:
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scaling: float) -> None:
         own = layers.setdefault(layer, _Layer(scaling))
         own.keys.append(k.cpu())
         own.positions.append(positions.cpu())
         if queries:
             own.queries.append(q.cpu())
+        if values:
+            own.values.append(v.cpu())
 
     with observed(keep), _ropes(loaded.model) as ropes:
         loaded.runner(Scheme.parse("auto")).hidden_states(documents)
@@ -60,10 +65,13 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
             loaded.info.max_length,
             layer.scaling,
         )
-        layer.keys.clear()
-        layer.queries.clear()
         key, value = scheme.layer(index, len(layers))
-        learned.append((key.learn(sample), ({},) * len(value.transforms)))
+        of_values = value.unlearned
+        if value.learns:
+            of_values = value.learn(replace(sample, keys=torch.cat(layer.values), queries=None, rope=None))
+        for pieces in (layer.keys, layer.queries, layer.values):
+            pieces.clear()
+        learned.append((key.learn(sample), of_values))
     return pack(learned)
 
 

@@ -25,9 +25,9 @@ def pack(learned: Learned) -> Tensors:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layers: int) -> Learned:
-    """What `pack` packed, for a scheme of the same transforms; of a layer's side without transforms nothing."""
+    """What `pack` packed, for a scheme that learns the same; of a layer's side that learns nothing, nothing."""
     found: list[list[list[dict[str, Tensor]]]] = [
-        [[{} for _ in side.transforms] for side in scheme.layer(i, layers)] for i in range(layers)
+        [[{} for _ in side.unlearned] for side in scheme.layer(i, layers)] for i in range(layers)
     ]
     for key, tensor in tensors.items():
         layer, which, place, name = key.split(".")

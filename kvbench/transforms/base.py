@@ -52,7 +52,8 @@ class Rope:
 class Sample:
     """One layer's keys of the calibration text, as attention gets them, and the queries that read them.
 
-    keys: [T, HKV, D], any floating dtype. queries: [T, HQ, D], where a transform reads them.
+    keys: [T, HKV, D], any floating dtype; values, where it is these that are stored.
+    queries: [T, HQ, D], where a transform or a dtype reads them.
     positions: [T] int64. rope: None where it is not known.
     max_length: the model's positions. scaling: factor of the scores, or None for D^-1/2.
     stored: what rows are read as once they are stored.
@@ -97,7 +98,7 @@ class Transform:
     """A map of the D values of a row before they are quantized. A subclass says what it does; the base does nothing.
 
     keys_only: values can't have it, for an output could not undo it. learns: it needs a calibration text.
-    reads_queries: it learns from the queries too.
+    reads_queries: it learns from the queries too. reads_stored: and from what rows are read as.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Transform:
     keys_only: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     reads_queries: ClassVar[bool] = False
+    reads_stored: ClassVar[bool] = False
 
     def learn(self, sample: Sample) -> Params:
         """What it needs to know of a layer, from the keys as the transforms before it left them."""

@@ -33,6 +33,7 @@ class Correction(Transform):
     keys_only: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     reads_queries: ClassVar[bool] = True
+    reads_stored: ClassVar[bool] = True
 
     def learn(self, sample: Sample) -> Params:
         assert sample.queries is not None, "it reads queries"

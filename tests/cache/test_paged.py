@@ -9,7 +9,11 @@ from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
-ROWS = [name for name, dtype in all_dtypes().items() if not dtype.page_tokens and 32 % dtype.head_dim_multiple == 0]
+ROWS = [
+    name
+    for name, dtype in all_dtypes().items()
+    if not (dtype.page_tokens or dtype.learns) and 32 % dtype.head_dim_multiple == 0
+]
 # each dtype under its own rotation, and each rotation
 SCHEMES = [*map(Scheme.parse, ROWS), *(Scheme.parse("int4", rotation) for rotation in all_rotations())]
 SCHEMES.append(Scheme.parse("int4:int2"))

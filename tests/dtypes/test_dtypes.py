@@ -11,11 +11,12 @@ from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Rows, Sketch, Tiers, T
 
 HEAD_DIMS = [64, 80, 96, 128, 256]
 
-# `auto` as a float32 model has it; what is stored with a minimum, or by the page, is test_min_max.py's
+# `auto` as a float32 model has it; what is stored with a minimum, or by the page, is test_min_max.py's and
+# test_clipped.py's, what learns test_nuq.py's
 DTYPES = [
     dtype.resolve(torch.float32)
     for dtype in all_dtypes().values()
-    if not dtype.page_tokens and dtype.decode != Affine("minimum")
+    if not dtype.page_tokens and not dtype.learns and dtype.decode != Affine("minimum")
 ]
 # of a codebook's dtypes that differ in their bits alone one, and one of planes, and of bytes
 DTYPES = list(

@@ -54,8 +54,8 @@ class _Step:
 
 _step: ContextVar[_Step] = ContextVar("kvbench_step")
 
-# called with the model's number of a layer, its new queries [T, HQ, D] and keys [T, HKV, D], and their positions [T]
-Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
+# called with the model's number of a layer, its new queries [T, HQ, D], keys and values [T, HKV, D], and positions [T]
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]
 _observer: ContextVar[Observer | None] = ContextVar("kvbench_observer", default=None)
 
 
@@ -88,7 +88,7 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (observer := _observer.get()) is not None:
         new = torch.cat([part.batch.positions for part in step.parts])
-        observer(module.layer_idx, queries, keys, new, scaling)
+        observer(module.layer_idx, queries, keys, values, new, scaling)
     outs = []
     sizes = [len(part.batch.slot_mapping) for part in step.parts]
     for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
