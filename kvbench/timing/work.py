@@ -132,4 +132,4 @@ def _learned(scheme: Scheme, bias: Tensor, longest: int) -> Learned:
     keys = rope.turn(bias.expand(LEARNED, *bias.shape), positions)
     keys += torch.randn(keys.shape)
     sample = Sample(keys, keys, positions, rope, longest)
-    return [(scheme.key.learn(sample), scheme.value.unlearned)]
+    return [(scheme.key.learn(sample), scheme.value.learn(sample))]
