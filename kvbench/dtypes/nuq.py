@@ -104,7 +104,8 @@ class NonUniform(Dtype):
         values = self._table(codes).to(middle.dtype)[index] * half + middle
         beside = codes[..., words:].unflatten(-1, (-1, OUTLIER_BYTES))
         kept = beside[..., 1:].contiguous().view(torch.float16).squeeze(-1)
-        return values.scatter(-1, beside[..., 0].long(), kept.to(middle.dtype))
+        # rows of a page that were never written hold anything
+        return values.scatter(-1, beside[..., 0].long().clamp_max(head_dim - 1), kept.to(middle.dtype))
 
     def _head_dim(self, code_bytes: int) -> int:
         return next(

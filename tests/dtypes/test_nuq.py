@@ -191,3 +191,14 @@ def test_what_a_lesson_hangs_on_is_named():
     assert rotation("int4", "center:none") == rotation("int8", "center:none") == "center:none"
     assert rotation("nuq3_per_channel:int8", "center:none") != rotation("nuq2_per_channel:int8", "center:none")
     assert rotation("int4", "hadamard+correction:none") != rotation("int8", "hadamard+correction:none")
+
+
+def test_a_row_that_was_never_written_reads_as_something():
+    """
+    Bytes of all ones, as memory may hold them, name a place that no row has, and are read without an error.
+    """
+    for name in ("nuq3_per_channel", "nuq3_per_token_head"):
+        dtype = all_dtypes()[name]
+        rows = dtype.quantize(torch.randn(2, 64))
+        rows.codes.fill_(0xFF)
+        assert dtype.dequantize(rows).shape == (2, 64)
