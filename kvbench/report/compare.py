@@ -60,6 +60,10 @@ def compare(
         NotARunError: no baseline is given, and the run folder names none: its cells would be compared with themselves.
     """
     if other is None and not (baseline or measured.baseline):
+        if "baseline" in measured.run:
+            raise NotARunError(
+                f"{measured.path} has no baseline: its cells measure distances from one, which kvbench report shows"
+            )
         raise NotARunError(
             f"{measured.path} names no baseline: its run.json is missing or broken. Give --baseline DTYPE, or start "
             "the sweep again, which writes it"

@@ -305,6 +305,8 @@ class Report:
     def _without_verdicts(self) -> list[str]:
         if self.run.get("baseline") or all(record.kernel for record in self.records):
             return []
+        if "baseline" in self.run:
+            return ["no verdicts: there is no baseline to compare with; these cells measure distances from one"]
         return ["no verdicts: run.json is missing or broken, which names the baseline; a sweep writes it again"]
 
     def _agreement(self) -> Iterator[str]:

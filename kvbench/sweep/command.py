@@ -306,7 +306,8 @@ def _write_run(planned: Planned, judgements: list[dict[str, Any]]) -> None:
         {
             "sweep": sweep.name,
             "note": sweep.note,
-            "baseline": baseline.columns(),
+            # cells that measure a distance from the exact cache themselves have none
+            "baseline": baseline.columns() if any(cell.baseline for cell in planned.every) else None,
             "schemes": [scheme.columns() for scheme in schemes.values()],
             "cells": [cell.name for cell in planned.every],
             "canary": judgements if judgements or sweep.canary else None,

@@ -319,6 +319,19 @@ def test_what_cannot_be_searched_is_one_line(config, parts, changes, budget, mes
         searched(config(**changes), parts, budget)
 
 
+def test_it_says_how_far_the_sums_are_from_what_was_measured(config, parts):
+    """
+    The median of the ratios that the table shows, and how many pairs of schemes both put in one order.
+    """
+    _, document = searched(config(), parts, 8.0)
+
+    shares = sorted(row["predicted_kld"] / row["kld"] for row in document.rows)
+    low, middle, high = shares[0], shares[len(shares) // 2], shares[-1]
+    (line,) = [note for note in document.notes if note.startswith("by its layers: ")]
+    assert f"is {middle:.2f} of what was measured (median of 5 schemes; {low:.2f} to {high:.2f})" in line
+    assert line.endswith("ranks 10 of 10 pairs as that does")
+
+
 # ---- the command line
 
 
@@ -339,6 +352,22 @@ def test_the_table_is_this(kvbench, config):
     assert result.exit_code == 0, result.output
     assert result.stdout == (Path(__file__).parent / "search.md").read_text(encoding="utf-8")
     assert Path("out/toys/search.md").read_text(encoding="utf-8") == result.stdout
+
+
+def test_what_layers_cost_can_be_reported_and_has_no_verdicts(kvbench, config):
+    """
+    The probes are distances from the exact cache: no comparison is INVALID, and compare says why there is none.
+    """
+    kvbench("search", config(), "--budget", 8, "--context", 512, "--tokens", 256, "--best", 1)
+
+    shown = kvbench("report", "out/toys/search")
+    assert shown.exit_code == 0
+    assert "INVALID" not in shown.stdout
+    assert "broken" not in shown.stdout
+    assert "no verdicts: there is no baseline to compare with" in shown.stdout
+    refused = kvbench("compare", "out/toys/search")
+    assert refused.exit_code == 5
+    assert "has no baseline: its cells measure distances from one" in refused.stderr
 
 
 def test_plan_says_what_a_search_takes(kvbench, config):

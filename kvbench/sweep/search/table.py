@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
 
 from kvbench.measured import Cell, of_records, paired
 from kvbench.render.document import Axis, Column, Document, Plot, Table, View
@@ -64,6 +66,7 @@ def search_document(
         if winner is not None:
             winners[budget] = winner.row.scheme
             notes += _layers(winner.row.scheme)
+    notes += _trust(there)
     table = Table(
         f"{planned.cells[0].model.name}, a sequence of {context} tokens",
         [
@@ -165,6 +168,24 @@ def _verdict(budget: float, there: Sequence[_Measured]) -> tuple[str, _Measured 
     interval = f"95 % interval of the difference {found.ci_low:+.2g} to {found.ci_high:+.2g}"
     sure = "" if found.ci_high < 0 else "; that may be luck"
     return f"{name}, {what}; {interval}, n={found.n}{sure}", best
+
+
+def _trust(there: Sequence[_Measured]) -> list[str]:
+    """A line on how far the sums over layers, which chose, are from what was measured; none of fewer than two schemes.
+
+    The sums rank schemes and are no forecast: they are of another text and of all its positions, and errors in many
+    layers may add up to more than each does alone.
+    """
+    lossy = [one for one in there if one.row.predicted > 0 and one.kld > 0]
+    if len(lossy) < 2:
+        return []
+    shares = [one.row.predicted / one.kld for one in lossy]
+    pairs = list(combinations(lossy, 2))
+    agree = sum((a.row.predicted < b.row.predicted) == (a.kld < b.kld) for a, b in pairs)
+    return [
+        f"by its layers: the sum is {median(shares):.2f} of what was measured (median of {len(lossy)} schemes; "
+        f"{min(shares):.2f} to {max(shares):.2f}), and ranks {agree} of {len(pairs)} pairs as that does"
+    ]
 
 
 def _layers(scheme: Scheme) -> list[str]:
