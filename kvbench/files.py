@@ -139,11 +139,12 @@ def read_json(path: Path, follow: bool = True) -> Any:
     """
     check_file(path, follow)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
-    # half a surrogate pair can be written as an escape, and could not be shown
-    json.dumps(value, ensure_ascii=False).encode()
+    if "\\ud" in text.lower():  # half a surrogate pair can be written as an escape, and could not be shown
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

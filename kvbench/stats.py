@@ -1,17 +1,21 @@
-"""Whether two cells differ that measured the same documents: library calls on paired differences. Imports no torch."""
+"""Whether two cells differ that measured the same documents: tests of paired differences. Imports no torch.
+
+On the distributions of scipy.special: scipy.stats and statsmodels, which tests/test_stats.py holds every one of these
+against, take a second to import, and a report of ten thousand comparisons half a minute.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import special
 
 Array = NDArray[np.float64]
 
@@ -67,15 +71,44 @@ def compare_answers(difference: Array, groups: Sequence[Any] | None = None) -> D
 
 @lru_cache(maxsize=100_000)
 def _flips(worse: int, better: int, n: int) -> Difference:
-    from statsmodels.stats.contingency_tables import mcnemar
-
-    p = float(mcnemar([[0, worse], [better, 0]], exact=True).pvalue)
     counted = np.concatenate([np.zeros(n - worse - better), -np.ones(worse), np.ones(better), PSEUDO_FLIPS])
-    interval = stats.ttest_1samp(counted, 0).confidence_interval(1 - ALPHA)
     spread = float(counted[: -len(PSEUDO_FLIPS)].std(ddof=1) if n > 1 else 0.0) or float(counted.std(ddof=1))
-    mean = (better - worse) / n
-    low, high = _clipped(interval)
-    return Difference(mean, low, high, p, n, "McNemar", spread, worse, better)
+    low, high = _clipped(_interval(float(counted.mean()), _error(counted), len(counted) - 1))
+    p = mcnemar(worse, better)
+    return Difference((better - worse) / n, low, high, p, n, "McNemar", spread, worse, better)
+
+
+def mcnemar(worse: int, better: int) -> float:
+    """The exact p of so many flips each way: of a fair coin, two-sided."""
+    few, all_flips = min(worse, better), worse + better
+    return 1.0 if 2 * few >= all_flips - 1 else 2 * float(_at_most(few, all_flips, 0.5))
+
+
+def _at_most(k: Any, n: Any, p: float) -> Array:
+    """The probability of k successes or fewer among n of probability p; 0 for k below 0."""
+    k, n = np.asarray(k, float), np.asarray(n, float)
+    inside = (k >= 0) & (k < n)
+    # the incomplete beta function, which loses no digit of a small probability as 1 less it would
+    chance = special.betainc(np.where(inside, n - k, 1.0), np.where(inside, k + 1, 1.0), 1 - p)
+    return np.asarray(np.where(inside, chance, k >= n), float)
+
+
+def _error(values: Array) -> float:
+    """The standard error of a mean."""
+    n = len(values)
+    return math.sqrt(float(((values - values.mean()) ** 2).mean()) * (n / (n - 1)) / n)
+
+
+def _interval(mean: float, error: float, df: int) -> tuple[float, float]:
+    """Student's of 95 %."""
+    tail = ALPHA / 2
+    low, high = special.stdtrit(df, np.array([tail, 1 - tail]))
+    return float(low) * error + mean, float(high) * error + mean
+
+
+def _p_of_t(t: float, df: int) -> float:
+    """Two-sided."""
+    return 2 * float(special.stdtr(df, -abs(t)))
 
 
 def _clipped(interval: Sequence[float]) -> tuple[float, float]:
@@ -102,20 +135,17 @@ def compare_means(difference: Array, groups: Sequence[Any] | None = None, weight
     if np.ptp(difference) == 0:  # no spread: t is 0/0, or infinite
         if mean == 0:  # numbers that are equal to the last digit are the same numbers
             return Difference(0.0, 0.0, 0.0, 1.0, n, test, 0.0, worse, better)
-        p = float(stats.binomtest(count, count).pvalue)
+        p = mcnemar(count, 0)
         return Difference(mean, -math.inf, math.inf, p, n, "sign", 0.0, worse, better)
     if test == "paired t":
-        found = stats.ttest_1samp(difference, 0)
-        low, high = found.confidence_interval(1 - ALPHA)
-        p, error = float(found.pvalue), float(stats.sem(difference))
-    else:
-        from statsmodels.regression.linear_model import WLS  # statsmodels.api takes six times as long to import
-
-        model = WLS(difference, np.ones(n), weights=np.ones(n) if weights is None else weights)
-        fit = model.fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
-        low, high = fit.conf_int(ALPHA)[0]
-        p, error = float(fit.pvalues[0]), float(fit.bse[0])
-    return Difference(mean, float(low), float(high), p, n, test, error * math.sqrt(n), worse, better)
+        error = _error(difference)
+    else:  # least squares on a constant, with errors that may have anything in common within a cluster
+        each = np.ones(n) if weights is None else weights
+        sums = np.bincount(clusters, each * (difference - mean))
+        error = math.sqrt(float(sums @ sums) * (count / (count - 1))) / float(each.sum())
+    low, high = _interval(mean, error, count - 1)
+    p = _p_of_t(mean / error, count - 1)
+    return Difference(mean, low, high, p, n, test, error * math.sqrt(n), worse, better)
 
 
 def compare_scores(difference: Array, groups: Sequence[Any] | None = None) -> Difference:
@@ -130,8 +160,15 @@ def compare_scores(difference: Array, groups: Sequence[Any] | None = None) -> Di
     sums = np.bincount(keys, difference)
     if found.p is None or len(sums) > FEW or not found.spread:
         return found
-    signs = stats.permutation_test((sums,), np.mean, permutation_type="samples", n_resamples=2**FEW)
-    return replace(found, p=max(found.p, float(signs.pvalue)), test=f"{found.test}, signs")
+    means = np.abs(_signs(len(sums)) @ sums)
+    p = float((means >= abs(sums.sum()) * (1 - 1e-12)).mean())
+    return replace(found, p=max(found.p, p), test=f"{found.test}, signs")
+
+
+@cache
+def _signs(n: int) -> Array:
+    """[2**n, n]: all signs that n numbers can have."""
+    return np.asarray(1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1), float)
 
 
 def compare_distances(
@@ -164,14 +201,18 @@ def _independent(groups: Sequence[Any] | None) -> bool:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values after Holm's correction for being that many."""
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    """The p-values after Holm's correction for being that many: the smallest by all, the next by one less."""
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(order))
+    raised = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(raised), 1)
+    return [float(p) for p in corrected]
 
 
 def ratio_of_medians(after: Array, before: Array, seed: int = 0) -> tuple[float, float, float]:
     """median(after) / median(before), and its 95 % bootstrap interval; the samples are not paired."""
+
+    from scipy import stats
 
     def ratio(x: Array, y: Array, axis: int = -1) -> Array:
         return np.asarray(np.median(x, axis=axis) / np.median(y, axis=axis))
@@ -186,18 +227,16 @@ def ratio_of_medians(after: Array, before: Array, seed: int = 0) -> tuple[float,
 
 def _power(effect: float, n: int, alpha: float) -> float:
     """Of a two-sided paired t-test; the far tail, where scipy's noncentral t is not a number, adds nothing."""
-    from statsmodels.stats.power import TTestPower
-
-    return float(TTestPower().power(effect, n, alpha / 2, alternative="larger"))
+    critical = -special.stdtrit(n - 1, alpha / 2)
+    return 1 - float(special.nctdtr(n - 1, effect * math.sqrt(n), critical))
 
 
 def documents_to_see(spread: float, difference: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
     """Documents at which a paired t-test sees a true difference; None where one document's spread is unknown."""
-    from statsmodels.stats.power import normal_sample_size_one_tail
-
     if not (0 < spread < math.inf and difference):
         return None
-    fewest: int = max(2, math.ceil(normal_sample_size_one_tail(abs(difference), power, alpha / 2, std_null=spread)))
+    reach = float(special.ndtri(power) - special.ndtri(alpha / 2)) * spread
+    fewest = max(2, math.ceil((max(reach, 0.0) / abs(difference)) ** 2))
     effect = abs(difference) / spread
     # above a thousand t is normal; at ten spreads the fewest that have one do
     while fewest < 1000 and effect < 10 and _power(effect, fewest, alpha) < power:
@@ -231,14 +270,21 @@ def mcnemar_power(n: int, discordance: float, drop: float, alpha: float = ALPHA)
 
     n: documents. discordance: share of them that flip, in either direction. alpha: two-sided.
     """
-    low, high = stats.binom.ppf((1e-9, 1 - 1e-9), n, discordance).astype(int)
+    low, high = np.ceil(special.bdtrik((1e-9, 1 - 1e-9), n, min(discordance, 1 - 1e-12))).astype(int)
     flips = np.arange(low, high + 1)
     # the most flips to one side that are still significant, of so many in all; -1 where none are
-    most = stats.binom.ppf(alpha / 2, flips, 0.5)
-    most -= stats.binom.cdf(most, flips, 0.5) > alpha / 2
+    most = _largest(flips, alpha / 2)
     to_worse = (discordance + drop) / (2 * discordance)
-    seen = stats.binom.cdf(most, flips, to_worse) + stats.binom.sf(flips - most - 1, flips, to_worse)
-    return float((stats.binom.pmf(flips, n, discordance) * seen).sum())
+    seen = _at_most(most, flips, to_worse) + _at_most(most, flips, 1 - to_worse)
+    chances = np.diff(_at_most(np.arange(low - 1, high + 1), n, discordance))
+    return float((chances * seen).sum())
+
+
+def _largest(flips: NDArray[np.int_], level: float) -> Array:
+    """The most heads of so many tosses of a fair coin that are no likelier than `level`; -1 where none are."""
+    found = np.floor(special.bdtrik(level, np.maximum(flips, 1), 0.5))
+    found += _at_most(found + 1, flips, 0.5) <= level
+    return np.asarray(found - (_at_most(found, flips, 0.5) > level))
 
 
 @cache
@@ -253,7 +299,7 @@ def smallest_drop(n: int, discordance: float, alpha: float = ALPHA) -> float | N
 
     if lacking(1.0) < 0:
         return None
-    return float(optimize.bisect(lacking, 1e-6, 1.0, xtol=1e-5))
+    return _bisect(lacking, 1e-6, 1.0, 1e-5)
 
 
 @cache
@@ -267,7 +313,19 @@ def smallest_mean(n: int, spread: float, alpha: float = ALPHA) -> float | None:
 
     # solve_power gives up, and says nothing, where n is small and alpha too
     largest = next((2.0**i for i in range(10) if lacking(2.0**i) > 0), None)
-    return None if largest is None else float(optimize.bisect(lacking, 1e-9, largest)) * spread
+    return None if largest is None else _bisect(lacking, 1e-9, largest, 2e-12) * spread
+
+
+def _bisect(rising: Callable[[float], float], low: float, high: float, within: float) -> float:
+    """Where a function is 0 that is below it at `low` and above it at `high`."""
+    step = high - low
+    while True:
+        step /= 2
+        middle = low + step
+        if rising(middle) < 0:
+            low = middle
+        if step < within:
+            return middle
 
 
 # ---- margins

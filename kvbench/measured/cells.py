@@ -151,7 +151,7 @@ def _cell(store: Store, record: Record) -> Cell:
     series: dict[str, Series] = {}
     absent: dict[str, str] = {}
     try:
-        samples = Samples(store.samples(record.cell, lists=False))
+        samples = Samples(store.columns(record.cell))
     except (OSError, ValueError) as error:
         absent = {metric.name: f"its samples cannot be read: {describe(error)}" for metric in wanted}
         wanted = []

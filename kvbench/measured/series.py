@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,9 +17,10 @@ from kvbench.results import Metric, exponential
 from kvbench.stats import Array, Difference, compare_answers, compare_distances, compare_means, compare_scores
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pyarrow as pa
 
 
+NUMBERS = re.compile(r"u?int\d+|float|double|bool")  # types of a column
 Document = tuple[str, str, str, str, str]  # task, doc_id, filter, hash of the document, hash of the prompt
 
 
@@ -45,20 +47,21 @@ class Series:
 
 
 class Samples:
-    """A cell's samples with each column taken out of the frame once, for all of its metrics."""
+    """A cell's samples with each column taken out of the table once, for all of its metrics."""
 
-    def __init__(self, frame: pd.DataFrame) -> None:
-        self._frame = frame
-        self.names = set(frame.columns)
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self.names = set(table.column_names)
         self._texts: dict[str, NDArray[np.object_]] = {}
 
     def __len__(self) -> int:
-        return len(self._frame)
+        return int(self._table.num_rows)
 
     def texts(self, name: str) -> NDArray[np.object_]:
-        """[n]: a column as text."""
+        """[n]: a column as text; what is absent is `nan`."""
         if name not in self._texts:
-            self._texts[name] = np.array(list(map(str, self._frame[name].tolist())), object)
+            values = self._table.column(name).to_pylist()
+            self._texts[name] = np.array(["nan" if value is None else str(value) for value in values], object)
         return self._texts[name]
 
     def numbers(self, name: str) -> Array:
@@ -67,12 +70,14 @@ class Samples:
         Raises:
             NoSeriesError: it is no column of numbers.
         """
-        if name not in self.names or self._frame[name].dtype.kind not in "bif":
+        column = self._table.column(name) if name in self.names else None
+        if column is None or not NUMBERS.fullmatch(str(column.type)):
             raise NoSeriesError("the samples have no number a document")
-        return self._frame[name].to_numpy(float)
+        # as a list: pyarrow's own way to numpy imports pandas
+        return np.array(column.to_pylist(), float)
 
 
-def series_of(metric: Metric, samples: pd.DataFrame | Samples) -> Series:
+def series_of(metric: Metric, samples: pa.Table | Samples) -> Series:
     """A metric's number a document, of which the mean (for a perplexity, its logarithm's) is the metric's value.
 
     Raises:

@@ -34,6 +34,8 @@ def _shown(value: Any) -> Any:
         return {seen(name): _shown(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_shown(one) for one in value]
+    if isinstance(value, float):  # more digits are not known, and the last ones are another scipy's
+        return float(f"{value:.6g}")
     return seen(value) if isinstance(value, str) else value
 
 

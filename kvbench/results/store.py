@@ -40,6 +40,7 @@ from kvbench.results.shapes import Run, Sums, read_as
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 Tensors = dict[str, Any]  # of torch tensors
 
@@ -144,8 +145,19 @@ class Store:
         """Names of the cells that were measured."""
         return {name for name, record in self.load().records.items() if record.status == "done"}
 
-    def samples(self, cell: str, lists: bool = True) -> pd.DataFrame:
+    def samples(self, cell: str) -> pd.DataFrame:
         """A row a document (and filter) of a cell.
+
+        Raises:
+            OSError, ValueError: they can't be read.
+        """
+        with _readable():
+            # in one thread: starting more costs more than reading such a file
+            frame: pd.DataFrame = self.columns(cell, lists=True).to_pandas(use_threads=False)
+        return frame
+
+    def columns(self, cell: str, lists: bool = False) -> pa.Table:
+        """The same without pandas, which takes longer to import than a report to read all cells.
 
         lists: also the columns with a list a row, such as answers, which are most of a file.
 
@@ -154,16 +166,9 @@ class Store:
         """
         import pyarrow.parquet as pq
 
-        try:
-            with pq.ParquetFile(self.cells / cell / "samples.parquet") as file:
-                names = [one.name for one in file.schema_arrow if lists or not hasattr(one.type, "value_type")]
-                # in one thread: starting more costs more than reading such a file
-                frame: pd.DataFrame = file.read(names, use_threads=False).to_pandas(use_threads=False)
-            return frame
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # its readers raise what they like at a damaged file
-            raise ValueError(f"samples.parquet: {describe(error)}") from error
+        with _readable(), pq.ParquetFile(self.cells / cell / "samples.parquet") as file:
+            names = [one.name for one in file.schema_arrow if lists or not hasattr(one.type, "value_type")]
+            return file.read(names, use_threads=False)
 
     def run(self) -> dict[str, Any]:
         """What `write_run` wrote; empty where it is missing or broken, which `load` says."""
@@ -278,6 +283,17 @@ class Store:
                     discard(draft)
                 raise
         return tensors
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Errors of the readers of Parquet, which raise what they like at a damaged file, as OSError or ValueError."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"samples.parquet: {describe(error)}") from error
 
 
 def read_tensors(path: Path) -> Tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -278,16 +277,12 @@ DAMAGES = (_bits, _bits, _cut, _lost, _instead, _instead, _another, _value, _val
 def cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
     """Damaged folders, each read by every command that reads one."""
     known = bases(folder)
-    gc.freeze()  # statsmodels collects garbage whenever it is asked, which takes long with all that is imported
-    try:
-        for number in range(count):
-            draw = random.Random(f"{seed}/{number}")
-            base = draw.choice((known[0], known[0], known[1], known[2]))
-            damage = draw.choice(DAMAGES)
-            name = f"folder {seed}/{number}: {base.folder.name}, {damage.__name__.strip('_')}"
-            yield Case(name, partial(read, base, damage, draw, folder / "copy", number % COMMAND_LINE == 0))
-    finally:
-        gc.unfreeze()
+    for number in range(count):
+        draw = random.Random(f"{seed}/{number}")
+        base = draw.choice((known[0], known[0], known[1], known[2]))
+        damage = draw.choice(DAMAGES)
+        name = f"folder {seed}/{number}: {base.folder.name}, {damage.__name__.strip('_')}"
+        yield Case(name, partial(read, base, damage, draw, folder / "copy", number % COMMAND_LINE == 0))
 
 
 def read(base: Base, damage: Callable[..., Path], draw: random.Random, copy: Path, process: bool) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import pytest
 
 from kvbench.measured import NoSeriesError, paired, series_of
@@ -20,7 +20,8 @@ RESULTS = Path(__file__).parents[2] / "results"
 def samples(name, values, **columns):
     """A row a document, as a task keeps them."""
     rows = {"doc_id": range(len(values)), "doc_hash": [f"d{i}" for i in range(len(values))]}
-    return pd.DataFrame({**rows, "prompt_hash": rows["doc_hash"], "filter": "none", name: values, **columns})
+    rows |= {"prompt_hash": rows["doc_hash"], "filter": ["none"] * len(values), name: values, **columns}
+    return pa.table({key: list(column) for key, column in rows.items()})
 
 
 def own(metric):

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from scipy.stats import entropy, sem
@@ -88,7 +88,7 @@ def test_positions_are_stated_alone_where_asked_for(small, context):
     assert errors(outcome)["kld@0-8"] == pytest.approx(sem([sample["kld@0-8"] for sample in outcome.samples]))
     assert {*task.metrics(), "ppl"} == {one.name for one in headline(outcome.metrics)}
     (metric,) = (one for one in outcome.metrics if one.name == "kld@0-8")
-    series = series_of(metric, pd.DataFrame(outcome.samples))
+    series = series_of(metric, pa.Table.from_pylist(outcome.samples))
     assert sorted(series.values) == pytest.approx(sorted(sample["kld@0-8"] for sample in outcome.samples))
     assert "positions" not in make_task(small).identity()
 

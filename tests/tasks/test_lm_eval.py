@@ -8,11 +8,11 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
 from lm_eval.api.task import ConfigurableTask
+from pyarrow.parquet import read_table
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.measured import series_of
@@ -54,7 +54,7 @@ def test_samples_hold_what_a_paired_test_needs(name, mirror, context, tmp_path):
     outcome = task.run(ToyRunner(), context)
 
     write_samples(tmp_path / "samples.parquet", outcome.samples)
-    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    samples = read_table(tmp_path / "samples.parquet")
     for metric in headline(outcome.metrics):
         series = series_of(metric, samples)
         assert len(series.values) == 3

@@ -196,7 +196,7 @@ def needles(found: Found) -> Plot | None:
         if not record.scored or record.identity.get("task", {}).get("task") != "needle":
             continue
         try:
-            samples = found.store.samples(record.cell, lists=False)
+            samples = found.store.samples(record.cell)
         except (OSError, ValueError):
             continue
         if not {"context", "depth", "acc"} <= set(samples.columns):
