@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvbench.cache.pages import OutOfPages, PagePool, PageTable
+from kvbench.cache.pages import OutOfPages, PagePool, PageTable, pages_of, slots_of
 from kvbench.dtypes import Tiers, Trellis, all_dtypes
 from kvbench.results import name_of
 from kvbench.yaml_text import ConfigError, Loader, apply_setting, read_document
@@ -82,10 +83,12 @@ class Pages(RuleBasedStateMachine):
         table = data.draw(st.sampled_from(self.tables))
         before = list(table.pages), table.length
         try:
-            slots = self.pool.extend(table, tokens)
+            self.pool.extend(table, tokens)
         except OutOfPages:
             assert (table.pages, table.length) == before
         else:
+            counts = np.array([table.length]), np.array([tokens])
+            slots = slots_of(pages_of([table]), *counts, self.SIZE).tolist()
             assert len(set(slots)) == len(slots) == tokens
             others = {
                 p * self.SIZE + i

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbench.cache import PageTable, Rings, to_device
+from kvbench.cache import PageTable, Rings, on_device
+from kvbench.cache.pages import pages_of, slots_of
+from kvbench.cache.ranges import Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Near:
         cls,
         rings: Rings,
         tables: Sequence[PageTable],
-        counts: Sequence[int],
+        counts: Sequence[int] | Ints,
         page_tokens: int,
         device: torch.device | str = "cpu",
     ) -> Self:
@@ -45,7 +47,7 @@ class Near:
         page_tokens: of the pages that are quantized whole; 0 where none is.
         """
         slots, rows, seals = [], [], []
-        for table, count in zip(tables, counts, strict=True):
+        for table, count in zip(tables, np.asarray(counts).tolist(), strict=True):
             slots.append(rings.extend(table, table.length - count))
             rows.append(rings.row(table))
             if page_tokens:
@@ -57,17 +59,15 @@ class Near:
         index = index.reshape(padded.shape)
         if pages[0] < 0:  # none
             pages, index = pages[1:], np.where(index == 0, len(pages) - 1, index - 1)
-        made = None
+        arrays: list[NDArray[Any]] = [np.concatenate(slots), index, pages]
         if seals:
-            made = (
-                to_device([seal.page for seal in seals], torch.int64, device),
-                to_device(torch.from_numpy(np.stack([seal.slots for seal in seals])), torch.int64, device),
-                to_device([seal.first for seal in seals], torch.bool, device),
-            )
-        own, table_of, read = (
-            to_device(torch.from_numpy(x), torch.int64, device) for x in (np.concatenate(slots), index, pages)
-        )
-        return cls(own, table_of, read, rings.page_size, made)
+            arrays += [
+                np.array([seal.page for seal in seals]),
+                np.stack([seal.slots for seal in seals]),
+                np.array([seal.first for seal in seals]),
+            ]
+        own, table_of, read, *sealed = on_device(arrays, device)
+        return cls(own, table_of, read, rings.page_size, (sealed[0], sealed[1], sealed[2]) if sealed else None)
 
     def rows(self, sequences: Sequence[int], first_keys: Sequence[int], length: int) -> Tensor:
         """[n, blocks] of `table`, of some sequences, each from its first key's block on; of `length` keys at most."""
@@ -97,24 +97,23 @@ class Batch:
     def make(
         cls,
         tables: Sequence[PageTable],
-        slots: Sequence[Sequence[int]],
+        counts: Sequence[int] | Ints,
         page_size: int,
         device: torch.device | str = "cpu",
         near: Near | None = None,
     ) -> Self:
-        """The batch of these sequences (already extended) with the slots of their new tokens."""
-        width = max(len(table.pages) for table in tables)
-        lengths = [table.length for table in tables]
-        pages = [page for table in tables for page in (*table.pages, *[0] * (width - len(table.pages)))]
-        starts = accumulate((len(s) for s in slots), initial=0)
-        return cls(
-            to_device([*starts], torch.int32, device),
-            to_device(lengths, torch.int32, device),
-            to_device(pages, torch.int32, device).view(len(tables), width),
-            to_device([slot for s in slots for slot in s], torch.int64, device),
-            page_size,
-            near,
-        )
+        """The batch of these sequences, which have just grown by so many tokens each."""
+        starts, lengths, pages, slots = on_device(cls.arrays(tables, counts, page_size), device)
+        return cls(starts, lengths, pages, slots, page_size, near)
+
+    @staticmethod
+    def arrays(tables: Sequence[PageTable], counts: Sequence[int] | Ints, page_size: int) -> list[NDArray[Any]]:
+        """The first four fields of `make`."""
+        pages = pages_of(tables)
+        lengths = np.array([table.length for table in tables], dtype=np.int64)
+        counts = np.asarray(counts, dtype=np.int64)
+        starts = np.append(0, np.cumsum(counts))
+        return [starts.astype(np.int32), lengths.astype(np.int32), pages, slots_of(pages, lengths, counts, page_size)]
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:

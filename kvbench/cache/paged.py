@@ -9,18 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.cache.device import to_device
 from kvbench.dtypes import Cast, Dtype, Rows
 from kvbench.schemes import Layers, Scheme, Side
 from kvbench.transforms import Params
 
 # of each layer, what the transforms of its keys learned, and their dtype, and those of its values
 Learned = Sequence[tuple[tuple[Params, ...], tuple[Params, ...]]]
-
-
-def to_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """[len(values)] on the device; where that is a GPU, the copy waits for nothing that runs there."""
-    made = torch.as_tensor(values, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else made.to(device)
 
 
 @dataclass

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbench.cache.ranges import Ints, ranges
 
 
 class OutOfPages(RuntimeError):
     """The pool has fewer free pages than were asked for; nothing was taken."""
 
 
-@dataclass
+@dataclass(slots=True)
 class PageTable:
     """One sequence's pages, in order, and how many of its tokens they hold.
 
@@ -20,6 +27,23 @@ class PageTable:
     pages: list[int] = field(default_factory=list)
     length: int = 0
     ring: dict[int, int] = field(default_factory=dict)
+
+
+def pages_of(tables: Sequence[PageTable]) -> NDArray[np.int32]:
+    """[B, most pages] of these sequences, padded with 0."""
+    counts = [len(table.pages) for table in tables]
+    made = np.zeros((len(tables), max(counts)), dtype=np.int32)
+    pages = np.fromiter(chain.from_iterable(table.pages for table in tables), np.int32, sum(counts))
+    made[np.arange(made.shape[1]) < np.array(counts)[:, None]] = pages
+    return made
+
+
+def slots_of(pages: NDArray[np.int32], lengths: Ints, counts: Ints, page_size: int) -> Ints:
+    """[T] slots (page * page_size + offset) of the last so many tokens of sequences with these page tables [B, N]."""
+    positions = ranges(lengths - counts, counts)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    slots: Ints = pages[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    return slots
 
 
 class Ring(Protocol):
@@ -56,21 +80,21 @@ class PagePool:
         wanted = self.pages_for(tokens) - len(table.pages)
         if wanted > len(self._free):
             raise OutOfPages(f"{wanted} pages wanted, {len(self._free)} of {len(self._references)} free")
-        for _ in range(wanted):
-            page = self._free.pop()
-            self._references[page] = 1
-            table.pages.append(page)
+        if wanted > 0:
+            taken = self._free[: -wanted - 1 : -1]
+            del self._free[-wanted:]
+            for page in taken:
+                self._references[page] = 1
+            table.pages += taken
 
-    def extend(self, table: PageTable, tokens: int) -> list[int]:
-        """Slots (page * page_size + offset) of `tokens` new tokens, now part of the sequence.
+    def extend(self, table: PageTable, tokens: int) -> None:
+        """Makes `tokens` new tokens part of the sequence; `slots_of` says where they are written.
 
         Raises:
             OutOfPages: as `reserve`.
         """
         self.reserve(table, table.length + tokens)
-        positions = range(table.length, table.length + tokens)
         table.length += tokens
-        return [table.pages[p // self.page_size] * self.page_size + p % self.page_size for p in positions]
 
     def fork(self, table: PageTable) -> tuple[PageTable, list[tuple[int, int]]]:
         """A second sequence with the same tokens, and the page copies (source, destination) that it needs.

@@ -58,11 +58,13 @@ def write(cache, pool, k, v, new):
     tables = []
     for keys, values, count in zip(k, v, new, strict=True):
         table = PageTable()
-        before = pool.extend(table, len(keys) - count)
-        cache.append(0, keys[: len(before)], values[: len(before)], torch.tensor(before, dtype=torch.int64))
+        before = len(keys) - count
+        pool.extend(table, before)
+        slots = Batch.make([table], [before], cache.page_size).slot_mapping
+        cache.append(0, keys[:before], values[:before], slots)
+        pool.extend(table, count)
         tables.append(table)
-    slots = [pool.extend(table, count) for table, count in zip(tables, new, strict=True)]
-    batch = Batch.make(tables, slots, cache.page_size)
+    batch = Batch.make(tables, new, cache.page_size)
     last_k = torch.cat([x[len(x) - n :] for x, n in zip(k, new, strict=True)])
     last_v = torch.cat([x[len(x) - n :] for x, n in zip(v, new, strict=True)])
     cache.append(0, last_k, last_v, batch.slot_mapping)
@@ -176,7 +178,8 @@ def test_writing_then_reading_a_prompt_is_feeding_it_token_by_token(scheme):
         cache = PagedCache([(heads, head_dim)], scheme, pages=8, page_size=4)
         pool, table, done, out = PagePool(8, 4), PageTable(), 0, []
         for count in counts:
-            batch = Batch.make([table], [pool.extend(table, count)], 4)
+            pool.extend(table, count)
+            batch = Batch.make([table], [count], 4)
             cache.append(0, k[done : done + count], v[done : done + count], batch.slot_mapping)
             out.append(attend(q[done : done + count], cache, 0, batch, impl="reference", scaling=0.2))
             done += count

@@ -42,12 +42,12 @@ class Held:
         """Outputs of a piece of a sequence."""
         held = self.pool
         held.trim(table)
-        slots = held.extend(table, len(q))
+        held.extend(table, len(q))
         near = Near.make(self.rings, [table], [len(q)], self.scheme.page_tokens)
         self.exact.grow(self.rings.pages)
         self.exact.copy_pages(self.rings.copies)
         self.rings.copies = []
-        batch = Batch.make([table], [slots], held.page_size, near=near)
+        batch = Batch.make([table], [len(q)], held.page_size, near=near)
         append(
             self.packed, 0, k, v, batch.slot_mapping, impl="reference", positions=batch.positions, exact=self.exact,
             near=near,

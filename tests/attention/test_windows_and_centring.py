@@ -33,7 +33,8 @@ def run(scheme, known, q, k, v, counts, **options):
     packed, exact = caches(scheme, known)
     pool, table, done, out = PagePool(packed.pages, PAGE), PageTable(), 0, []
     for count in counts:
-        batch = Batch.make([table], [pool.extend(table, count)], PAGE)
+        pool.extend(table, count)
+        batch = Batch.make([table], [count], PAGE)
         piece = slice(done, done + count)
         for cache in (packed, exact):
             append(cache, 0, k[piece], v[piece], batch.slot_mapping, impl="reference", positions=batch.positions)

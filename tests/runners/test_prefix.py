@@ -1,43 +1,62 @@
 """Which prefixes requests share."""
 
-import random
+from itertools import takewhile
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kvbench.runners.transformers.prefix import build_tree
+from kvbench.runners.transformers.prefix import Flat, build_tree, unshared
 
-
-def paths(roots):
-    """For each request, the tokens along its path from a root, and all segments."""
-    found, segments = {}, []
-    stack = [(root, []) for root in roots]
-    while stack:
-        segment, before = stack.pop()
-        assert segment.start == len(before)
-        assert segment.tokens
-        tokens = before + list(segment.tokens)
-        segments.append(segment)
-        for request in segment.ending:
-            found[request] = tokens
-        stack += [(child, tokens) for child in segment.children]
-    return found, segments
+SHORT = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+# sequences that begin with one of a few stems, some of them twice
+REQUESTS = st.lists(SHORT, min_size=1, max_size=3).flatmap(
+    lambda stems: st.lists(st.builds(list.__add__, st.sampled_from(stems), SHORT | st.just([])), max_size=12)
+)
 
 
-@pytest.mark.parametrize("min_shared", [1, 3, 8])
-def test_every_request_is_the_path_to_its_segment(min_shared):
+def tokens_of(tree, segment):
+    """The tokens of a segment."""
+    first = tree.firsts[segment]
+    return tree.tokens[first : first + tree.end[segment] - tree.start[segment]].tolist()
+
+
+def nested(tree, segment=-1):
+    """What follows a segment, in order: (tokens, requests that end there, what follows) of each child."""
+    return [(tokens_of(tree, s), tree.ending[s], nested(tree, s)) for s in tree.children[segment + 1]]
+
+
+def expected(requests, chosen, start, min_shared):
+    """The same by definition: what begins alike for `min_shared` tokens goes together as far as it is alike."""
+    groups = {}
+    for i in sorted(chosen, key=requests.__getitem__):
+        alone = len(requests[i]) < start + min_shared
+        groups.setdefault(i if alone else tuple(requests[i][: start + min_shared]), []).append(i)
+    found = []
+    for group in groups.values():
+        columns = zip(*(requests[i] for i in group), strict=False)
+        shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        ending = [i for i in group if requests[i] == shared]
+        rest = [i for i in group if requests[i] != shared]
+        found.append((shared[start:], ending, expected(requests, rest, len(shared), min_shared)))
+    return found
+
+
+@settings(max_examples=150)
+@given(REQUESTS, st.integers(1, 6))
+def test_requests_go_together_as_far_as_they_are_alike(requests, min_shared):
     """
-    Along its path every request finds exactly its tokens, for random requests that share prefixes of all lengths.
+    The tree made by sorting is the one that its definition gives a request at a time, in the same order.
     """
-    rng = random.Random(0)
-    for _ in range(100):
-        stems = [[rng.randrange(3) for _ in range(rng.randrange(1, 20))] for _ in range(3)]
-        requests = [rng.choice(stems) + [rng.randrange(3) for _ in range(rng.randrange(6))] for _ in range(12)]
-        found, segments = paths(build_tree(requests, min_shared))
+    tree = build_tree(Flat.of(requests), min_shared)
 
-        assert [found[i] for i in range(len(requests))] == requests
-        # a segment that several requests pass saves at least min_shared tokens of each
-        shared = [s for s in segments if s.children or len(s.ending) > 1]
-        assert all(len(s.tokens) >= min_shared for s in shared)
+    assert nested(tree) == expected(requests, range(len(requests)), 0, min_shared)
+    assert (tree.parent < range(len(tree))).all()
+    for request, leaf in zip(requests, tree.leaf.tolist(), strict=True):
+        assert [token for segment in tree.path(leaf) for token in tokens_of(tree, segment)] == request
+    assert tree.depth == max((len(tree.path(leaf)) for leaf in tree.leaf.tolist()), default=0)
+    assert tree.longest == max(map(len, requests), default=0)
 
 
 def test_the_choices_of_a_question_share_it():
@@ -46,17 +65,45 @@ def test_the_choices_of_a_question_share_it():
     """
     shots, questions = list(range(100)), [list(range(200, 220)), list(range(300, 330))]
     requests = [shots + question + [500 + choice] * 3 for question in questions for choice in range(4)]
-    _, segments = paths(build_tree(requests))
+    tree = build_tree(Flat.of(requests))
 
-    assert sum(len(s.tokens) for s in segments) == 100 + 20 + 30 + 8 * 3
+    assert (tree.end - tree.start).sum() == 100 + 20 + 30 + 8 * 3
 
 
 def test_equal_requests_are_one_segment():
     """
     A request that comes twice, or that is a prefix of another, adds no tokens.
     """
-    requests = [list(range(20)), list(range(20)), list(range(12))]
-    found, segments = paths(build_tree(requests))
+    tree = build_tree(Flat.of([list(range(20)), list(range(20)), list(range(12))]))
 
-    assert sum(len(s.tokens) for s in segments) == 20
-    assert len(found) == 3
+    assert (tree.end - tree.start).sum() == 20
+    assert tree.leaf[0] == tree.leaf[1] != tree.leaf[2]
+
+
+@pytest.mark.parametrize("token", [0, 255, 256, 2**31])
+def test_any_token_id_sorts_as_a_number(token):
+    """
+    Siblings stand in the order of their token ids, however many bytes these have.
+    """
+    tree = build_tree(Flat.of([[token + 1], [token]]))
+
+    assert nested(tree) == [([token], [1], []), ([token + 1], [0], [])]
+
+
+def test_leaves_follow_what_they_share():
+    """
+    A segment of its own for some requests comes after their shared prefix, and those requests end with it.
+    """
+    sequences = Flat.of([[1, 2, 3, 7, 8], [1, 2, 3, 9], [1, 2, 3]])
+    tree = build_tree(sequences._replace(lengths=np.array([3, 3, 3])), min_shared=1)
+    requests = np.array([0, 1])
+    both = tree.with_leaves(tree.leaf[requests], sequences.firsts[requests] + 3, np.array([2, 1]), requests)
+
+    assert nested(both) == [([1, 2, 3], [2], [([7, 8], [0], []), ([9], [1], [])])]
+
+
+def test_unshared_requests_are_roots():
+    """
+    Without sharing, each request is a segment.
+    """
+    assert nested(unshared(Flat.of([[5, 6], [5, 6]]))) == [([5, 6], [0], []), ([5, 6], [1], [])]

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from kvbench.cache import PagePool
-from kvbench.runners.transformers.prefix import build_tree
+from kvbench.cache.pages import pages_of, slots_of
+from kvbench.runners.transformers.prefix import Flat, build_tree
 from kvbench.runners.transformers.schedule import Scheduler, pages_for_one
 
 
@@ -13,27 +14,26 @@ def simulate(requests, *, pages, page_size=4, batch_tokens=16, chunk=None, most=
     """Runs the passes over a list as memory; what each request reads along its pages in the end, and the passes."""
     pool = PagePool(pages, page_size)
     memory = [None] * (pages * page_size)
-    scheduler = Scheduler(pool, build_tree(requests, 3), batch_tokens, chunk)
+    scheduler = Scheduler(pool, build_tree(Flat.of(requests), 3), batch_tokens, chunk)
     read, passes = {}, []
     while not scheduler.finished:
         chunks, copies = scheduler.take(most)
-        assert chunks, "no room for the next segment"
+        assert len(chunks), "no room for the next segment"
         for source, destination in copies:
             memory[destination * page_size : (destination + 1) * page_size] = memory[
                 source * page_size : (source + 1) * page_size
             ]
-        for one in chunks:
-            for token, slot in zip(one.tokens, one.slots, strict=True):
-                memory[slot] = token
-        passes.append(chunks)
+        slots = slots_of(pages_of(chunks.tables), chunks.starts + chunks.counts, chunks.counts, page_size)
+        for token, slot in zip(chunks.tokens.tolist(), slots.tolist(), strict=True):
+            memory[slot] = token
+        passes.append(chunks.counts.tolist())
         scheduler.computed(chunks)
-        for one in chunks:
-            if one.completes:
-                for request in one.segment.ending:
-                    table = one.table
-                    slots = [table.pages[i // page_size] * page_size + i % page_size for i in range(table.length)]
-                    read[request] = [memory[slot] for slot in slots]
-                    scheduler.drop(one.segment)
+        for segment, table, completes in zip(chunks.segments, chunks.tables, chunks.completes, strict=True):
+            if completes:
+                held = [page * page_size + i for page in table.pages for i in range(page_size)][: table.length]
+                for request in scheduler.tree.ending[segment]:
+                    read[request] = [memory[slot] for slot in held]
+                    scheduler.drop(segment, 1)
     assert pool.free_pages == pages
     return read, passes
 
@@ -50,9 +50,9 @@ def test_every_request_finds_its_tokens_in_its_pages(chunk):
         read, passes = simulate(requests, pages=60, chunk=chunk)
 
         assert [read[i] for i in range(len(requests))] == requests
-        for chunks in passes:
-            assert sum(len(one.tokens) for one in chunks) <= 16
-            assert chunk is None or all(len(one.tokens) <= chunk for one in chunks)
+        for counts in passes:
+            assert sum(counts) <= 16
+            assert chunk is None or all(count <= chunk for count in counts)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5])
@@ -66,7 +66,7 @@ def test_pages_for_one_sequence_are_enough_for_all(chunk):
         requests = [[*rng.choice(stems)[: rng.randint(1, 60)], rng.randrange(50)] for _ in range(15)]
         requests += [[*stems[0][: 4 * i + 1], 99] for i in range(rng.randrange(9))]  # each a little longer
         page_size = rng.choice([1, 4, 16])
-        pages = pages_for_one(build_tree(requests, 3), max(map(len, requests)), page_size)
+        pages = pages_for_one(build_tree(Flat.of(requests), 3), max(map(len, requests)), page_size)
         read, _ = simulate(requests, pages=pages, page_size=page_size, chunk=chunk)
 
         assert [read[i] for i in range(len(requests))] == requests

@@ -81,10 +81,10 @@ def test_attention_lifts_the_keys_it_reads_packed(window):
         for one in (scheme, scheme.exact(torch.float64))
     ]
     table = PageTable()
-    slots = PagePool(10, page).extend(table, tokens)
+    PagePool(10, page).extend(table, tokens)
+    batch = Batch.make([table], [tokens], page)
     for cache in made:
-        cache.append(0, k, v, torch.tensor(slots), torch.arange(tokens))
-    batch = Batch.make([table], [slots], page)
+        cache.append(0, k, v, batch.slot_mapping, torch.arange(tokens))
     exact = None if window is None else made[1]
 
     got = attend(q, made[0], 0, batch, impl="reference", scaling=0.2, exact=exact, window=window)

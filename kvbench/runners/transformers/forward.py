@@ -46,6 +46,7 @@ class Part:
 class _Step:
     """What our attention function needs to know of the forward pass it is called in: parts, in the tokens' order."""
 
+    positions: Tensor  # [T], of the tokens
     parts: tuple[Part, ...]
     layer_index: dict[int, int]  # the model's layer number to the cache's
     windows: Windows  # by the model's layer number
@@ -87,14 +88,13 @@ def _attention(
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (observer := _observer.get()) is not None:
-        new = torch.cat([part.batch.positions for part in step.parts])
-        observer(module.layer_idx, queries, keys, values, new, scaling)
+        observer(module.layer_idx, queries, keys, values, step.positions, scaling)
     outs = []
     sizes = [len(part.batch.slot_mapping) for part in step.parts]
-    for part, q, k, v in zip(step.parts, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True):
+    rows = (x.split(sizes) for x in (queries, keys, values, step.positions))
+    for part, q, k, v, positions in zip(step.parts, *rows, strict=True):
         batch = part.batch
-        positions = batch.positions if part.packed.scheme.learns else None
-        options: dict[str, Any] = {"impl": step.impl, "positions": positions}
+        options: dict[str, Any] = {"impl": step.impl, "positions": positions if part.packed.scheme.learns else None}
         append(part.packed, layer, k, v, batch.slot_mapping, exact=part.window, near=batch.near, **options)
         if part.whole is not None:
             append(part.whole, layer, k, v, batch.slot_mapping, impl=step.impl)
@@ -174,7 +174,7 @@ class Forward:
 
     def hidden(self, tokens: Tensor, positions: Tensor, parts: Sequence[Part]) -> Tensor:
         """Last hidden states [T, H] of tokens [T] at positions [T], which these parts are of."""
-        token = _step.set(_Step(tuple(parts), self._layer_index, self._windows(), self._impl))
+        token = _step.set(_Step(positions, tuple(parts), self._layer_index, self._windows(), self._impl))
         try:
             decoder = decoder_of(self.model)
             with nudged(self.model, self._nudge) if self._nudge else nullcontext():

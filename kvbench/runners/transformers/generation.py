@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from kvbench.runners.settings import refusal
 from kvbench.runners.transformers.decode import DecodeBatch, Decoding, Made
 from kvbench.runners.transformers.forward import paged_attention
 from kvbench.runners.transformers.passes import Passes
-from kvbench.runners.transformers.prefix import Segment, segments
-from kvbench.runners.transformers.schedule import Chunk, Scheduler, pages_for_one
+from kvbench.runners.transformers.prefix import Flat
+from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
 from kvbench.runners.transformers.stopping import Stopping
 
 
@@ -47,19 +48,17 @@ class Generator:
             raise ValueError("a prompt has no tokens: give it one, such as the tokenizer's bos token")
         memory, clock = self.memory, self._passes.clock
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        roots = self._passes.tree(prompts)
-        each = pages_for_one(roots, longest, memory.page_size)
+        tree = self._passes.tree(Flat.of(prompts))
+        each = pages_for_one(tree, longest, memory.page_size)
         memory.reserve(longest, each * min(memory.limits.sequences, len(requests)), each)
         # so many that neither their prompts nor their answers can take each other's last page
         most = 1 if self._forward.alone else max(1, min(memory.limits.sequences, memory.pool.free_pages // each))
-        if self._passes.scoring == "prefill_exact":
-            for segment in segments(roots):
-                segment.exact = True
-        scheduler = self._passes.scheduler(roots, longest)
+        tree.exact[:] = self._passes.scoring == "prefill_exact"
+        scheduler = self._passes.scheduler(tree, longest)
         sampled = [r for r in requests if r.temperature > 0]
         batch = self._decode_batch(most, longest, max((r.max_new_tokens for r in sampled), default=0))
         answers: list[Generation | None] = [None] * len(requests)
-        waiting: deque[tuple[int, Segment, Tensor]] = deque()  # computed prompts, with their last hidden state
+        waiting: deque[tuple[int, int, Tensor]] = deque()  # computed prompts: index, segment, last hidden state
         pending: deque[Made] = deque()
         self._forward.end()
 
@@ -72,23 +71,22 @@ class Generator:
                 for gone in batch.retire():
                     memory.pool.release(gone.table)
                 self._running = batch.running
-                chunks: list[Chunk] = []
+                chunks: Chunks | None = None
                 room = batch.free - len(waiting)
                 if not scheduler.finished and room > 0:
                     chunks, copies = scheduler.take(room, others=len(batch.running))
-                    if not (chunks or batch.running or waiting):
+                    if not (len(chunks) or batch.running or waiting):
                         raise OutOfPages(f"the cache is too small for prompts and answers of {longest} tokens")
                     # a segment whose own pages must wait may have its parent's last one already
                     memory.copy_pages(copies)
                 if chunks:
-                    with clock.prefill(sum(len(chunk.tokens) for chunk in chunks) + len(batch.running)):
+                    with clock.prefill(int(chunks.counts.sum()) + len(batch.running)):
                         hidden, made = self._mixed_pass(chunks, batch)
                     scheduler.computed(chunks)
-                    last = -1
-                    for chunk in chunks:
-                        last += len(chunk.tokens)
-                        if chunk.completes:
-                            waiting.extend((i, chunk.segment, hidden[last : last + 1]) for i in chunk.segment.ending)
+                    done = chunks.completes
+                    lasts = (np.cumsum(chunks.counts) - 1)[done].tolist()
+                    for segment, last in zip(chunks.segments[done].tolist(), lasts, strict=True):
+                        waiting.extend((i, segment, hidden[last : last + 1]) for i in tree.ending[segment])
                     pending.extend(made)
                     idle = False
                 elif batch.running:
@@ -133,7 +131,7 @@ class Generator:
     def _admit(
         self,
         batch: DecodeBatch,
-        waiting: deque[tuple[int, Segment, Tensor]],
+        waiting: deque[tuple[int, int, Tensor]],
         requests: Sequence[GenerateRequest],
         scheduler: Scheduler,
     ) -> Made | None:
@@ -157,7 +155,7 @@ class Generator:
             hidden.append(last)
         return batch.admit(admitted, self._forward.logits(torch.cat(hidden))) if admitted else None
 
-    def _mixed_pass(self, chunks: list[Chunk], batch: DecodeBatch) -> tuple[Tensor, list[Made]]:
+    def _mixed_pass(self, chunks: Chunks, batch: DecodeBatch) -> tuple[Tensor, list[Made]]:
         """The hidden states of the chunks' tokens, and a token more of every running sequence."""
         tokens, positions, parts = self._passes.inputs(chunks)
         if not batch.running:
@@ -180,7 +178,8 @@ class Generator:
         tables = [one.table for one in self._running]
         for table in tables:
             self.memory.pool.trim(table)
-        return self._passes.batch(tables, [self.memory.pool.extend(table, 1) for table in tables])
+            self.memory.pool.extend(table, 1)
+        return self._passes.grown(tables)
 
     def _answer(self, made: Made, answers: list[Generation | None]) -> None:
         """Gives each sequence its new tokens, and answers those that ended."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbench.attention import Batch, Near
-from kvbench.cache import OutOfPages, PageTable, to_device
-from kvbench.runners.base import ScoreRequest
+from kvbench.cache import OutOfPages, PageTable, on_device
+from kvbench.cache.ranges import Ints
 from kvbench.runners.transformers.clock import Clock
 from kvbench.runners.transformers.forward import Forward, Part, paged_attention
 from kvbench.runners.transformers.memory import Memory
-from kvbench.runners.transformers.prefix import MIN_SHARED, Segment, build_tree, segments
-from kvbench.runners.transformers.schedule import Chunk, Scheduler, pages_for_one
+from kvbench.runners.transformers.prefix import MIN_SHARED, Flat, Tree, build_tree, unshared
+from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
 
@@ -29,80 +31,79 @@ class Passes:
         self.clock = clock
         self.scoring = scoring
 
-    def tree(self, sequences: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> list[Segment]:
+    def tree(self, sequences: Flat, min_shared: int = MIN_SHARED) -> Tree:
         """What is to be computed of these sequences: their prefix tree, or one after another where they run alone."""
         return unshared(sequences) if self.forward.alone else build_tree(sequences, min_shared)
 
-    def split_tree(self, requests: Sequence[ScoreRequest]) -> list[Segment]:
-        """Contexts are shared and exact; each continuation is a segment of its own that reads the cache."""
-        roots = build_tree([r.context for r in requests])
-        for segment in list(segments(roots)):
-            segment.exact = True
-            longer = [i for i in segment.ending if len(requests[i].continuation) > 1]
-            segment.ending = [i for i in segment.ending if len(requests[i].continuation) == 1]
-            for i in longer:
-                leaf = Segment(segment, segment.end, requests[i].continuation[:-1], ending=[i])
-                segment.children.append(leaf)
-        return roots
+    def split_tree(self, sequences: Flat, contexts: Ints) -> Tree:
+        """Contexts, of so many tokens, are shared and exact; what follows one reads the cache, a segment a request."""
+        tree = build_tree(sequences._replace(lengths=contexts))
+        longer = np.flatnonzero(sequences.lengths > contexts)
+        firsts, more = (sequences.firsts + contexts)[longer], (sequences.lengths - contexts)[longer]
+        split = tree.with_leaves(tree.leaf[longer], firsts, more, longer)
+        split.exact[: len(tree)] = True
+        return split
 
-    def scheduler(self, roots: list[Segment], longest: int) -> Scheduler:
+    def scheduler(self, tree: Tree, longest: int) -> Scheduler:
         """Says what each pass over the tree computes; its sequences have `longest` tokens at most."""
         # a sequence that runs alone is not cut: its other layers' states are made for whole prompts
         tokens = self.memory.limits.tokens
         batch_tokens = max(tokens, longest) if self.forward.alone else tokens
-        return Scheduler(self.memory.pool, roots, batch_tokens, chunk=1 if self.scoring == "replay" else None)
+        return Scheduler(self.memory.pool, tree, batch_tokens, chunk=1 if self.scoring == "replay" else None)
 
-    def prefill(self, roots: list[Segment], sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Chunk], Tensor]]:
+    def prefill(self, tree: Tree) -> Iterator[tuple[Chunks, Tensor]]:
         """Every chunk of the tree, parents before children: those of a pass with their hidden states [tokens, H]."""
-        memory = self.memory
-        longest = max(map(len, sequences), default=0)
-        least = pages_for_one(roots, longest, memory.page_size)
-        memory.reserve(longest, sum(-(-len(s.tokens) // memory.page_size) + 1 for s in segments(roots)), least)
-        scheduler = self.scheduler(roots, longest)
+        memory, longest = self.memory, tree.longest
+        pages = -((tree.start - tree.end) // memory.page_size) + 1
+        memory.reserve(longest, int(pages.sum()), pages_for_one(tree, longest, memory.page_size))
+        scheduler = self.scheduler(tree, longest)
         self.forward.end()
         with paged_attention(self.forward.model), memory.released_by_errors():
             while not scheduler.finished:
                 chunks, copies = scheduler.take(1 if self.forward.alone else memory.limits.tokens)
-                if not chunks:
+                if not len(chunks):
                     raise OutOfPages(f"the cache is too small for sequences of {longest} tokens")
                 memory.copy_pages(copies)
-                with self.clock.prefill(sum(len(chunk.tokens) for chunk in chunks)), torch.inference_mode():
+                with self.clock.prefill(int(chunks.counts.sum())), torch.inference_mode():
                     hidden = self.forward.hidden(*self.inputs(chunks))
                 scheduler.computed(chunks)
                 yield chunks, hidden
-                for chunk in chunks:
-                    if chunk.completes:
-                        for _ in chunk.segment.ending:
-                            scheduler.drop(chunk.segment)
+                done = chunks.segments[chunks.completes]
+                requests = tree.ending.counts[done]
+                for segment, count in zip(done[requests > 0].tolist(), requests[requests > 0].tolist(), strict=True):
+                    scheduler.drop(segment, count)
 
-    def inputs(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, list[Part]]:
-        """Tokens, positions and parts of a pass; chunks that are computed exactly come to stand first, in place."""
-        chunks.sort(key=lambda chunk: not chunk.segment.exact)
-        if chunks[0].start == 0:
+    def inputs(self, chunks: Chunks) -> tuple[Tensor, Tensor, list[Part]]:
+        """Tokens, positions and parts of a pass."""
+        if chunks.starts[0] == 0:
             self.forward.begin()
-        tokens = to_device([token for chunk in chunks for token in chunk.tokens], torch.int64, self.memory.device)
+        memory, exact = self.memory, chunks.exact
+        arrays: list[NDArray[Any]] = [chunks.tokens, chunks.positions]
+        # those that are computed exactly, and the others
+        own = [(chunks.tables[part], chunks.counts[part]) for part in (slice(exact), slice(exact, None))]
+        for tables, counts in own:
+            arrays += Batch.arrays(tables, counts, memory.page_size) if tables else []
+        tokens, positions, *tensors = on_device(arrays, memory.device)
         parts = []
-        for exact in (True, False):
-            own = [chunk for chunk in chunks if chunk.segment.exact == exact]
-            if own:
-                batch = self.batch([chunk.table for chunk in own], [chunk.slots for chunk in own])
-                parts.append(self.part(batch, exact))
-        return tokens, torch.cat([part.batch.positions for part in parts]), parts
+        for (tables, counts), exactly in zip(own, (True, False), strict=True):
+            if tables:
+                starts, lengths, pages, slots, *tensors = tensors
+                near = self._near(tables, counts)
+                parts.append(self.part(Batch(starts, lengths, pages, slots, memory.page_size, near), exactly))
+        return tokens, positions, parts
 
-    def batch(self, tables: Sequence[PageTable], slots: Sequence[Sequence[int]]) -> Batch:
-        """Of sequences that have just grown, with the slots of their new tokens; their rings grow with them."""
-        memory, near = self.memory, None
-        if memory.rings is not None:
-            page_tokens = memory.packed.scheme.page_tokens
-            near = Near.make(memory.rings, tables, [len(own) for own in slots], page_tokens, memory.device)
-        return Batch.make(tables, slots, memory.page_size, memory.device, near)
+    def grown(self, tables: Sequence[PageTable]) -> Batch:
+        """Of sequences that have just grown by a token each; their rings grow with them."""
+        counts = [1] * len(tables)
+        return Batch.make(tables, counts, self.memory.page_size, self.memory.device, self._near(tables, counts))
+
+    def _near(self, tables: Sequence[PageTable], counts: Sequence[int] | Ints) -> Near | None:
+        memory = self.memory
+        if memory.rings is None:
+            return None
+        return Near.make(memory.rings, tables, counts, memory.packed.scheme.page_tokens, memory.device)
 
     def part(self, batch: Batch, exact: bool = False) -> Part:
         """A batch whose tokens read the packed cache and its window, or with `exact` the exact one."""
         memory = self.memory
         return Part(batch, memory.packed, memory.window, memory.caches[-1] if exact else None)
-
-
-def unshared(sequences: Sequence[Sequence[int]]) -> list[Segment]:
-    """A tree in which every sequence is a root of its own."""
-    return [Segment(None, 0, list(tokens), ending=[i]) for i, tokens in enumerate(sequences)]

@@ -1,103 +1,166 @@
-"""Which prefixes requests share: a tree of token segments, each computed once. Integers only."""
+"""Which prefixes requests share: a tree of token segments, each computed once. Integers only.
+
+All of it is made by sorting and by operations on whole arrays, for requests come by the ten thousand.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple, Self
 
-Tokens = Sequence[int]
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbench.cache.ranges import Grouped, Ints, ranges, starts_of
+
 MIN_SHARED = 8  # tokens of a prefix that is worth a segment of its own
 
 
-@dataclass(eq=False)
-class Segment:
-    """Tokens that one or more requests have in common after their parent's tokens.
+class Flat(NamedTuple):
+    """Token sequences one after another: tokens [T]; of each sequence where its first token stands, and its length."""
 
-    start: the position of its first token. ending: the requests that end with this segment.
-    exact: it is computed over exact keys and values, whatever the cache stores (see "prefill_exact").
+    tokens: Ints
+    firsts: Ints
+    lengths: Ints
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> Self:
+        """These sequences."""
+        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        tokens = np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths.sum()))
+        return cls(tokens, starts_of(lengths), lengths)
+
+
+@dataclass(eq=False)
+class Tree:
+    """Segments: tokens that one or more requests have in common after their parent's tokens. A segment is a number.
+
+    tokens: [T], of all requests. firsts: [N], where each segment's first token stands in it.
+    parent: [N], a lower number, or -1 for a root; siblings are in lexicographic order.
+    start, end: [N], the position of its first token and the one after its last.
+    leaf: [requests], the segment that each ends with.
+    exact: [N] bool, computed over exact keys and values, whatever the cache stores (see "prefill_exact").
     """
 
-    parent: Segment | None
-    start: int
-    tokens: Tokens
-    children: list[Segment] = field(default_factory=list)
-    ending: list[int] = field(default_factory=list)
-    exact: bool = False
+    tokens: Ints
+    firsts: Ints
+    parent: Ints
+    start: Ints
+    end: Ints
+    leaf: Ints
+    exact: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.exact = np.zeros(len(self.parent), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    @cached_property
+    def children(self) -> Grouped:
+        """By segment, those that follow it; the roots follow -1."""
+        return Grouped.by(self.parent, -1, len(self) + 1)
+
+    @cached_property
+    def ending(self) -> Grouped:
+        """By segment, the requests that end with it."""
+        return Grouped.by(self.leaf, 0, len(self))
 
     @property
-    def end(self) -> int:
-        """The position after its last token."""
-        return self.start + len(self.tokens)
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.end.max(initial=0))
 
     @property
-    def path(self) -> list[Segment]:
+    def depth(self) -> int:
+        """The most segments that one sequence is made of."""
+        found, above = 0, np.arange(len(self))
+        while len(above):
+            found, above = found + 1, self.parent[above]
+            above = above[above >= 0]
+        return found
+
+    def path(self, segment: int) -> list[int]:
         """The segments of a sequence that ends with this one, in order."""
-        found: list[Segment] = []
-        segment: Segment | None = self
-        while segment is not None:
+        found = []
+        while segment >= 0:
             found.append(segment)
-            segment = segment.parent
+            segment = int(self.parent[segment])
         return found[::-1]
 
-
-def segments(roots: Sequence[Segment]) -> Iterator[Segment]:
-    """Every segment of a tree, a parent before its children."""
-    stack = list(roots)
-    while stack:
-        segment = stack.pop()
-        yield segment
-        stack += segment.children
-
-
-def longest(roots: Sequence[Segment]) -> int:
-    """Tokens of the longest sequence of a tree."""
-    return max((segment.end for segment in segments(roots)), default=0)
-
-
-def depth(roots: Sequence[Segment]) -> int:
-    """The most segments that one sequence of a tree is made of."""
-    found: dict[Segment | None, int] = {None: 0}
-    for segment in segments(roots):
-        found[segment] = found[segment.parent] + 1
-    return max(found.values())
+    def with_leaves(self, parent: Ints, firsts: Ints, lengths: Ints, requests: Ints) -> Tree:
+        """A segment more for each of these requests, with so many tokens, which it ends with then."""
+        leaf = self.leaf.copy()
+        leaf[requests] = np.arange(len(self), len(self) + len(requests))
+        start = self.end[parent]
+        return replace(
+            self,
+            firsts=np.concatenate([self.firsts, firsts]),
+            parent=np.concatenate([self.parent, parent]),
+            start=np.concatenate([self.start, start]),
+            end=np.concatenate([self.end, start + lengths]),
+            leaf=leaf,
+        )
 
 
-def build_tree(sequences: Sequence[Tokens], min_shared: int = MIN_SHARED) -> list[Segment]:
-    """Roots of the prefix tree of token sequences (none empty), in lexicographic order.
+def unshared(sequences: Flat) -> Tree:
+    """A tree in which every sequence is a root of its own."""
+    tokens, firsts, lengths = sequences
+    count = len(lengths)
+    return Tree(tokens, firsts, np.full(count, -1), np.zeros_like(lengths), lengths, np.arange(count))
+
+
+def build_tree(sequences: Flat, min_shared: int = MIN_SHARED) -> Tree:
+    """The prefix tree of token sequences (none empty).
 
     min_shared: a prefix is split off where it saves at least this many tokens of each of its requests, for every
     segment is one more sequence in a batch.
     """
-    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    shared = [0] + [_common(sequences[a], sequences[b]) for a, b in itertools.pairwise(order)]
-    roots: list[Segment] = []
-    # intervals low..high of `order` whose sequences share their first `depth` tokens, which `parent` ends with
-    intervals: list[tuple[int, int, int, Segment | None]] = [(0, len(order), 0, None)]
-    while intervals:
-        low, high, depth, parent = intervals.pop()
-        while low < high:
-            tokens = sequences[order[low]]
-            if len(tokens) == depth:
-                assert parent is not None, "a sequence is empty"
-                parent.ending.append(order[low])
-                low += 1
-                continue
-            following = low + 1
-            end = len(tokens)
-            while following < high and shared[following] >= depth + min_shared:
-                end = min(end, shared[following])
-                following += 1
-            segment = Segment(parent, depth, tokens[depth:end])
-            (roots if parent is None else parent.children).append(segment)
-            intervals.append((low, following, end, segment))
-            low = following
-    return roots
+    tokens, firsts, lengths = sequences
+    assert lengths.all(), "a sequence is empty"
+    order = _lexicographic(sequences)
+    first, length = firsts[order], lengths[order]
+    shared = _shared(tokens, first, length)
+    leaf = np.empty(len(order), dtype=np.int64)
+    found: list[tuple[Ints, Ints, Ints, Ints]] = []
+    count = 0
+    # the sequences that go on, in order, each after its segment `parent`, which ends at position `start`
+    places, parent, start = np.arange(len(order)), np.full(len(order), -1), np.zeros(len(order), dtype=np.int64)
+    while len(places):
+        # a segment begins at another parent, or where too little is shared with the sequence before
+        begins = np.ones(len(places), dtype=bool)
+        begins[1:] = (parent[1:] != parent[:-1]) | (shared[places[1:]] < start[1:] + min_shared)
+        own = np.flatnonzero(begins)
+        end = np.minimum.reduceat(np.where(begins, length[places], shared[places]), own)
+        found.append((first[places[own]] + start[own], parent[own], start[own], end))
+        which = np.cumsum(begins) - 1
+        parent, start = count + which, end[which]
+        count += len(own)
+        ended = length[places] == start
+        leaf[order[places[ended]]] = parent[ended]
+        places, parent, start = places[~ended], parent[~ended], start[~ended]
+    none = np.empty(0, dtype=np.int64)
+    first, parent, start, end = (np.concatenate(column) for column in zip((none,) * 4, *found, strict=True))
+    return Tree(tokens, first, parent, start, end, leaf)
 
 
-def _common(a: Tokens, b: Tokens) -> int:
-    """Number of leading tokens that are equal."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def _lexicographic(sequences: Flat) -> Ints:
+    """The sequences' order; of equal ones the first comes first."""
+    # token ids are not negative, so they are in the order of their bytes from the highest on
+    raw = sequences.tokens.astype(">u4").tobytes()
+    ends = sequences.firsts + sequences.lengths
+    keys = [raw[4 * first : 4 * end] for first, end in zip(sequences.firsts.tolist(), ends.tolist(), strict=True)]
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+
+
+def _shared(tokens: Ints, first: Ints, length: Ints) -> Ints:
+    """How many leading tokens each sequence has in common with the one before it."""
+    most = np.minimum(length[1:], length[:-1])
+    differing = np.flatnonzero(tokens[ranges(first[1:], most)] != tokens[ranges(first[:-1], most)])
+    begins = starts_of(most)
+    # of each pair, the first place that differs; beyond its own places where none does
+    place = np.append(differing, most.sum())[np.searchsorted(differing, begins)]
+    return np.concatenate([[0], np.minimum(place - begins, most)]) if len(length) else length

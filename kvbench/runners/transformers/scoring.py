@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.cache import to_device
+from kvbench.cache import on_device
+from kvbench.cache.ranges import Grouped, Ints, ranges, starts_of
 from kvbench.runners.base import Progress, Score, ScoreRequest
-from kvbench.runners.transformers.passes import Passes, unshared
-from kvbench.runners.transformers.prefix import Segment, segments
-
-# of a segment: from a position to before another it must predict what stands from this place on in all continuations
-Wanted = dict[Segment, list[tuple[int, int, int]]]
+from kvbench.runners.transformers.passes import Passes
+from kvbench.runners.transformers.prefix import Flat, Tree, unshared
+from kvbench.runners.transformers.schedule import Chunks
 
 
 def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress | None) -> list[Score]:
     """One Score a request, in the order of the requests."""
-    device = passes.memory.device
-    sequences = [(*r.context, *r.continuation)[:-1] for r in requests]
-    roots = passes.split_tree(requests) if passes.scoring == "prefill_exact" else passes.tree(sequences)
-    counts = [len(r.continuation) for r in requests]
-    targets = to_device([token for r in requests for token in r.continuation], torch.int64, device)
-    values = torch.empty(len(targets), device=device)
-    likeliest = torch.empty(len(targets), dtype=torch.bool, device=device)
-    wanted = _wanted(roots, requests)
-
-    done = 0
-    for chunks, hidden in passes.prefill(roots, sequences):
-        rows: list[int] = []  # of `hidden`, and
-        asked: list[int] = []  # which of `targets` each must predict
-        first = 0
-        for chunk in chunks:
-            for begin, end, target in wanted.get(chunk.segment, ()):
-                # a segment may take several passes: a range that ends before it begins is empty
-                low, high = max(begin, chunk.start), min(end, chunk.start + len(chunk.tokens))
-                rows += range(first + low - chunk.start, first + high - chunk.start)
-                asked += range(target + low - begin, target + high - begin)
-            first += len(chunk.tokens)
-        _score_rows(passes, hidden, rows, asked, targets, values, likeliest)
-        done += sum(len(chunk.segment.ending) for chunk in chunks if chunk.completes)
-        if progress is not None and any(chunk.completes and chunk.segment.ending for chunk in chunks):
-            progress(done, len(requests))
     if not requests:
         return []
-    tops, ends = likeliest.tolist(), accumulate(counts)
-    split = zip(values.cpu().split(counts), counts, ends, strict=True)
-    return [Score(logprobs, all(tops[end - count : end])) for logprobs, count, end in split]
+    both = Flat.of([part for request in requests for part in (request.context, request.continuation)])
+    firsts, contexts, counts = both.firsts[::2], both.lengths[::2], both.lengths[1::2]
+    sequences = Flat(both.tokens, firsts, contexts + counts - 1)
+    tree = passes.split_tree(sequences, contexts) if passes.scoring == "prefill_exact" else passes.tree(sequences)
+    wanted = Wanted.of(tree, contexts, starts_of(counts))
+    (targets,) = on_device([both.tokens[ranges(firsts + contexts, counts)]], passes.memory.device)
+    values = torch.empty(len(targets), device=targets.device)
+    likeliest = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+
+    done = 0
+    for chunks, hidden in passes.prefill(tree):
+        _score_rows(passes, hidden, *wanted.rows(chunks), targets, values, likeliest)
+        ended = int(tree.ending.counts[chunks.segments[chunks.completes]].sum())
+        done += ended
+        if progress is not None and ended:
+            progress(done, len(requests))
+    greedy = np.logical_and.reduceat(likeliest.cpu().numpy(), starts_of(counts)).tolist()
+    return list(map(Score, values.cpu().split(counts.tolist()), greedy))
 
 
 def hidden_states(
@@ -56,62 +47,79 @@ def hidden_states(
 ) -> list[Tensor]:
     """For each document, the last hidden states [len(document), H], on the CPU, in the compute dtype."""
     # a document's tokens count as generated, so with "prefill_exact" too they read the cache
-    roots = passes.tree(documents, min_shared=1) if shared else unshared(documents)
-    found: dict[Segment, list[Tensor]] = {segment: [] for segment in segments(roots)}
+    sequences = Flat.of(documents)
+    tree = passes.tree(sequences, min_shared=1) if shared else unshared(sequences)
+    found: list[list[Tensor]] = [[] for _ in range(len(tree))]
     done = 0
-    for chunks, hidden in passes.prefill(roots, documents):
-        rows = hidden.cpu().split([len(chunk.tokens) for chunk in chunks])
-        for chunk, own in zip(chunks, rows, strict=True):
-            found[chunk.segment].append(own)
-            done += len(chunk.segment.ending) if chunk.completes else 0
+    for chunks, hidden in passes.prefill(tree):
+        rows = hidden.cpu().split(chunks.counts.tolist())
+        for segment, own in zip(chunks.segments.tolist(), rows, strict=True):
+            found[segment].append(own)
+        done += int(tree.ending.counts[chunks.segments[chunks.completes]].sum())
         if progress is not None:
             progress(done, len(documents))
-    states = [torch.empty(0)] * len(documents)
-    for leaf in found:
-        for i in leaf.ending:
-            states[i] = torch.cat([own for segment in leaf.path for own in found[segment]])
-    return states
+    return [torch.cat([own for segment in tree.path(leaf) for own in found[segment]]) for leaf in tree.leaf.tolist()]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What each segment must predict: from a position to before another what stands from a place on in all targets.
+
+    by_segment: of entries, which have a begin, an end and the first one's target [n].
+    """
+
+    by_segment: Grouped
+    begins: Ints
+    ends: Ints
+    targets: Ints
+
+    @classmethod
+    def of(cls, tree: Tree, contexts: Ints, targets: Ints) -> Wanted:
+        """Of requests with contexts of so many tokens, whose targets begin at these places."""
+        found = []
+        # from its last token back, the segments of each request that lie behind its context's last token but one
+        segment, begin = tree.leaf, contexts - 1
+        end = tree.end[segment]
+        while len(segment):
+            low = np.maximum(begin, tree.start[segment])
+            found.append((segment, low, end, targets + low - begin))
+            onward = (tree.start[segment] > begin) & (tree.parent[segment] >= 0)
+            segment, end = tree.parent[segment[onward]], tree.start[segment[onward]]
+            begin, targets = begin[onward], targets[onward]
+        segments, begins, ends, firsts = (np.concatenate(column) for column in zip(*found, strict=True))
+        return cls(Grouped.by(segments, 0, len(tree)), begins, ends, firsts)
+
+    def rows(self, chunks: Chunks) -> tuple[Ints, Ints]:
+        """Of a pass's tokens those that must predict, once for each target, and the targets."""
+        bounds = self.by_segment.bounds
+        counts = self.by_segment.counts[chunks.segments]
+        entries = self.by_segment.order[ranges(bounds[chunks.segments], counts)]
+        chunk = np.repeat(np.arange(len(chunks)), counts)
+        # a segment may take several passes: a range that ends before it begins is empty
+        start = chunks.starts[chunk]
+        low = np.maximum(self.begins[entries], start)
+        many = np.maximum(np.minimum(self.ends[entries], start + chunks.counts[chunk]) - low, 0)
+        rows = ranges(starts_of(chunks.counts)[chunk] + low - start, many)
+        return rows, ranges(self.targets[entries] + low - self.begins[entries], many)
 
 
 @torch.inference_mode()
 def _score_rows(
-    passes: Passes,
-    hidden: Tensor,
-    rows: list[int],
-    asked: list[int],
-    targets: Tensor,
-    values: Tensor,
-    likeliest: Tensor,
+    passes: Passes, hidden: Tensor, rows: Ints, asked: Ints, targets: Tensor, values: Tensor, likeliest: Tensor
 ) -> None:
     """Log-probabilities of the targets asked for, into `values`, and whether each is the likeliest token."""
-    if not rows:
+    if not len(rows):
         return
     # a row that several ask for is computed once
-    at, row_of = torch.tensor(rows).unique(return_inverse=True)
-    row_of, order = row_of.sort()
+    distinct, row_of = np.unique(rows, return_inverse=True)
+    order = np.argsort(row_of, kind="stable")
+    row_of = row_of[order]
     most = max(16, passes.memory.limits.logits // passes.forward.vocabulary)
-    lows = range(0, len(at), most)
-    bounds = [*torch.searchsorted(row_of, torch.tensor(lows)).tolist(), len(rows)]
-    at, row_of, target_of = (
-        to_device(x, torch.int64, targets.device) for x in (at, row_of, torch.tensor(asked)[order])
-    )
+    lows = range(0, len(distinct), most)
+    bounds = [*np.searchsorted(row_of, lows).tolist(), len(rows)]
+    at, row, target = on_device([distinct, row_of % most, asked[order]], targets.device)
     for low, (begin, end) in zip(lows, pairwise(bounds), strict=True):
         log_p = passes.forward.log_probs(hidden[at[low : low + most]])
-        row, target = row_of[begin:end] - low, target_of[begin:end]
-        values[target] = log_p[row, targets[target]]
-        likeliest[target] = log_p.argmax(-1)[row] == targets[target]
-
-
-def _wanted(roots: Sequence[Segment], requests: Sequence[ScoreRequest]) -> Wanted:
-    """What each segment must predict, joined in the order of the requests."""
-    firsts = list(accumulate((len(r.continuation) for r in requests), initial=0))
-    found: Wanted = {}
-    for leaf in segments(roots):
-        for i in leaf.ending:
-            begin, end = len(requests[i].context) - 1, leaf.end
-            segment: Segment | None = leaf
-            while segment is not None and begin < end:
-                low = max(begin, segment.start)
-                found.setdefault(segment, []).append((low, end, firsts[i] + low - begin))
-                end, segment = segment.start, segment.parent
-    return found
+        own, these = row[begin:end], target[begin:end]
+        values[these] = log_p[own, targets[these]]
+        likeliest[these] = log_p.argmax(-1)[own] == targets[these]
