@@ -84,6 +84,12 @@ def notes_of(records: Sequence[Record]) -> list[str]:
     if generation:
         settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in generation.items())
         notes.append(f"answers follow the model's generation_config.json: {settings}")
+    engines = {
+        f"{extra['backend']} {extra.get(extra['backend'])}": str(record.facts.get("attention"))
+        for record in records
+        if "backend" in (extra := record.model.get("extra") or {})
+    }
+    notes += [f"run by {engine} on its own cache, read by {attention}" for engine, attention in engines.items()]
     notes += scheme_notes(records)
     limits: dict[str, dict[str, None]] = defaultdict(dict)
     for record in records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -9,8 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvbench.results import Tensors
 from kvbench.schemes import Scheme
 
+ROWS = 256  # hidden states whose distributions are computed at once
 Progress = Callable[[int, int], None]  # called with (requests done, requests in all)
 
 
@@ -28,6 +31,32 @@ class Score:
 
     logprobs: Tensor
     greedy: bool
+
+
+@dataclass(frozen=True)
+class NextRequest:
+    """What follows each token of a document but its last: at `ids` [T - 1, top], without them at the `top` likeliest.
+
+    tokens: two at least.
+    """
+
+    tokens: tuple[int, ...]
+    top: int
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Next:
+    """Log-probabilities of next tokens, in nats, on the CPU.
+
+    ids: [T - 1, top] int64. logprobs: [T - 1, top] float32, NaN where the runner can't say.
+    following: [T - 1] float32, of the token that comes. best: [T - 1] int64, the likeliest.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    following: Tensor
+    best: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,9 +128,71 @@ class Runner(Protocol):
         """
         ...
 
+    def next_tokens(self, requests: Sequence[NextRequest], progress: Progress | None = None) -> list[Next]:
+        """One Next a request, in the order of the requests: all that is known of a runner without hidden states."""
+        ...
+
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
         """One Generation a request, in the order of the requests."""
         ...
+
+
+class LoadedModel(Protocol):
+    """One model in memory; its runners share the weights."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What identifies it."""
+        ...
+
+    def runner(
+        self,
+        scheme: Scheme,
+        *,
+        page_size: int,
+        scoring: Any,
+        attention: Any,
+        destroyed: bool,
+        learned: Tensors | None = None,
+        nudge: int = 0,
+    ) -> Runner:
+        """The model under a scheme; with `destroyed`, all that its cache gives back is zero.
+
+        learned: what `learn` gave, for a scheme that learns. nudge: the seed of a noise of one ulp in what the model
+        reads of its tokens; 0: without.
+        """
+        ...
+
+    def learn(self, scheme: Scheme) -> Tensors:
+        """What the scheme's transforms learn of this model."""
+        ...
+
+
+class FromHidden(ABC):
+    """A runner whose next tokens are those of its hidden states."""
+
+    @abstractmethod
+    def hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> list[Tensor]:
+        """See Runner."""
+
+    @abstractmethod
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """See Runner."""
+
+    def next_tokens(self, requests: Sequence[NextRequest], progress: Progress | None = None) -> list[Next]:
+        """See Runner."""
+        states = self.hidden_states([request.tokens for request in requests], progress)
+        return [self._next(request, hidden) for request, hidden in zip(requests, states, strict=True)]
+
+    def _next(self, request: NextRequest, hidden: Tensor) -> Next:
+        parts = []
+        for first in range(0, len(request.tokens) - 1, ROWS):
+            last = min(first + ROWS, len(request.tokens) - 1)
+            log_p = self.log_probs(hidden[first:last]).cpu()
+            ids = log_p.topk(request.top, -1).indices if request.ids is None else request.ids[first:last]
+            comes = torch.tensor(request.tokens[first + 1 : last + 1])[:, None]
+            parts.append((ids, log_p.gather(-1, ids), log_p.gather(-1, comes)[:, 0], log_p.argmax(-1)))
+        return Next(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.runners.base import (
+    FromHidden,
     GenerateRequest,
     Generation,
     ModelInfo,
@@ -37,7 +38,7 @@ def toy_tokenizer() -> Any:
     return kind(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, name_or_path="toy")
 
 
-class ToyRunner:
+class ToyRunner(FromHidden):
     """A runner whose next-token distribution is decided by the last few tokens and the seed.
 
     noise: how far its states are from those of noise 0, which stands for the exact cache. What it draws depends on the

@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Runner, Score, ScoreRequest
+from kvbench.runners.base import (
+    GenerateRequest,
+    Generation,
+    ModelInfo,
+    Next,
+    NextRequest,
+    Progress,
+    Runner,
+    Score,
+    ScoreRequest,
+)
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -47,6 +57,10 @@ class Shuffled(Around):
     def hidden_states(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> list[Any]:
         """As the runner's."""
         return self._in_lots(self.runner.hidden_states, documents, progress)
+
+    def next_tokens(self, requests: Sequence[NextRequest], progress: Progress | None = None) -> list[Next]:
+        """As the runner's."""
+        return self._in_lots(self.runner.next_tokens, requests, progress)
 
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None = None) -> list[Generation]:
         """As the runner's."""

@@ -6,11 +6,10 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from kvbench.results import Tensors
-from kvbench.runners.base import ModelInfo, Runner
-from kvbench.schemes import Scheme
+from kvbench.runners.backends import DEFAULT, Backend, all_backends
+from kvbench.runners.base import LoadedModel
 from kvbench.sweep.spec import ComputeDtype, ModelSpec
 from kvbench.tasks.base import Task
 
@@ -24,7 +23,7 @@ class ModelFacts:
 
     revision, layers, max_length, chat_template (whether it has one): None where only the model itself could say.
     missing: what to do to have it here. parameters: None where only loading it would count them.
-    generation: as JSON, what its generation_config.json sets that changes answers.
+    generation: as JSON, what its generation_config.json sets that changes answers. backend: what runs it, by its name.
     """
 
     name: str
@@ -36,37 +35,12 @@ class ModelFacts:
     chat_template: bool | None = None
     generation: str = "{}"
     parameters: int | None = None
-
-
-class LoadedModel(Protocol):
-    """One model in memory; its runners share the weights."""
+    backend: str = DEFAULT
 
     @property
-    def info(self) -> ModelInfo:
-        """What identifies it."""
-        ...
-
-    def runner(
-        self,
-        scheme: Scheme,
-        *,
-        page_size: int,
-        scoring: Any,
-        attention: Any,
-        destroyed: bool,
-        learned: Tensors | None = None,
-        nudge: int = 0,
-    ) -> Runner:
-        """The model under a scheme; with `destroyed`, all that its cache gives back is zero.
-
-        learned: what `learn` gave, for a scheme that learns. nudge: the seed of a noise of one ulp in what the model
-        reads of its tokens; 0: without.
-        """
-        ...
-
-    def learn(self, scheme: Scheme) -> Tensors:
-        """What the scheme's transforms learn of this model."""
-        ...
+    def runs_on(self) -> Backend:
+        """The backend itself."""
+        return all_backends()[self.backend]
 
 
 @dataclass(frozen=True)
@@ -111,25 +85,27 @@ def find_model(spec: ModelSpec) -> ModelFacts:
     """
     from kvbench.runners import facts, model_files
 
-    source = _source(spec)
+    source, backend = _source(spec), all_backends()[spec.backend]
     compute_dtype = spec.compute_dtype or default_compute_dtype()
+    name, missing = backend.called(source.name), source.missing or backend.missing()
     try:
         layers, max_length = facts.shape(source)
     except model_files.ModelError:
         if source.available:
             raise
-        return ModelFacts(source.name, compute_dtype, missing=source.missing)
+        return ModelFacts(name, compute_dtype, missing=missing, backend=backend.name)
     revision = facts.revision(source) if source.available else None
     return ModelFacts(
-        source.name,
+        name,
         compute_dtype,
         revision,
         layers,
-        max_length,
-        source.missing,
+        max_length - backend.kept,
+        missing,
         facts.has_chat_template(source),
         json.dumps(facts.generation_settings(source)),
         facts.parameters(source),
+        backend.name,
     )
 
 
@@ -137,10 +113,12 @@ def fetch_model(spec: ModelSpec) -> None:
     """Brings a model here that isn't, where a network allows it.
 
     Raises:
-        ValueError: it can't be had.
+        ValueError: it can't be had, or what runs it.
     """
-    from kvbench.runners import load
+    from kvbench.runners import load, model_files
 
+    if missing := all_backends()[spec.backend].missing():
+        raise model_files.ModelError(f"model '{spec.name}': {missing}")
     load.prepare(_source(spec))
 
 
@@ -150,9 +128,7 @@ def open_model(spec: ModelSpec, compute_dtype: ComputeDtype, device: str) -> Loa
     Raises:
         ValueError: it can't be.
     """
-    from kvbench.runners.transformers import TransformersModel
-
-    return TransformersModel.load(_source(spec), compute_dtype, device)
+    return all_backends()[spec.backend].open(_source(spec), compute_dtype, device)
 
 
 def make_task(spec: Any, data: Path | None) -> Task:

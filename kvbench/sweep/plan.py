@@ -9,18 +9,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from kvbench.attention import kernels_lack
 from kvbench.results import Record, dtype_label, name_of
+from kvbench.runners.backends import DEFAULT, Asked, Gift
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import Sweep
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
 from kvbench.sweep.spec import ModelSpec
-from kvbench.tasks.base import Task, beyond, no_template
+from kvbench.tasks.base import INSTEAD, Task, beyond, no_template
 from kvbench.yaml_text import ConfigError
 
 NUDGES = 2  # times that a low-bit scheme is repeated
@@ -93,6 +94,7 @@ class Cell:
                 "revision": self.model.revision,
                 "compute_dtype": self.model.compute_dtype,
                 **({"trust_remote_code": True} if self.spec.trust_remote_code else {}),
+                **({"backend": self.model.backend} if self.model.backend != DEFAULT else {}),
             },
             "scheme": {**self.scheme.identity(), "destroyed": self.canary},
             "task": {**self.task.identity(), **(asdict(self.place) if self.place else {})},
@@ -176,10 +178,11 @@ def plan(
 
     The cells of a model follow each other, so that it is loaded once: first the baseline's, then the canary's (a sweep
     whose quantization is not in effect stops there), the baseline's once more, then the others, task by task within a
-    scheme, and at last a low-bit scheme's once more with noise of one ulp.
+    scheme, and at last a low-bit scheme's once more with noise of one ulp. Controls that a model's backend does not
+    give are left out.
 
     Raises:
-        ConfigError: a model or task that cannot be, or a head_dim that a dtype can't take.
+        ConfigError: a model or task that cannot be, a head_dim that a dtype can't take, or what a backend can't do.
     """
     cells: dict[str, Cell] = {}
     tasks = [parts.make_task(sweep.task_spec(spec), sweep.data_folder()) for spec in sweep.tasks]
@@ -187,8 +190,9 @@ def plan(
     place = Place(device(), sweep.attention, sweep.page_size) if any(task.timed for task in tasks) else None
     for spec in sweep.all_models:
         facts = parts.find_model(spec)
+        gives = facts.runs_on.gives
         schemes: list[tuple[Scheme, Role]] = [(baseline, "baseline")]
-        if sweep.canary:
+        if sweep.canary and "zeroed cache" in gives:
             schemes.append((baseline, "canary"))
         if sweep.again:
             schemes.append((baseline, "repeat"))
@@ -199,7 +203,9 @@ def plan(
             for task in tasks:
                 own = place if task.timed else None
                 of_model.append(Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, role, own))
-        for cell in [*of_model, *(quantized_repeats(of_model) if sweep.again else [])]:
+        if facts.backend != DEFAULT:
+            check_backend(of_model, sweep.attention, device())
+        for cell in [*of_model, *(quantized_repeats(of_model) if sweep.again and "noise" in gives else [])]:
             cells.setdefault(cell.name, cell)
     return [cell for name, cell in cells.items() if name not in done]
 
@@ -220,6 +226,21 @@ def check_scheme(model: ModelFacts, scheme: Scheme) -> None:
         scheme.check(model.layers, model.max_length)
     except ValueError as error:
         raise ConfigError(f"model {model.name}, scheme {scheme.label}: {error}") from None
+
+
+def check_backend(cells: Sequence[Cell], attention: str, device: str) -> None:
+    """Raises ConfigError where a model's backend can't do what a cell of it asks. device: its name, or "cpu"."""
+    for cell in cells:
+        model, backend = cell.model, cell.model.runs_on
+        if lacking := sorted(cell.task.needs() & {*get_args(Gift)} - backend.gives):
+            instead = f"; {INSTEAD[lacking[0]]}" if lacking[0] in INSTEAD else ""
+            raise ConfigError(
+                f"model {model.name}, task {cell.task.name}: it needs {lacking[0]}, which backend {backend.name} does "
+                f"not give{instead}"
+            )
+        asked = Asked(cell.scheme, model.compute_dtype, device, cell.scoring, attention, cell.generation)
+        if refused := backend.refuses(asked):
+            raise ConfigError(f"model {model.name}, scheme {cell.scheme.label}: {refused}")
 
 
 # ---- --only and --skip

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from kvbench.dtypes import all_dtypes
 from kvbench.presets import all_presets
+from kvbench.runners.backends import all_backends
 from kvbench.runners.catalog import EMBEDDED
 from kvbench.sweep.config import DtypeSpec, Sweep
 from kvbench.tasks import OURS
@@ -43,6 +44,7 @@ def schema() -> dict[str, Any]:
         keys[name] = {"description": keys[name]["description"], "type": "array", "minItems": 1, "items": item}
     keys["model"] = {"description": keys["model"]["description"], **model}
     keys["baseline"] = {**keys["baseline"], **dtype}
+    made["$defs"]["ModelSpec"]["properties"]["backend"] |= {"enum": [*all_backends()]}
     made["required"] = ["name", "tasks"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A sweep of kvbench", **made}
 

@@ -18,8 +18,11 @@ from kvbench.results.record import checksum
 from kvbench.runners.base import (
     GenerateRequest,
     Generation,
+    LoadedModel,
     Measuring,
     ModelInfo,
+    Next,
+    NextRequest,
     Progress,
     Runner,
     Score,
@@ -31,7 +34,7 @@ from kvbench.schemes import Scheme
 from kvbench.sweep.again import Around, Shuffled
 from kvbench.sweep.agreement import key_of
 from kvbench.sweep.job import Advanced, Finished, Job, Loading, Started, Step
-from kvbench.sweep.parts import LoadedModel, ModelFacts
+from kvbench.sweep.parts import ModelFacts
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import raise_if_full, raise_if_stopped
@@ -76,6 +79,15 @@ class Timed(Around):
         self.prompt_tokens += sum(map(len, documents))
         with self._timed():
             return self.runner.hidden_states(documents, progress)
+
+    def next_tokens(self, requests: Sequence[NextRequest], progress: Progress | None = None) -> list[Next]:
+        """As the runner's."""
+        self.prompt_tokens += sum(len(r.tokens) for r in requests)
+        with self._timed():
+            found = self.runner.next_tokens(requests, progress)
+        if not all(bool(one.following.isfinite().all()) for one in found):
+            raise ValueError(NOT_FINITE)
+        return found
 
     def log_probs(self, hidden: Any) -> Any:
         """As the runner's."""
@@ -158,7 +170,7 @@ class Bench:
     def _agreement(self, cell: Cell, model: LoadedModel) -> dict[str, Any] | None:
         """How the exact cache agrees with the model, as is known already or as is found now."""
         job = self.job
-        if not job.agreement or job.parts.compare is None:
+        if not job.agreement or job.parts.compare is None or "agreement" not in cell.model.runs_on.gives:
             return None
         place = {"device": job.device, "attention": job.attention, "page_size": job.page_size}
         key = key_of(cell.identity["model"], place, job.environment)
@@ -233,7 +245,8 @@ class Session:
                 "model_load_seconds": round(self.load_seconds, 3),
                 **runner.timings(),
             }
-            if on_gpu:
+            # an engine that does not say what it does takes all memory at once
+            if on_gpu and "clock" in cell.model.runs_on.gives:
                 timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         except Exception as error:
             raise_if_stopped()

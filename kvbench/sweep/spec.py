@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from kvbench.registry import find_name
+from kvbench.runners.backends import DEFAULT, all_backends
 from kvbench.tasks.base import Line
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _backend(value: Any) -> Any:
+    return find_name(value, all_backends(), "backend") if isinstance(value, str) else value
+
+
+Backend = Annotated[str, BeforeValidator(_backend)]
 
 
 class Strict(BaseModel):
@@ -28,6 +37,8 @@ class ModelSpec(Strict):
     """Python code that comes with it may run; it decides the numbers too, and the report names it."""
     compute_dtype: ComputeDtype | None = None
     """In place of the sweep's."""
+    backend: Backend = DEFAULT
+    """What runs it: kvbench's own cache under `transformers`, or another engine's own under its name."""
     gpus: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
     """The share of a GPU that a worker with it takes in a cluster; no number hangs on it."""
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # a config is validated without waiting for torch
     Tensors = dict[str, Tensor]
 
 
-Need = Literal["chat template", "generation"]
+# what not every model has, and what not every backend gives
+Need = Literal["chat template", "generation", "clock", "hidden states"]
+INSTEAD = {"hidden states": "divergence with `top: 64` needs none"}
 SideName = Literal["key", "value"]
 
 
@@ -131,7 +133,7 @@ class Task(Protocol):
         ...
 
     def needs(self) -> frozenset[Need]:
-        """What not every model has."""
+        """What not every model has, or not every backend gives."""
         ...
 
     def metrics(self) -> tuple[str, ...] | None:

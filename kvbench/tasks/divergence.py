@@ -12,16 +12,19 @@ from pydantic import BeforeValidator, Field, model_validator
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.sizes import tokens
 from kvbench.tasks import text
-from kvbench.tasks.base import LETTERS_PER_TOKEN, Line, NamedPath, Options, RunContext, Tokens, Work
+from kvbench.tasks.base import LETTERS_PER_TOKEN, Line, NamedPath, Need, Options, RunContext, Tokens, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvbench.runners.base import Runner
+    from kvbench.runners.base import Next, Runner
+
+    Tensors = dict[str, Tensor]
 
 VERSION = 1
 PERCENTILES = {"kld_median": 50, "kld_p90": 90, "kld_p95": 95, "kld_p99": 99, "kld_p99.9": 99.9}
 LOGITS_AT_A_TIME = 2**24  # 64 MiB in float32; about five such arrays live at once
+SMALLEST_REST = 1e-9  # of a probability, where float32's rounding leaves less than nothing
 
 
 Position = Annotated[int, Field(ge=0, strict=True), BeforeValidator(tokens)]
@@ -43,6 +46,17 @@ class Divergence(Options):
     positions: Annotated[tuple[Position, ...], Field(strict=False)] = ()
     """Bounds between which the divergence is also stated alone: [1024, 2048, 8192] adds `kld@1024-2048` and
     `kld@2048-8192`."""
+    top: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Compare the baseline's so many likeliest tokens, and all others as one: never more than the whole divergence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_for_its_top(cls, value: Any) -> Any:
+        return (
+            {"name": f"divergence-top{value['top']}", **value}
+            if isinstance(value, dict) and value.get("top")
+            else value
+        )
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
@@ -63,6 +77,7 @@ class Divergence(Options):
             "text": source.source,
             "text_sha256": source.sha256,
             **({"positions": list(self.positions)} if self.positions else {}),
+            **({"top": self.top} if self.top else {}),
         }
 
     @property
@@ -103,6 +118,9 @@ class Divergence(Options):
     def work(self) -> Work:
         return Work(self._tokens)
 
+    def needs(self) -> frozenset[Need]:
+        return frozenset() if self.top else frozenset({"hidden states"})
+
     def metrics(self) -> tuple[str, ...]:
         return "kld", "same_top", "ppl_ratio", *(f"kld@{a}-{b}" for a, b in pairwise(self.positions))
 
@@ -117,23 +135,14 @@ class Divergence(Options):
                 value that is not finite.
         """
         import numpy as np
-        import torch
 
         self.check_length(runner.info.max_length)
         source = text.read(self.text)
         documents = split(source.text, runner.tokenizer, self.context, self._documents)
         hashes = [text.sha256(" ".join(map(str, tokens))) for tokens in documents]
         all_hash = text.sha256(" ".join(hashes))
-        # hidden states, not distributions: far smaller, and the head is the same under every scheme
-        before = context.baseline(
-            f"divergence-{all_hash[:16]}", lambda exact: {"hidden": torch.stack(exact.hidden_states(documents))}
-        )["hidden"]
-        after = runner.hidden_states(documents, context.progress)
-
-        per_document = [
-            {name: value.numpy() for name, value in compare(runner, before[i], after[i], torch.tensor(tokens)).items()}
-            for i, tokens in enumerate(documents)
-        ]
+        compared, truncation = (self._at_top if self.top else _whole)(runner, context, documents, all_hash[:16])
+        per_document = [{name: value.numpy() for name, value in columns.items()} for columns in compared]
         for i, columns in enumerate(per_document):
             if not all(bool(np.isfinite(column).all()) for column in columns.values()):
                 raise ValueError(f"document {i}: the model's output is not finite, so there is no divergence to report")
@@ -157,8 +166,74 @@ class Divergence(Options):
             "predictions": sum(len(columns["kld"]) for columns in per_document),
             "text": source.source,
             "text_sha256": source.sha256,
+            **truncation,
         }
         return Outcome(tuple(metrics), samples, facts)
+
+    def _at_top(
+        self, runner: Runner, context: RunContext, documents: Sequence[tuple[int, ...]], key: str
+    ) -> tuple[list[Tensors], dict[str, Any]]:
+        """The columns of each document at the baseline's likeliest tokens, and facts of what that leaves out."""
+        import torch
+
+        from kvbench.runners.base import Next, NextRequest
+
+        assert self.top
+        top = min(self.top, len(runner.tokenizer))
+
+        def exact(baseline: Runner) -> Tensors:
+            found = baseline.next_tokens([NextRequest(tokens, top) for tokens in documents])
+            return {name: torch.stack([getattr(one, name) for one in found]) for name in NEXT}
+
+        kept = context.baseline(f"divergence-{key}-top{top}", exact)
+        before = [Next(*(kept[name][i] for name in NEXT)) for i in range(len(documents))]
+        asked = [NextRequest(tokens, top, one.ids) for tokens, one in zip(documents, before, strict=True)]
+        after = runner.next_tokens(asked, context.progress)
+        facts = {
+            "top": top,
+            "top_probability": float(kept["logprobs"].double().exp().sum(-1).mean()),
+            "top_known": float(torch.cat([(~one.logprobs.isnan()).double().flatten() for one in after]).mean()),
+        }
+        return [compare_top(a, b) for a, b in zip(before, after, strict=True)], facts
+
+
+NEXT = ("ids", "logprobs", "following", "best")
+
+
+def _whole(
+    runner: Runner, context: RunContext, documents: Sequence[tuple[int, ...]], key: str
+) -> tuple[list[Tensors], dict[str, Any]]:
+    """The columns of each document over the whole vocabulary."""
+    import torch
+
+    # hidden states, not distributions: far smaller, and the head is the same under every scheme
+    before = context.baseline(
+        f"divergence-{key}", lambda exact: {"hidden": torch.stack(exact.hidden_states(documents))}
+    )["hidden"]
+    after = runner.hidden_states(documents, context.progress)
+    return [
+        compare(runner, a, b, torch.tensor(tokens)) for a, b, tokens in zip(before, after, documents, strict=True)
+    ], {}
+
+
+def compare_top(before: Next, after: Next) -> Tensors:
+    """The columns of `compare`, the KL over the baseline's likeliest tokens and one more that stands for all others.
+
+    A token of which the other side says nothing is among those others. By the log-sum inequality putting tokens
+    together never makes a divergence larger. Returns float64 tensors [T - 1].
+    """
+    known = ~after.logprobs.isnan()
+    p, q = before.logprobs.double(), after.logprobs.double()
+    own = (p.exp() * (p - q)).where(known, 0).sum(-1)
+    rest = [(1 - one.exp().where(known, 0).sum(-1)).clamp_min(SMALLEST_REST) for one in (p, q)]
+    following = before.following.double(), after.following.double()
+    return {
+        "kld": own + rest[0] * (rest[0] / rest[1]).log(),
+        "delta_p": following[1].exp() - following[0].exp(),
+        "same_top": (before.best == after.best).double(),
+        "nll": -following[1],
+        "nll_baseline": -following[0],
+    }
 
 
 def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from kvbench.calibration import Calibration
 from kvbench.results import Metric, Outcome
 from kvbench.tasks import text
-from kvbench.tasks.base import Line, NamedPath, Options, RunContext, SideName, Tokens, Work
+from kvbench.tasks.base import Line, NamedPath, Need, Options, RunContext, SideName, Tokens, Work
 from kvbench.tasks.divergence import compare, split
 from kvbench.tasks.text import Text
 
@@ -73,6 +73,9 @@ class Layers(Options):
 
     def work(self) -> Work:
         return Work(self._documents * self.context, by_layer=len(self.sides))
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"hidden states"})
 
     def metrics(self) -> tuple[str, ...]:
         return tuple(f"kld_{side}s" for side in self.sides)

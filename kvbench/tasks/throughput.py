@@ -68,7 +68,7 @@ class Throughput(Options):
         return Work(answers * self.prompt, answers, self.new)
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"generation"})
+        return frozenset({"generation", "clock"})
 
     def metrics(self) -> tuple[str, ...]:
         return ()

@@ -12,9 +12,10 @@ from scipy.stats import entropy, sem
 
 from kvbench.measured.series import series_of
 from kvbench.results import headline
+from kvbench.runners.base import Next
 from kvbench.runners.toy import ToyRunner
 from kvbench.tasks import RunContext, make_task, text
-from kvbench.tasks.divergence import split
+from kvbench.tasks.divergence import compare_top, split
 
 
 @pytest.fixture
@@ -234,3 +235,45 @@ def test_a_text_that_is_too_short_is_said_before_it_runs(tmp_path):
     assert said(1500) == ([], [])
     assert said(6000) == ([], [f"60 {doubt}"])
     assert said(8000) == ([f"divergence: 80 {lack}"], [])
+
+
+def test_tokens_put_together_hide_divergence_and_add_none(small, context):
+    """
+    The KL over the baseline's likeliest tokens and one for all others is scipy's, never above the whole one, and that
+    where all tokens are likeliest; what the next token and the best one say does not depend on it. Its name says so.
+    """
+    exact, noisy = ToyRunner(), ToyRunner(noise=0.1)
+    whole = make_task(small).run(noisy, context)
+    found = {top: make_task({**small, "top": top}).run(noisy, context) for top in (1, 8, 258)}
+    kld = {top: values(outcome)["kld"] for top, outcome in found.items()}
+
+    assert 0 < kld[1] < kld[8] < kld[258]
+    assert kld[258] == pytest.approx(values(whole)["kld"], rel=1e-4)
+    for name in ("same_top", "ppl_ratio", "rms_delta_p"):
+        assert values(found[8])[name] == pytest.approx(values(whole)[name], rel=1e-5)
+    expected = []
+    for document in split(text.read(Path(small["text"])).text, exact.tokenizer, 40, 5):
+        p, q = (one.log_probs(one.hidden_states([document])[0][:-1]).exp().double() for one in (exact, noisy))
+        best = p.topk(8, -1).indices
+        p, q = (torch.cat([one.gather(1, best), 1 - one.gather(1, best).sum(1, keepdim=True)], 1) for one in (p, q))
+        expected.append(entropy(p.numpy(), q.numpy(), axis=1))
+    assert kld[8] == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found[8].facts["top"] == 8
+    assert 0.1 < found[8].facts["top_probability"] < 1
+    assert found[8].facts["top_known"] == 1
+
+    task = make_task({**small, "top": 8})
+    assert task.name == "divergence-top8"
+    assert task.identity() == {**make_task(small).identity(), "top": 8}
+    assert task.needs() == frozenset()
+
+
+def test_a_token_of_which_nothing_is_known_is_one_of_the_others():
+    """
+    Its probability is the baseline's rest, and the divergence that of the coarser parts.
+    """
+    p, q = torch.tensor([[0.5, 0.3]]), torch.tensor([[0.4, float("nan")]])
+    rest = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    before, after = (Next(torch.tensor([[3, 5]]), one.log(), *rest) for one in (p, q))
+
+    assert float(compare_top(before, after)["kld"]) == pytest.approx(entropy([0.5, 0.5], [0.4, 0.6]), rel=1e-6)

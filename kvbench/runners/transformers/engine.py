@@ -14,7 +14,7 @@ from kvbench.attention import choose, kernels_lack
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Learned
 from kvbench.results import Tensors
-from kvbench.runners.base import GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
+from kvbench.runners.base import FromHidden, GenerateRequest, Generation, ModelInfo, Progress, Score, ScoreRequest
 from kvbench.runners.catalog import ModelSource
 from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.learned import unpack
@@ -106,7 +106,7 @@ class TransformersModel:
 
 
 @dataclass
-class TransformersRunner:
+class TransformersRunner(FromHidden):
     """Scores and generates with one model under one scheme. Made by `TransformersModel.runner`.
 
     attention: what computes it: "reference" or "triton".
