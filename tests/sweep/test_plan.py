@@ -234,7 +234,7 @@ def test_filters_choose_cells(cells, only, skip, expected):
     [
         ("int4", r"--only int4: expected KEY=PATTERN with KEY one of model, dtype, rotation, scheme, task"),
         ("color=red", r"--only color=red: expected KEY=PATTERN"),
-        ("dtype=int3", r"--only dtype=int3: unknown dtype 'int3'"),
+        ("dtype=int9", r"--only dtype=int9: unknown dtype 'int9'"),
         ("task=gsm8k", r"--only task=gsm8k matches no cell; there are toy_a, toy_b"),
     ],
 )
