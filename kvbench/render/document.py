@@ -15,6 +15,7 @@ class Column:
     drop: where a terminal is too narrow, the column with the highest goes first; one with 0 never does.
     verdict: it says what the row comes to, so a terminal shows it first. prose: a text, which may be broken into lines.
     group: many rows have it in common, so a terminal that is too narrow shows it once above them.
+    joins: a terminal that is too narrow puts it below the column before it, but for this value, which says nothing.
     choose: a page offers its values to filter by.
     """
 
@@ -24,6 +25,7 @@ class Column:
     verdict: bool = False
     prose: bool = False
     group: bool = False
+    joins: str | None = None
     choose: bool = False
 
 

@@ -11,8 +11,8 @@ from functools import cached_property
 from kvbench.render.document import Column, Document, Renderer
 
 GAP = "   "
-# what a text may be broken after: a space but not that between a number and a word, and in a scheme's name : or +
-WORD = re.compile(r"(?:\d+ )?\S+?(?:[:+](?=\w)|(?=\s)|$)\s*")
+# what a text may be broken after: a space but not that between a number and a word, and in a name : + or ,
+WORD = re.compile(r"(?:\d+ )?\S+?(?:[:+,](?=\w)|(?=\s)|$)\s*")
 COLORS = {
     "WORSE": "31",
     "SLOWER": "31",
@@ -49,6 +49,8 @@ def table(
     """
     order = sorted(range(len(columns)), key=lambda place: not columns[place].verdict)
     every = [_Shown.of(columns[place], [row[place] for row in rows]) for place in order]
+    if width is not None and _total([one.width for one in every]) > width:
+        every = _narrowed(every)
     kept = _fitting(every, width)
     above = [one for one in every if one.column.group and not any(one.column is other.column for other in kept)]
     depth = max((len(one.head) for one in kept), default=0)
@@ -63,7 +65,7 @@ def table(
         for level in range(max(map(len, cells))):
             lines.append(_line(kept, [part[level] if level < len(part) else "" for part in cells], color and not level))
     if dropped := [one for one in every if not any(one.column is other.column for other in (*kept, *above))]:
-        names = ", ".join(" ".join(filter(None, one.head)).replace("/ ", "/") for one in dropped)
+        names = ", ".join(" ".join(map(cell, filter(None, one.column.lines))).replace("/ ", "/") for one in dropped)
         lines += wrapped(f"not shown in {width} columns: {names}; --wide shows all", width)
     return "\n".join(lines)
 
@@ -83,6 +85,21 @@ class _Shown:
         texts = list(map(cell, values))
         return cls(column, head, texts, max(map(len, (*head, *texts)), default=0))
 
+    def joined(self, other: _Shown) -> _Shown:
+        """This column with another's values below its own."""
+        names = [f"{one}, {two}" for one, two in zip(self.head[-1:], other.head[-1:], strict=True)]
+        values = [
+            one if two == other.column.joins else f"{one} {two}"
+            for one, two in zip(self.values, other.values, strict=True)
+        ]
+        head = [*self.head[:-1], *names]
+        return _Shown(self.column, head, values, max(map(len, (*head, *values)), default=0))
+
+    def with_narrow_head(self) -> _Shown:
+        """This column with its head in shorter lines, broken after commas and before units."""
+        head = [part for line in self.head for part in re.split(r"(?<=,)|(?<=\S) (?=\()", line)]
+        return replace(self, head=head, width=max(map(len, (*head, *self.values)), default=0))
+
     @cached_property
     def least(self) -> int:
         """How narrow it can be: as its head, and its longest word where its values may be broken."""
@@ -99,6 +116,17 @@ class _Shown:
                 lines.append("")
             lines[-1] += word
         return [line.rstrip() for line in lines]
+
+
+def _narrowed(every: Sequence[_Shown]) -> list[_Shown]:
+    """The columns with what joins another below it, and heads of numbers in shorter lines."""
+    made: list[_Shown] = []
+    for one in every:
+        if one.column.joins is not None and made:
+            made[-1] = made[-1].joined(one)
+        else:
+            made.append(one.with_narrow_head() if one.column.numeric else one)
+    return made
 
 
 def _fitting(every: Sequence[_Shown], width: int | None) -> list[_Shown]:

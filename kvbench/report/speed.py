@@ -106,7 +106,7 @@ def speed_column(
     counted = sorted({metric.n for record in chosen for metric in record.metrics if metric.name == "us"})
     shown = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]}..{counted[-1]}"
     return SpeedColumn(
-        Column((name, "µs (× 16-bit)", f"n={shown}"), drop=500),
+        Column((name, "µs (× 16-bit)", f"n={shown}"), drop=1),
         {(record.dtype, record.rotation): _speed(record.facts) for record in chosen},
         f"{name}: median time of one layer's attention kernel, {batch} sequences of {context} tokens, "
         f"{', '.join(setting[1:])}; × is against the best 16-bit attention timed in the same run",

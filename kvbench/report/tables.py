@@ -219,12 +219,21 @@ class Report:
             names = dict.fromkeys(metric.name for record in of_task for metric in headline(record.metrics))
             measures += [(label, name) for name in names]
 
+        def matters(measure: tuple[str, str]) -> tuple[bool, bool, int]:
+            label, name = measure
+            first = next(other for task, other in measures if task == label)
+            far = any(m.name == name and m.kind == "distance" for r in by_label[label] for m in r.metrics)
+            return name != first, not far, measures.index(measure)
+
+        # what a narrow terminal shows first: each task's first metric before another's second, and before all the
+        # distance from the baseline, which tells schemes apart where no score does
+        order = sorted(measures, key=matters)
         columns = [
             Column(("dtype",), numeric=False, prose=True),
-            Column(("rotation",), numeric=False, prose=True),
+            Column(("rotation",), numeric=False, prose=True, joins="none"),
             Column(("bits/", "value")),
-            Column(("KV KiB/", "token"), drop=1000),
-            Column(("smaller", "than fp16"), drop=999),
+            Column(("KV KiB/", "token"), drop=len(measures) + 2),
+            Column(("smaller", "than fp16"), drop=len(measures) + 1),
         ]
         for label, name in measures:
             found = [m for r in by_label[label] for m in r.metrics if m.name == name]
@@ -232,9 +241,7 @@ class Report:
             # a perplexity is called one
             unit = f" ({found[0].unit})" if found[0].unit not in ("", "%", "ppl") else ""
             size = f"n={counts[0]}" if len(counts) == 1 else f"n={counts[0]}..{counts[-1]}"
-            # a narrow terminal shows each task's first metric before another's second
-            behind = 500 if name != next(other for task, other in measures if task == label) else 0
-            columns.append(Column((label, f"{name}{unit}", size), drop=behind + len(columns)))
+            columns.append(Column((label, f"{name}{unit}", size), drop=1 + order.index((label, name))))
         judged = self._verdict(records) != "-"
         if judged:
             columns.append(Column(("verdict",), numeric=False, verdict=True, prose=True))

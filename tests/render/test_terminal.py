@@ -58,14 +58,14 @@ def test_a_committed_sweep_fits(documents, width):
 @pytest.mark.parametrize(
     ("width", "there", "absent"),
     [
-        (80, ["bits/"], ["kld"]),
+        (80, ["dtype, rotation", "bits/", "kld"], ["same_top"]),
         (120, ["kld", "same_top", "perplexity"], ["acc"]),
         (200, ["kld", "perplexity", "acc"], []),
     ],
 )
 def test_each_tasks_first_metric_comes_before_anothers_second(documents, width, there, absent):
     """
-    At 120 columns the quickstart has both tasks; at 80, beside verdict, names and bits, there is room for neither.
+    At 80 columns, beside verdict, names and bits, there is the distance from the baseline; at 120 both tasks are.
     """
     head = text.render(documents[0], width).split("─", maxsplit=1)[0]
 
@@ -86,6 +86,29 @@ def test_values_are_whole_or_their_column_is_named(width):
             for row in ROWS:
                 words = row[place].split() if column.prose else [row[place]]
                 assert all(part in shown for word in words for part in re.split(r"(?<=:)", word))
+
+
+def test_in_80_columns_scores_are_seen_beside_the_distance():
+    """
+    Of the widest committed sweep, with a name of 24 letters for its score, the verdict, the scheme, its bits and two
+    metrics are there: the first task's and the KL divergence.
+    """
+    shown = text.render(Report.read(RESULTS / "qwen").document(), 80)
+
+    head = shown.split("─", maxsplit=1)[0]
+    assert all(name in head for name in ("verdict", "dtype, rotation", "bits/", "gsm8k", "strict-match", "kld"))
+    assert re.search(r"fp8_per_tensor +8\.00 +0\.103 ± 0\.008 +0\.45 ± 0\.03\n", shown)
+
+
+def test_what_says_nothing_is_left_out_of_a_joined_column():
+    """
+    Where there is room a rotation has its own column; where there is none it goes below its dtype, but not `none`.
+    """
+    columns = [Column(("dtype",), numeric=False, prose=True), Column(("rotation",), numeric=False, joins="none")]
+    rows = [["fp16", "none"], ["int4_per_token_head", "hadamard"]]
+
+    assert text.table(columns, rows, 40).splitlines()[2].split() == ["fp16", "none"]
+    assert text.table(columns, rows, 20).splitlines()[2:] == ["fp16", "int4_per_token_head", "hadamard"]
 
 
 def test_columns_go_in_their_order_and_groups_before_them():
