@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from kvbench.files import read_bytes, read_text
 
@@ -76,8 +79,25 @@ def hub_lacks(dataset_path: str) -> str | None:
 @cache
 def _hub_unreachable() -> str | None:
     """Asked once a process, so that a long list of data sets costs one time-out."""
+    if not _answers():  # before the hub's client is imported, which takes as long as all else of a plan
+        return "the hub cannot be reached"
     answer = _hub_says("Salesforce/wikitext")
     return None if answer is None or answer.startswith("the hub does not give it") else answer
+
+
+def _answers() -> bool:
+    """Whether the hub's machine takes a connection; behind a proxy only the hub's client can tell."""
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or not place.hostname or getproxies():
+        return True
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 @cache
