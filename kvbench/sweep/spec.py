@@ -19,6 +19,38 @@ def _backend(value: Any) -> Any:
 
 Backend = Annotated[str, BeforeValidator(_backend)]
 
+# what lm-eval's --model_args calls a key of ours, and what to do about those that are none
+MODEL_ARGS = {"revision": "revision", "dtype": "compute_dtype", "trust_remote_code": "trust_remote_code"}
+ELSEWHERE = {
+    "pretrained": "it is the model's `name`",
+    "attn_implementation": "a model's attention is kvbench's own, over its cache: see `attention`",
+    "device": "see --devices",
+    "batch_size": "kvbench fills its passes by memory",
+    "parallelize": "a model is on one GPU",
+    "device_map": "a model is on one GPU",
+}
+
+
+def _model_args(given: Any) -> dict[str, Any]:
+    """Keys of ours from lm-eval's, a mapping or its text `revision=main,dtype=bfloat16`."""
+    if isinstance(given, str):
+        pairs = [pair.partition("=") for pair in given.split(",") if pair]
+        if wrong := next((key for key, equals, _ in pairs if not equals), None):
+            raise ValueError(f"model_args: expected KEY=VALUE,KEY=VALUE, not '{wrong}'")
+        truth = {"true": True, "false": False}
+        given = {key.strip(): truth.get(value.strip().lower(), value.strip()) for key, _, value in pairs}
+    if not isinstance(given, dict):
+        raise ValueError(f"model_args: expected KEY=VALUE,KEY=VALUE or a mapping, not {given!r}")
+    for key in given:
+        if key not in MODEL_ARGS:
+            taken = f"only {', '.join(MODEL_ARGS)} are taken"
+            raise ValueError(f"model_args: {key}: {ELSEWHERE.get(key, taken)}")
+    if given.get("dtype") == "auto":
+        raise ValueError("model_args: dtype: name one of float32, bfloat16, float16; auto is another for each model")
+    if isinstance(given.get("dtype"), str):
+        given = {**given, "dtype": given["dtype"].removeprefix("torch.")}
+    return {MODEL_ARGS[key]: value for key, value in given.items()}
+
 
 class Strict(BaseModel):
     """A part of the YAML: no unknown key, no value of another kind."""
@@ -39,10 +71,18 @@ class ModelSpec(Strict):
     """In place of the sweep's."""
     backend: Backend = DEFAULT
     """What runs it: kvbench's own cache under `transformers`, or another engine's own under its name."""
+    model_args: str | dict[str, Any] | None = None
+    """`revision`, `compute_dtype` (its `dtype`) and `trust_remote_code` as lm-eval writes them: a mapping, or
+    `revision=main,dtype=bfloat16`."""
     gpus: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
     """The share of a GPU that a worker with it takes in a cluster; no number hangs on it."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or "model_args" not in value:
+            return {"name": value} if isinstance(value, str) else value
+        own = {key: one for key, one in value.items() if key != "model_args"}
+        if twice := sorted(own.keys() & (args := _model_args(value["model_args"])).keys()):
+            raise ValueError(f"model_args and {twice[0]} say the same: keep one")
+        return own | args

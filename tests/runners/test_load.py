@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models
 
 from kvbench.runners import catalog, facts, load
 from kvbench.runners.model_files import ModelError
+from kvbench.sweep.parts import REAL
+from kvbench.sweep.spec import ModelSpec
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "tie_word_embeddings": True}
@@ -59,6 +61,17 @@ def test_a_loaded_model_is_ready_to_be_measured(folder, dtype):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert tokenizer("he").input_ids
     assert (info.name, info.compute_dtype, info.layers, info.max_length) == ("folder", dtype, ((2, 16),) * 2, 128)
+
+
+def test_model_args_decide_how_a_model_is_loaded(folder):
+    """Its facts and its weights have the dtype that lm-eval's words name; a folder has no revision."""
+    spec = ModelSpec(name=str(folder), model_args="dtype=bfloat16,trust_remote_code=False")
+    found = REAL.find_model(spec)
+    assert found.compute_dtype == "bfloat16"
+    assert REAL.open_model(spec, found.compute_dtype, "cpu").model.dtype == torch.bfloat16
+
+    with pytest.raises(ModelError, match=r"has no revisions: only a hub id takes one \(got 'main'\)"):
+        REAL.find_model(ModelSpec(name=str(folder), model_args={"revision": "main"}))
 
 
 def test_a_broken_folder_is_one_line(folder):

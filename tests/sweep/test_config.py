@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 import pytest
@@ -75,6 +76,52 @@ def test_models_take_the_sweeps_compute_dtype(parse):
     text = GOOD.replace("model: toy", "models: [toy, {name: other, compute_dtype: float16}]\ncompute_dtype: bfloat16")
 
     assert [(m.name, m.compute_dtype) for m in parse(text).all_models] == [("toy", "bfloat16"), ("other", "float16")]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "revision=r7,dtype=bfloat16,trust_remote_code=True",
+        {"revision": "r7", "dtype": "torch.bfloat16", "trust_remote_code": True},
+    ],
+)
+def test_lm_evals_model_args_are_keys_of_a_model(parse, toy, args):
+    """
+    As lm-eval's command line writes them, or as a mapping: the model is the same, and so is each cell's name.
+    """
+    text = GOOD.replace("model: toy", "model: " + json.dumps({"name": "toy", "model_args": args}))
+    own = {"name": "toy", "revision": "r7", "compute_dtype": "bfloat16", "trust_remote_code": True}
+    other = GOOD.replace("model: toy", "model: " + json.dumps(own))
+
+    assert parse(text).all_models == parse(other).all_models
+    names = [[cell.name for cell in plan(parse(one), parts=toy.PARTS)] for one in (text, other)]
+    assert names[0] == names[1]
+    assert names[0] != [cell.name for cell in plan(parse(GOOD), parts=toy.PARTS)]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            "{name: toy, model_args: 'attn_implementation=eager'}",
+            "attn_implementation: a model's attention is kvbench's",
+        ),
+        ("{name: toy, model_args: 'pretrained=gpt2'}", "pretrained: it is the model's `name`"),
+        ("{name: toy, model_args: {peft: x}}", "peft: only revision, dtype, trust_remote_code are taken"),
+        ("{name: toy, model_args: 'dtype'}", "expected KEY=VALUE,KEY=VALUE, not 'dtype'"),
+        ("{name: toy, model_args: 'dtype=auto'}", "dtype: name one of float32, bfloat16, float16"),
+        ("{name: toy, model_args: 'dtype=int8'}", "unknown value 'int8': one of float32, bfloat16, float16"),
+        ("{name: toy, model_args: [1]}", "expected KEY=VALUE,KEY=VALUE or a mapping"),
+        ("{name: toy, compute_dtype: float32, model_args: 'dtype=float32'}", "and compute_dtype say the same"),
+    ],
+)
+def test_a_wrong_model_arg_is_refused_at_its_place(refused, model, expected):
+    """
+    With what to do where kvbench has another place for it.
+    """
+    message = refused(GOOD.replace("model: toy", f"model: {model}"))
+    assert expected in message
+    assert message.startswith("bad.yaml:2:")
 
 
 def test_a_setting_is_laid_over_the_file(parse):
