@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from kvbench.files import write_text
-from kvbench.report.by_scheme import by_scheme
+from kvbench.report.by_scheme import Scheme, by_scheme
 from kvbench.results import Metric, Record, plain_json
 
 VERSION = "0.3.0"
@@ -31,9 +30,9 @@ def export(folder: Path, place: Path) -> list[Path]:
     """
     store, schemes = by_scheme(folder, lambda record: record.scored, "a model")
     run, written = store.run(), []
-    for scheme, records in schemes.items():
-        evaluation = _evaluation(run, scheme, records)
-        developer, _, model = scheme[0].rpartition("/")
+    for scheme in schemes:
+        evaluation = _evaluation(run, scheme)
+        developer, _, model = scheme.model.rpartition("/")
         below = place / "data" / (run.get("sweep") or "kvbench") / (developer or "unknown") / model.replace(" ", "-")
         below.mkdir(parents=True, exist_ok=True)
         # of the form that the schema asks for; the same evaluation has the same name
@@ -44,15 +43,15 @@ def export(folder: Path, place: Path) -> list[Path]:
     return written
 
 
-def _evaluation(run: dict[str, Any], scheme: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
-    model, dtype, rotation = scheme
+def _evaluation(run: dict[str, Any], scheme: Scheme) -> dict[str, Any]:
+    model, dtype, rotation, records = scheme.model, scheme.dtype, scheme.rotation, scheme.records
     last = max(records, key=lambda record: record.finished)
     first, when = records[0], str(datetime.fromisoformat(last.finished).timestamp())
     environment = last.environment
     gpus = [gpu["name"] for gpu in environment.get("gpus") or []] if environment.get("device") != "cpu" else []
     return {
         "schema_version": VERSION,
-        "evaluation_id": f"{run.get('sweep') or 'kvbench'}/{model}/{dtype}/{rotation}/{when}",
+        "evaluation_id": f"{run.get('sweep') or 'kvbench'}/{'/'.join(scheme.names)}/{when}",
         "evaluation_timestamp": when,
         "retrieved_timestamp": when,
         "source_metadata": {
@@ -91,17 +90,19 @@ def _evaluation(run: dict[str, Any], scheme: Sequence[str], records: Sequence[Re
                 hardware=", ".join(gpus) or environment.get("cpu"),
             ),
         },
-        "evaluation_results": [_result(record, metric) for record in records for metric in record.metrics],
+        "evaluation_results": [
+            _result(record, metric, scheme.labels[record.cell]) for record in records for metric in record.metrics
+        ],
     }
 
 
-def _result(record: Record, metric: Metric) -> dict[str, Any]:
+def _result(record: Record, metric: Metric, called: str) -> dict[str, Any]:
     task = record.identity["task"]
     places = [str(place) for place in (record.facts.get("data") or {}).values()]
     share, error = metric.kind == "share", {"value": metric.stderr, "method": "over documents"}
     return {
         "evaluation_result_id": f"{record.cell}/{metric.name}",
-        "evaluation_name": record.task,
+        "evaluation_name": called,
         "evaluation_timestamp": str(datetime.fromisoformat(record.finished).timestamp()),
         "source_data": {
             "dataset_name": (places or [str(task.get("text") or record.task)])[0],

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from kvbench.files import write_text
-from kvbench.report.by_scheme import by_scheme
+from kvbench.report.by_scheme import Scheme, by_scheme
 from kvbench.results import Record, Store, plain_json
 
 
 def export(folder: Path, place: Path) -> list[Path]:
     """Writes `MODEL__DTYPE__ROTATION/results_DATE.json` and `samples_TASK_DATE.jsonl` for each scheme; returns them.
 
-    Only cells of lm-eval's tasks have a place there, controls included. A sample has no text of its document, which
-    kvbench does not keep: `doc` is empty, and the hashes say which it was.
+    A quick look has a folder of its own, `…__limit-50`, and so have cells of another seed or of other weights. Only
+    cells of lm-eval's tasks have a place there, controls included. A sample has no text of its document, which kvbench
+    does not keep: `doc` is empty, and the hashes say which it was.
 
     Raises:
         FileNotFoundError, NotARunError: no run folder, or none with such a cell.
@@ -28,16 +29,16 @@ def export(folder: Path, place: Path) -> list[Path]:
     """
     store, schemes = by_scheme(folder, _of_lm_eval, "a task of lm-eval")
     written = []
-    for scheme, records in schemes.items():
-        name = "__".join(map(_sanitized, scheme))
+    for scheme in schemes:
+        records, name = scheme.records, "__".join(map(_sanitized, scheme.names))
         below = place / name
         below.mkdir(parents=True, exist_ok=True)
         date = _date(max(record.finished for record in records))
         file = below / f"results_{date}.json"
-        write_text(file, json.dumps(plain_json(_results(name, scheme, records)), indent=2, ensure_ascii=False) + "\n")
+        write_text(file, json.dumps(plain_json(_results(name, scheme)), indent=2, ensure_ascii=False) + "\n")
         written.append(file)
         for record in records:
-            for task, lines in _samples(store, record):
+            for task, lines in _samples(store, record, scheme.labels[record.cell]):
                 path = below / f"samples_{_sanitized(task)}_{date}.jsonl"
                 write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
                 written.append(path)
@@ -59,31 +60,32 @@ def _date(finished: str) -> str:
     return datetime.fromisoformat(finished).replace(tzinfo=None).isoformat(timespec="microseconds").replace(":", "-")
 
 
-def _results(name: str, scheme: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
-    model, dtype, rotation = scheme
+def _results(name: str, scheme: Scheme) -> dict[str, Any]:
+    model, dtype, rotation, records = scheme.model, scheme.dtype, scheme.rotation, scheme.records
     first = records[0]
     found: dict[str, Any] = {key: {} for key in ("results", "group_subtasks", "configs", "versions", "n-shot")}
     found |= {"higher_is_better": {}, "n-samples": {}, "task_hashes": {}}
     for record in records:
-        task = record.identity["task"]
+        task, called = record.identity["task"], scheme.labels[record.cell]
         for metric in record.metrics:
             leaf, _, label = metric.name.rpartition("/")
             label, _, filter_name = label.partition(",")
             filter_name = filter_name or "none"
-            row = found["results"].setdefault(leaf or record.task, {"alias": leaf or record.task})
+            place = _called(leaf or record.task, record, called)
+            row = found["results"].setdefault(place, {"alias": place})
             row[f"{label},{filter_name}"] = metric.value
             row[f"{label}_stderr,{filter_name}"] = "N/A" if metric.stderr is None else metric.stderr
-            found["higher_is_better"].setdefault(leaf or record.task, {})[label] = metric.higher_is_better
-            found["n-samples"][leaf or record.task] = {"original": metric.n, "effective": metric.n}
-        found["group_subtasks"][record.task] = []
-        found["configs"][record.task] = {
+            found["higher_is_better"].setdefault(place, {})[label] = metric.higher_is_better
+            found["n-samples"][place] = {"original": metric.n, "effective": metric.n}
+        found["group_subtasks"][called] = []
+        found["configs"][called] = {
             "task": record.task,
             "num_fewshot": task.get("num_fewshot"),
             "metadata": {**(task.get("metadata") or {}), "limit": task.get("limit")},
         }
-        found["versions"][record.task] = next(iter((record.facts.get("versions") or {}).values()), None)
-        found["n-shot"][record.task] = next(iter((record.facts.get("num_fewshot") or {}).values()), 0)
-        found["task_hashes"][record.task] = record.facts.get("documents_sha256")
+        found["versions"][called] = next(iter((record.facts.get("versions") or {}).values()), None)
+        found["n-shot"][called] = next(iter((record.facts.get("num_fewshot") or {}).values()), 0)
+        found["task_hashes"][called] = record.facts.get("documents_sha256")
     environment, versions = first.environment, first.environment.get("versions") or {}
     seconds = sum(record.timings.get("seconds", 0.0) for record in records)
     return {
@@ -101,7 +103,7 @@ def _results(name: str, scheme: Sequence[str], records: Sequence[Record]) -> dic
                 "bits_per_value": first.bits_per_value,
                 "kv_bytes_per_token": first.kv_bytes_per_token,
                 "source_sha256": environment.get("source_sha256"),
-                "cells": {record.task: record.cell for record in records},
+                "cells": {scheme.labels[record.cell]: record.cell for record in records},
             },
         },
         "git_hash": (environment.get("git") or {}).get("revision"),
@@ -109,13 +111,18 @@ def _results(name: str, scheme: Sequence[str], records: Sequence[Record]) -> dic
         "transformers_version": versions.get("transformers"),
         "lm_eval_version": first.facts.get("lm_eval"),
         "model_source": "kvbench",
-        "model_name": f"{model} · {dtype} · {rotation}",
+        "model_name": " · ".join(scheme.names),
         "model_name_sanitized": name,
         "total_evaluation_time_seconds": str(seconds),
     }
 
 
-def _samples(store: Store, record: Record) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _called(task: str, record: Record, called: str) -> str:
+    """A task of a cell, with the options that tell this cell from another of its task: `gsm8k (num_fewshot=5)`."""
+    return f"{task}{called.removeprefix(record.task)}"
+
+
+def _samples(store: Store, record: Record, called: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The samples of a cell's tasks, a line a document and filter."""
     known = {"task", "doc_id", "doc_hash", "prompt_hash", "target_hash", "filter", "resps", "filtered_resps"}
     known |= {"logprobs", "greedy", "cluster"}
@@ -127,7 +134,7 @@ def _samples(store: Store, record: Record) -> Iterator[tuple[str, list[dict[str,
             pairs = zip(row.get("logprobs") or [], row.get("greedy") or repeat(None), strict=False)
             answers = [[str(logprob), str(greedy)] for logprob, greedy in pairs]
         metrics = {name: value for name, value in row.items() if name not in known and "." not in name}
-        tasks[single or record.task].append(
+        tasks[_called(single or record.task, record, called)].append(
             {
                 "doc_id": row["doc_id"],
                 "doc": {},

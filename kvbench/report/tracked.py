@@ -16,9 +16,9 @@ from typing import Any
 
 from kvbench.files import write_text
 from kvbench.render import all_renderers, render
-from kvbench.report.labels import group_of, task_labels
+from kvbench.report.by_scheme import Scheme, schemes_of
 from kvbench.report.tables import Report
-from kvbench.results import NotARunError, Record, name_of, plain_json
+from kvbench.results import NotARunError, name_of, plain_json
 
 ATTACHED = ("md", "csv")  # the formats of the report that each run holds
 
@@ -54,22 +54,17 @@ def tracked_runs(report: Report) -> list[TrackedRun]:
     Raises:
         NotARunError: there is no finished cell of a model.
     """
-    schemes: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in report.records:
-        if record.scored:
-            schemes[*group_of(record), record.dtype, record.rotation].append(record)
+    schemes = schemes_of(record for record in report.records if record.scored)
     if not schemes:
         raise NotARunError(f"nothing to export: {report.folder} has no finished cell of a model")
-    labels = task_labels(report.records)
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in report.rows():
         rows[row["cell"]].append(row)
-    return [_tracked(report, records, labels, rows) for records in schemes.values()]
+    return [_tracked(report, scheme, rows) for scheme in schemes]
 
 
-def _tracked(
-    report: Report, records: list[Record], labels: dict[str, str], rows: dict[str, list[dict[str, Any]]]
-) -> TrackedRun:
+def _tracked(report: Report, scheme: Scheme, rows: dict[str, list[dict[str, Any]]]) -> TrackedRun:
+    records = scheme.records
     first = records[0]
     metrics: dict[str, float] = {}
     verdicts: dict[str, str] = {}
@@ -77,7 +72,7 @@ def _tracked(
         for row in rows[record.cell]:
             if row["value"] is None:  # no metric, or an infinite value, which a chart has no place for
                 continue
-            name = metric_name(labels[record.cell], row["metric"])
+            name = metric_name(scheme.labels[record.cell], row["metric"])
             metrics[name] = row["value"]
             if row["stderr"] is not None:
                 metrics[f"{name}_stderr"] = row["stderr"]
@@ -102,9 +97,8 @@ def _tracked(
         "source_sha256": first.environment.get("source_sha256"),
     }
     ends = [(datetime.fromisoformat(record.finished).timestamp(), record) for record in records]
-    quick = f" --limit {first.limit}" if first.limit is not None else ""
     return TrackedRun(
-        f"{first.model['name']} {first.dtype} {first.rotation}{quick}",
+        " ".join(scheme.names),
         {key: value for key, value in params.items() if value is not None},
         metrics,
         verdicts,

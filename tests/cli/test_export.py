@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from kvbench.results import Store, name_of
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -42,6 +45,49 @@ def test_lm_eval_reads_what_is_exported(exported):
     assert len(lines) == found["n-samples"]["pydoc_cloze"]["effective"] == 48
     assert sum(line["acc"] for line in lines) / 48 == pytest.approx(row["acc,none"])
     assert all(line["doc_hash"] and line["resps"] and line["filter"] == "none" for line in lines)
+
+
+@pytest.fixture
+def with_others(tmp_path):
+    """The quickstart's int8 measured again as a quick look, under another seed, and of another number of shots."""
+    folder = tmp_path / "others"
+    shutil.copytree(RESULTS / "quickstart", folder)
+    store = Store(folder)
+    (record,) = (
+        one
+        for one in store.load().records.values()
+        if (one.task, one.dtype, one.rotation) == ("pydoc_cloze", "int8_per_token_head", "none")
+    )
+    samples = store.samples(record.cell).to_dict("records")
+    task = record.identity["task"]
+    for other in ({"limit": 5}, {"seed": 1}, {"task": {**task, "num_fewshot": 3}}):
+        identity = {**record.identity, **other}
+        cell = name_of(record.cell.rpartition("-")[0], identity)
+        store.save(replace(record, cell=cell, identity=identity, limit=identity["limit"]), samples)
+    return folder
+
+
+@pytest.mark.parametrize("tool", ["lm-eval", "eee"])
+def test_other_limits_seeds_and_options_stay_apart(kvbench, with_others, tool):
+    """
+    A quick look and another seed are files of their own, another number of shots a task of its own: none replaces one.
+    """
+    assert kvbench("export", str(with_others), "--to", tool).exit_code == 0
+
+    files = [
+        json.loads(file.read_text(encoding="utf-8"))
+        for file in (with_others / tool).rglob("results_*.json" if tool == "lm-eval" else "*.json")
+    ]
+    if tool == "eee":
+        found = [one for one in files if one["model_info"]["additional_details"]["kv_cache_dtype"].startswith("int8")]
+        named = [{result["evaluation_name"] for result in one["evaluation_results"]} for one in found]
+    else:
+        found = [one for one in files if one["config"]["kvbench"]["scheme"]["dtype"].startswith("int8")]
+        named = [set(one["results"]) for one in found if "again" not in one["model_name"]]
+        assert len(list((with_others / tool).glob("*int8*none*/samples_*.jsonl"))) == 4
+    asked = [tuple(sorted(name for name in names if "pydoc" in name)) for names in named]
+    assert sorted(filter(None, asked)).count(("pydoc_cloze (num_fewshot=None)",)) == 2
+    assert ("pydoc_cloze (num_fewshot=3)", "pydoc_cloze (num_fewshot=None)") in asked
 
 
 def test_only_what_lm_eval_measures_is_exported(kvbench, toy, tmp_path):
