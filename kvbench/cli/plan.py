@@ -146,6 +146,6 @@ def prepared(config: Path, options: Options) -> Planned:
 
 def print_plan(planned: Planned, context: int | None = None, as_format: Format = TABLE, wide: bool = False) -> None:
     """The plan's tables, and what they add up to."""
-    from kvbench.sweep.command import plan_document
+    from kvbench.sweep.plan_document import plan_document
 
     show(plan_document(planned, context), as_format, wide)

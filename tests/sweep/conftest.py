@@ -7,7 +7,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     """Toys have no use for a GPU."""
-    monkeypatch.setattr("kvbench.sweep.command.default_device", lambda: "cpu")
+    for module in ("command", "plan_document"):
+        monkeypatch.setattr(f"kvbench.sweep.{module}.default_device", lambda: "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 
 from kvbench.sweep import command, estimate
 from kvbench.sweep.estimate import Rates, seconds
+from kvbench.sweep.plan_document import plan_document
 from kvbench.tasks import make_task
 from kvbench.tasks.base import Work
 
@@ -71,7 +72,7 @@ def plan(toy, tmp_path, monkeypatch):
         options = command.Options(output=tmp_path / "out")
         if run:
             assert command.run_sweep(config, replace(options, skip=["dtype=again"]), parts) == command.OK
-        return command.plan_summary(command.prepare(config, options, parts))
+        return plan_document(command.prepare(config, options, parts)).notes
 
     return lines
 

@@ -28,13 +28,14 @@ from kvbench.sweep.command import (
     load,
     make_executor,
     measure,
-    plan_document,
+    run_folder,
     suited,
 )
 from kvbench.sweep.config import Sweep
 from kvbench.sweep.executors.base import Executor
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
 from kvbench.sweep.plan import BITS_AT, Cell, check_scheme
+from kvbench.sweep.plan_document import plan_document
 from kvbench.sweep.search.choices import KINDS, SIDES, Costs, Family, Found, Problem, families, predicted
 from kvbench.sweep.search.table import Row, search_document
 from kvbench.sweep.stopping import terminable
@@ -161,7 +162,7 @@ class Search:
             "canary": False,
             "again": False,
         }
-        store = Store(self.verified([]).store.folder / FOLDER)
+        store = Store(run_folder(self.sweep, self.options).folder / FOLDER)
         return Planned(self.sweep.model_copy(update=told), cells, cells, store, self.executor)
 
     def costs(self, records: Mapping[str, Record], planned: Planned) -> Costs:
