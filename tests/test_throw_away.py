@@ -50,24 +50,18 @@ NF4 = '''\
 
 from dataclasses import dataclass
 
-import torch
-
-from kvbench.dtypes.base import Codebook, Dtype, Rows
+from kvbench.dtypes.base import Codebook
+from kvbench.dtypes.blocks import Blocks
 
 LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0)
 
 
 @dataclass(frozen=True)
-class NormalFloat(Dtype):
-    def quantize(self, x, tensor_scale=None):
-        groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.group_size))
-        scale = groups.abs().amax(-1).clamp_min(1e-6)
-        levels = torch.tensor(LEVELS, dtype=groups.dtype, device=x.device)
-        codes = (groups / scale.unsqueeze(-1)).unsqueeze(-1).sub(levels).abs().argmin(-1).flatten(-2)
-        scale = scale.to(torch.float32)
-        broken = (~scale.isfinite()).any(-1, keepdim=True)
-        return Rows(self.pack(codes.masked_fill(broken, 0)), scale.masked_fill(broken, torch.nan))
+class NormalFloat(Blocks):
+    def encode(self, blocks, tensor_scale):
+        scale = blocks.abs().amax(-1).clamp_min(1e-6)
+        return (blocks / scale.unsqueeze(-1)).unsqueeze(-1).sub(blocks.new_tensor(LEVELS)).abs().argmin(-1), scale
 
 
 SOURCE = "QLoRA, https://arxiv.org/abs/2305.14314"

@@ -157,7 +157,7 @@ class Iq4(Blocks):
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
         levels = blocks.new_tensor(IQ4_NL)
         first = over(farthest(blocks), IQ4_NL[0])
-        codes = torch.bucketize(blocks * inverse(first), (levels[1:] + levels[:-1]) / 2, right=True)
+        codes = torch.bucketize(blocks * inverse(first), (levels[1:] + levels[:-1]) / 2, out_int32=True, right=True)
         weighted = blocks * blocks * levels[codes]
         fitted = sum_by_halves(weighted * blocks) / sum_by_halves(weighted * levels[codes])
         zeros = blocks.abs().amax(-1) < IQ4_NL_SMALLEST
