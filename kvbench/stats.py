@@ -34,7 +34,7 @@ class Difference:
     """The mean of paired differences.
 
     ci_low, ci_high: of 95 %, infinite where nothing says how wide. p: two-sided, of no difference; None where one
-    document can't tell, and of a distance, which is there for sure. n: documents.
+    document can't tell, and of a distance, which is never 0. n: documents.
     spread: the standard deviation of one document's difference; where that is 0, with the pseudo-documents.
     worse, better: documents whose difference is below and above 0.
     """

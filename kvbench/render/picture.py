@@ -45,13 +45,17 @@ def save(views: Sequence[View], path: Path) -> None:
         "font.size": 9,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(1 + 5.2 * len(views), 4.2), layout="constrained")
-        for place, view in enumerate(views, start=1):
-            _draw(figure.add_subplot(1, len(views), place), view)
+        figure = Figure(figsize=(1 + 5.2 * len(views), 4.2), dpi=160, layout="constrained")
+        panels = [figure.add_subplot(1, len(views), place) for place in range(1, len(views) + 1)]
+        for panel, view in zip(panels, views, strict=True):
+            _draw(panel, view)
+        figure.draw_without_rendering()  # which settles where panels and points are
+        for panel, view in zip(panels, views, strict=True):
+            _name(panel, view)
         drawn = BytesIO()
         # without the day, so that the same numbers are the same file
         metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(drawn, format=path.suffix[1:], dpi=160, metadata=metadata)
+        figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
     write_bytes(path, drawn.getvalue())
 
 
@@ -77,26 +81,30 @@ def _draw(panel: Any, view: View) -> None:
     panel.margins(x=0.14, y=0.08)
     panel.legend(frameon=False, fontsize=8)
     panel.set_title(", ".join(view.choice.values()), fontsize=9.5)
-    _name(panel, view)
 
 
 def _name(panel: Any, view: View) -> None:
-    """Names beside the points, those on the frontier first; none over another."""
+    """Names beside the points, those on the frontier first; none over another, and none beyond the axes."""
     taken: list[Any] = []
-    panel.figure.draw_without_rendering()  # which settles where points are
+    inside = panel.get_window_extent().padded(-8)
     for point in sorted(view.points, key=lambda point: not point.get("front")):
-        place = point["x"], point["y"]
-        # away from the nearer edge
-        right = panel.transAxes.inverted().transform(panel.transData.transform(place))[0] > 0.6
-        side, align = (-6, "right") if right else (6, "left")
-        text = panel.annotate(
-            point.get("label", ""), place, xytext=(side, 3), textcoords="offset points", ha=align, fontsize=7.5
-        )
-        box = text.get_window_extent()
-        if any(box.overlaps(other) for other in taken):
+        # a frontier falls to the right, so it is free above right and below left
+        for (x, y), align in (((6, 3), "left"), ((-6, -9), "right"), ((6, -9), "left"), ((-6, 3), "right")):
+            text = panel.annotate(
+                point.get("label", ""),
+                (point["x"], point["y"]),
+                xytext=(x, y),
+                textcoords="offset points",
+                ha=align,
+                fontsize=7.5,
+            )
+            text.set_in_layout(False)  # panels stay where they are
+            box = text.get_window_extent()
+            within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if within and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
             text.remove()
-        else:
-            taken.append(box)
 
 
 def _scale(panel: Any, axis: Axis, which: str) -> None:

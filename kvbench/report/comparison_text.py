@@ -29,7 +29,7 @@ COLUMNS = (
 )
 LEGEND = (
     "EQUIVALENT: the whole interval lies within the margin. INCONCLUSIVE (n): neither shown; so many documents would "
-    "decide. A distance from the baseline itself (KL divergence, same top token) is there for sure and has no p: WORSE "
+    "decide. A distance from the baseline itself (KL divergence, same top token) is never zero, so it has no p: WORSE "
     "where its whole interval lies beyond the margin. Flips: documents that got worse / better."
 )
 

@@ -39,6 +39,7 @@ class EmbeddedModel:
     layers: Layers
     max_length: int
     chat_template: bool = True
+    key_bias: bool = False
 
     @property
     def source(self) -> str:
@@ -97,6 +98,7 @@ EMBEDDED = {
             parameters=630_167_424,
             layers=((2, 64),) * 24,
             max_length=32_768,
+            key_bias=True,
         ),
         EmbeddedModel(
             name="qwen2.5-coder-1.5b-instruct",
@@ -109,6 +111,7 @@ EMBEDDED = {
             parameters=1_777_088_000,
             layers=((2, 128),) * 28,
             max_length=32_768,
+            key_bias=True,
         ),
     )
 }

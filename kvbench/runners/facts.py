@@ -163,6 +163,25 @@ def max_length(config: Any, tokenizer: Any = None) -> int:
     return min(known)
 
 
+def key_bias(source: ModelSource) -> bool | None:
+    """Whether the projection that makes keys has a bias; None where the model's configuration does not say."""
+    config: Any = None
+    if source.kind == "embedded":
+        return EMBEDDED[source.name].key_bias
+    if source.path is not None and source.path.exists():
+        if source.kind == "gguf":
+            config = read_gguf(source.path).config
+        else:
+            config = read_json(source.path if source.kind == "shape" else source.path / "config.json")
+    config = value_of(config or {}, "text_config") or config or {}
+    kind = str(value_of(config, "model_type"))
+    if kind.startswith("qwen2"):  # always, and no key of the configuration says so
+        return True
+    said = [value_of(config, flag) for flag in ("attention_bias", "qkv_bias", "use_qkv_bias", "add_qkv_bias")]
+    known = [bool(flag) for flag in said if flag is not None]
+    return known[0] if known else False if kind in PLAIN_TYPES else None
+
+
 def revision(source: ModelSource) -> str:
     """What the model's numbers depend on: the hub's commit, else a hash of weights, configuration and tokenizer.
 

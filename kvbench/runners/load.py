@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ from kvbench.runners.model_files import (
 
 if TYPE_CHECKING:
     from kvbench.runners.base import ModelInfo
+
+# the projections that make keys, as architectures name them
+KEY_BIAS = re.compile(r"(^|\.)(k_proj|key|key_proj|qkv_proj|query_key_value|c_attn|Wqkv|qkv)\.bias$")
 
 
 def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
@@ -61,9 +65,18 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         compute_dtype=dtype,
         layers=cache_layers(model.config),
         max_length=max_length(model.config, tokenizer),
-        extra={"model_type": model.config.model_type, "layer_indices": list(cache_layer_indices(model.config))},
+        extra={
+            "model_type": model.config.model_type,
+            "layer_indices": list(cache_layer_indices(model.config)),
+            "key_bias": _has_key_bias(model),
+        },
     )
     return model, tokenizer, info
+
+
+def _has_key_bias(model: Any) -> bool:
+    """Whether a projection that makes keys, alone or with queries and values, has a bias other than 0."""
+    return any(KEY_BIAS.search(name) and bool(bias.any()) for name, bias in model.named_parameters())
 
 
 def _check_keys(name: str, keys: Mapping[str, Any]) -> None:

@@ -14,6 +14,11 @@ from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
 from kvbench.sweep.spec import ModelSpec
 
 SCHEMA = "sweep.schema.json"
+WHY_CENTRED = {
+    True: "its keys have a bias, which uses up the range of low-bit codes; centring takes it off",
+    False: "its keys have no bias, so the window does most of it, and centring a little",
+    None: "centring is for keys with a bias: `kvbench doctor --keys MODEL` says whether its keys have one",
+}
 
 
 def first_sweep(name: str, parts: Parts = REAL, device: str | None = None) -> tuple[str, str]:
@@ -67,8 +72,8 @@ def _dtypes(facts: ModelFacts) -> list[str]:
         "dtypes: [fp16, int8, int4, int2]",
         "# prepares rows first; default is the one that a dtype was proposed with",
         "rotations: [none, default]",
-        "# centred keys, and recent tokens and sinks in 16 bits: for keys with a bias, as Qwen2.5 has them;",
-        "# `kvbench doctor --keys MODEL` says whether the model is one, `kvbench ls schemes` has all",
+        "# centred keys, and recent tokens and sinks in 16 bits (`kvbench ls schemes` has all):",
+        f"# {WHY_CENTRED[facts.key_bias]}",
         "schemes: [int4_centered_window]",
         "",
     ]

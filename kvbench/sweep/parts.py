@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class ModelFacts:
     """What is known of a model without loading it.
 
-    revision, layers, max_length, chat_template (whether it has one): None where only the model itself could say.
+    revision, layers, max_length, chat_template (whether it has one), key_bias (whether its keys get one): None where
+    only the model itself could say.
     missing: what to do to have it here. parameters: None where only loading it would count them.
     generation: as JSON, what its generation_config.json sets that changes answers. backend: what runs it, by its name.
     """
@@ -36,6 +37,7 @@ class ModelFacts:
     generation: str = "{}"
     parameters: int | None = None
     backend: str = DEFAULT
+    key_bias: bool | None = None
 
     @property
     def runs_on(self) -> Backend:
@@ -106,6 +108,7 @@ def find_model(spec: ModelSpec) -> ModelFacts:
         json.dumps(facts.generation_settings(source)),
         facts.parameters(source),
         backend.name,
+        facts.key_bias(source),
     )
 
 

@@ -44,6 +44,24 @@ def test_a_first_sweep_fits_model_and_machine(toy):
     assert "4k" not in gpu
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "qwen2"}, "its keys have a bias"),
+        ({"model_type": "qwen3"}, "its keys have no bias"),
+        ({"model_type": "qwen3", "attention_bias": True}, "its keys have a bias"),
+    ],
+)
+def test_a_first_sweep_says_why_keys_are_centred(tmp_path, config, why):
+    """
+    As far as the model's configuration says: Qwen2's keys always get a bias, others' where it is turned on.
+    """
+    shape = json.loads((Path(__file__).parents[2] / "configs" / "shapes" / "qwen3-8b.json").read_text())
+    (tmp_path / "shape.json").write_text(json.dumps({**shape, **config}))
+
+    assert why in first_sweep(str(tmp_path / "shape.json"), REAL, "cpu")[1]
+
+
 def test_a_first_sweep_of_a_folder_names_it_from_the_yaml(tmp_path, monkeypatch):
     """
     A model's path is relative to the file that is written.

@@ -78,3 +78,25 @@ def test_a_picture_is_what_its_name_says(name, begins, tmp_path):
     assert (tmp_path / name).read_bytes().startswith(begins)
     with pytest.raises(ValueError, match=r"ends in .svg or .png"):
         save([view], tmp_path / "a.pdf")
+
+
+def test_no_name_runs_past_the_axes_or_over_another(tmp_path, monkeypatch):
+    """
+    Of points in every corner with long names, each name that is drawn lies within the axes, and none over another.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = []
+    keep = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), keep(self, *a, **k)))
+    names = {"label": "int4+w64s4 · center_constant+random hadamard", "mark": "same"}
+    points = [{"x": x, "y": y, **names} for x in (2.25, 4.5, 4.51, 8.25) for y in (1e-3, 1e-1)]
+
+    save([View({"model": "toy"}, "", Axis("bits", True), Axis("kld", True), points)] * 2, tmp_path / "a.png")
+
+    for panel in drawn[0].axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        inside = panel.get_window_extent()
+        assert len(boxes) >= 4
+        assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])

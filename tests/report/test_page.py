@@ -15,7 +15,7 @@ import pytest
 from kvbench.render import Plot, Table, render
 from kvbench.report.documents import hash_of, texts
 from kvbench.report.page import page
-from kvbench.report.page.answer import answer, chosen
+from kvbench.report.page.answer import answer, cautions, chosen
 from kvbench.report.page.found import Scheme, difference_and_interval
 from kvbench.report.tables import Report
 from kvbench.report.verdicts import Comparison
@@ -160,6 +160,24 @@ def test_no_speed_of_unlike_tasks_and_needles_open_on_a_loss(qwen):
     assert all(len(row) == len(cost.columns) for row in cost.rows)
     shares = [sum(point["value"] for point in view.points) for view in part(qwen, "Needles by length and depth").views]
     assert shares[0] == min(shares) < shares[-1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "warned"),
+    [({"model_type": "gpt_oss", "key_bias": True}, True), ({"model_type": "qwen2", "key_bias": False}, False),
+     ({"model_type": "qwen2"}, True), ({"model_type": "llama"}, False), ({}, False)],
+)  # fmt: skip
+def test_a_bias_of_keys_is_warned_of_where_the_weights_have_one(extra, warned):
+    """
+    What was seen when the model was loaded decides; records from before that go by the architecture.
+    """
+    record = SimpleNamespace(
+        model={"name": "toy", "extra": extra}, dtype="int4", rotation="none", bits_per_value=4.25, status="done",
+        canary=False, again=False, kernel=False, timings={},
+    )  # fmt: skip
+    found = cautions(SimpleNamespace(records=[record]))
+
+    assert bool(found and "Keys of toy have a bias" in found.lines[0]) == warned
 
 
 def test_what_rounding_alone_moves_does_not_count():

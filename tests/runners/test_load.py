@@ -169,3 +169,24 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="tokenizer has 4 tokens and its embedding 2"):
         load.load(catalog.resolve(str(folder)), "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "has"),
+    [
+        ("model.layers.0.self_attn.k_proj.bias", 1.0, True),
+        ("transformer.h.0.attn.c_attn.bias", 1.0, True),
+        ("gpt_neox.layers.0.attention.query_key_value.bias", 1.0, True),
+        ("model.layers.0.self_attn.k_proj.bias", 0.0, False),
+        ("model.layers.0.self_attn.q_proj.bias", 1.0, False),
+        ("model.layers.0.mlp.key_value_gate.bias", 1.0, False),
+    ],
+)
+def test_a_bias_of_keys_is_found_by_the_weights(name, bias, has):
+    """
+    Of whatever architecture: a bias other than 0 of the projection that makes keys, alone or with others.
+    """
+    model = torch.nn.Module()
+    model.named_parameters = lambda: [(name, torch.full((3,), bias))]
+
+    assert load._has_key_bias(model) == has

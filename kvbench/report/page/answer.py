@@ -11,7 +11,7 @@ from kvbench.report.page.found import BITS_AT, Found, Scheme, difference_and_int
 from kvbench.report.verdicts import Comparison
 from kvbench.results import Record, shown_number
 
-# of these architectures the key projection has a bias; keys are far from 0 in a few channels
+# of these architectures the key projection has a bias, which records did not say at first
 BIASED_KEYS = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl")
 # what settles the others where schemes are of one size
 ORDER = ("WORSE", "INVALID", "INCONCLUSIVE")
@@ -234,14 +234,15 @@ def cautions(found: Found, progress: str = "") -> Prose | None:
 def _biased(records: Sequence[Record]) -> Iterator[str]:
     uncentred: dict[str, dict[str, None]] = {}
     for record in records:
-        kind = (record.model.get("extra") or {}).get("model_type")
+        extra = record.model.get("extra") or {}
+        biased = extra.get("key_bias", extra.get("model_type") in BIASED_KEYS)
         plain = record.bits_per_value and record.bits_per_value < 16 and not record.canary and not record.again
-        if kind in BIASED_KEYS and plain and "center" not in record.rotation.partition(":")[0]:
+        if biased and plain and "center" not in record.rotation.partition(":")[0]:
             uncentred.setdefault(record.model["name"], {})[record.dtype] = None
     for model, dtypes in uncentred.items():
         yield (
-            f"The keys' bias of {model} uses up the quantization range of {', '.join(dtypes)} where no "
-            "`center` takes it off, though softmax cannot see it: `kvbench ls schemes` has presets that centre keys, "
+            f"Keys of {model} have a bias, which softmax cannot see. It uses up the range of codes where no `center` "
+            f"takes it off first, as in {', '.join(dtypes)} here. `kvbench ls schemes` has presets that centre keys; "
             "`kvbench doctor --keys MODEL` shows the bias."
         )
 

@@ -24,7 +24,7 @@ from kvbench.runners.base import (
     before_stop,
 )
 from kvbench.runners.catalog import ModelSource
-from kvbench.runners.facts import revision, shape
+from kvbench.runners.facts import key_bias, revision, shape
 from kvbench.runners.load import prepare
 from kvbench.runners.model_files import ComputeDtype, ModelError, one_error
 from kvbench.runners.vllm.engine import Engine, Kind
@@ -67,7 +67,7 @@ class VllmModel:
             compute_dtype=dtype,
             layers=layers,
             max_length=positions - vllm.kept,
-            extra={"backend": vllm.name, "vllm": __version__},
+            extra={"backend": vllm.name, "vllm": __version__, "key_bias": key_bias(source)},
         )
         itemsize = getattr(torch, dtype).itemsize
         longest = positions * itemsize * sum(2 * heads * head_dim for heads, head_dim in layers)
