@@ -18,9 +18,11 @@ from kvbench.runners.backends import Asked, all_backends
 from kvbench.runners.backends.vllm import cache_dtype, vllm
 from kvbench.runners.base import GenerateRequest, ModelInfo, NextRequest, ScoreRequest
 from kvbench.runners.catalog import resolve
+from kvbench.runners.model_files import ModelError
 from kvbench.runners.toy import ToyRunner
 from kvbench.runners.vllm import VllmModel
-from kvbench.runners.vllm.engine import Engine, Kind
+from kvbench.runners.vllm.engine import VARIABLES, Engine, Kind
+from kvbench.runners.vllm.worker import CacheWorker
 from kvbench.schemes import Scheme
 from kvbench.sweep.config import parse_sweep
 from kvbench.sweep.plan import plan
@@ -300,6 +302,84 @@ def test_answers_end_as_ours_do(runner):
     asked.generate([drawn])
     params = asked.loaded.engine.llm.asked[-1]
     assert (params.temperature, params.top_k, params.top_p, params.seed) == (0.7, 50, 0.5, 3)
+
+
+# ---- its worker, and starting it
+
+
+class Worker(CacheWorker):
+    """Two layers that share a cache of 6 blocks of 4 tokens, and one of its own; bytes a token: 2 × 32."""
+
+    def __init__(self, inside=False):
+        shared = torch.ones(6, 4, 8)
+        backend = SimpleNamespace(get_name=lambda: "ATTN", forward_includes_kv_cache_update=inside)
+        self.layers = {
+            str(i): SimpleNamespace(impl=SimpleNamespace(), kv_cache=cache, attn_backend=backend)
+            for i, cache in enumerate([shared, shared, torch.ones(6, 4, 8)])
+        }
+        self.layers["no attention"] = SimpleNamespace()
+        self.cache_config = SimpleNamespace(num_gpu_blocks=6, block_size=4)
+        context = SimpleNamespace(static_forward_context=self.layers)
+        self.vllm_config = SimpleNamespace(compilation_config=context)
+        self.model_runner = SimpleNamespace(model=torch.nn.Linear(3, 3))
+
+
+def test_a_destroyed_cache_is_zero_and_stays_so():
+    """
+    What is there is zeroed, nothing more is written, and attention that writes by itself is refused; a storage that
+    layers share is counted once.
+    """
+    worker = Worker()
+    assert worker.kvbench_cache() == (64.0, ["ATTN"])
+    worker.kvbench_destroy()
+    for name in "012":
+        assert not worker.layers[name].kv_cache.any()
+        assert worker.layers[name].impl.do_kv_cache_update(object(), key=1) is None
+    worker.kvbench_release()
+    assert worker.layers["0"].kv_cache.untyped_storage().nbytes() == 0
+
+    with pytest.raises(ValueError, match="ATTN writes its cache while it reads it, so there is no canary"):
+        Worker(inside=True).kvbench_destroy()
+
+
+def test_an_engine_that_could_not_be_destroyed_is_none(monkeypatch, tmp_path):
+    """
+    The next cell that asks for it starts another, and does not get one whose cache is whole; all others run as asked.
+    """
+    started = []
+
+    class LLM:
+        def __init__(self, folder, **options):
+            self.worker = Worker(inside=True)
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+            started.append(options)
+
+        def get_default_sampling_params(self):
+            return SimpleNamespace()
+
+        def collective_rpc(self, name):
+            return [getattr(self.worker, name)()]
+
+    for name, content in {
+        "vllm": {"LLM": LLM},
+        "vllm.distributed": {},
+        "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": lambda: None},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, VARIABLES[name])
+    engine = Engine("toy", tmp_path, "float32", "cpu", 0)
+
+    for _ in range(2):
+        with pytest.raises(
+            ModelError, match="vLLM does not start with kv_cache_dtype auto: vLLM's ATTN writes its cache"
+        ):
+            engine.start(Kind("auto", destroyed=True))
+    assert engine.start(Kind("fp8")) is engine.start(Kind("fp8"))
+    assert [options["kv_cache_dtype"] for options in started] == ["auto", "auto", "fp8"]
+    assert (engine.bytes_per_token, engine.attention) == (64.0, "ATTN")
 
 
 # ---- vLLM itself

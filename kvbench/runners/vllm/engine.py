@@ -82,12 +82,12 @@ class Engine:
                 enable_trace_replay=kind.replay,
                 use_tqdm_on_load=False,
             )
-            self.kind = kind
             self.defaults = self.llm.get_default_sampling_params()
             ((self.bytes_per_token, names),) = self.llm.collective_rpc("kvbench_cache")
             self.attention = " + ".join(names)
             if kind.destroyed:
                 self.llm.collective_rpc("kvbench_destroy")
+            self.kind = kind  # now it is that, and none where something was raised
         return self.llm
 
     def end(self) -> None:

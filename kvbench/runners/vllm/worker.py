@@ -34,7 +34,8 @@ class CacheWorker:
     def kvbench_release(self) -> None:
         """The memory of cache and weights is free, whoever still holds the tensors."""
         model = self.model_runner.model  # type: ignore[attr-defined]
-        for tensor in [*(layer.kv_cache for layer in self._layers()), *model.parameters(), *model.buffers()]:
+        # not of buffers: vLLM keeps rotary tables for the next engine
+        for tensor in [*(layer.kv_cache for layer in self._layers()), *model.parameters()]:
             tensor.untyped_storage().resize_(0)
 
     def _layers(self) -> Iterator[Any]:
