@@ -8,6 +8,7 @@ from types import ModuleType
 import kvbench.dtypes
 import kvbench.transforms
 from kvbench.dtypes import Affine, Cast, Dtype, Sketch, Tiers, Trellis, all_dtypes
+from kvbench.dtypes.blocks import Blocks
 from kvbench.presets import all_presets
 from kvbench.schemes import Scheme
 from kvbench.transforms import Rotation, Transform, all_transforms
@@ -90,8 +91,12 @@ def scale(dtype: Dtype) -> str:
     by = {"none": "-", "per_tensor": "a layer's K, and its V", "per_token_head": "a row"}
     by["per_channel"] = f"{dtype.page_tokens} tokens of a channel"
     by["learned"] = "a channel, learned"
-    whole = ", and those by a layer's K, and its V" if dtype.tensor_scaled else ""
-    return by.get(dtype.granularity, f"{dtype.group_size} channels of a row{whole}")
+    group = f"{dtype.group_size} channels of a row"
+    if isinstance(dtype, Blocks):
+        group += f", `{str(dtype.scale_type).removeprefix('torch.')}`"
+    if dtype.tensor_scaled:
+        group += ", times one of a layer's K or V"
+    return by.get(dtype.granularity, group)
 
 
 def bits(dtype: Dtype, head_dim: int) -> str:
