@@ -75,7 +75,7 @@ def code(dtype: Dtype) -> str:
     book = dtype.decode.centroids
     centroids = ", ".join(f"{centroid:g}" for centroid in book)
     if len(book) > MOST_CENTROIDS:
-        centroids = f"{len(book)} values from {book[0]:g} to {book[-1]:g}"
+        centroids = f"{len(book)} values from {min(book):g} to {max(book):g}"
     if isinstance(dtype.decode, Sketch):
         return f"{dtype.code_bits - 1}-bit index of {centroids}, and a sign"
     return f"{dtype.code_bits}-bit index of {centroids}"
