@@ -115,11 +115,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Prose:
-    """Sentences, or with `copy` a text to take as it is."""
+    """Sentences, or with `copy` a text to take as it is. leads: they begin with what each is about, to a colon."""
 
     title: str
     lines: Sequence[str]
     copy: bool = False
+    leads: bool = False
 
 
 Section = Table | Plot | Prose

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from kvbench.render.document import Bar, Cell, Document, Plot, Prose, Renderer, Section, Table
-from kvbench.render.text import seen
+from kvbench.render.text import bound, seen
 from kvbench.results import plain_json
 
 WIDE = 45  # characters; a longer text takes several lines
@@ -119,14 +120,21 @@ def _prose(one: Prose) -> Iterator[str]:
         text = "\n".join(one.lines)
         yield f'<button type="button" class="copy" hidden>copy</button><pre tabindex="0">{plain(text)}</pre>'
     elif len(one.lines) == 1:
-        yield f"<p>{plain(one.lines[0])}</p>"
+        yield f"<p>{_sentence(one.lines[0], one.leads)}</p>"
     else:
-        yield f"<ul>{''.join(f'<li>{plain(line)}</li>' for line in one.lines)}</ul>"
+        yield f"<ul>{''.join(f'<li>{_sentence(line, one.leads)}</li>' for line in one.lines)}</ul>"
+
+
+def _sentence(line: str, leads: bool = False) -> str:
+    """A line whose numbers keep their units, with what stands in backticks as code; what it is about stands out."""
+    text = re.sub("`([^`]+)`", r"<code>\1</code>", plain(bound(line)))
+    lead, colon, rest = text.partition(": ")
+    return f"<strong>{lead}:</strong> {rest}" if leads and colon else text
 
 
 def _notes(lines: Any) -> Iterator[str]:
     for line in lines:
-        yield f'<p class="note">{plain(line)}</p>'
+        yield f'<p class="note">{_sentence(line)}</p>'
 
 
 # ---- pictures

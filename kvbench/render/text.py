@@ -169,9 +169,8 @@ def wrapped(line: str, width: int | None) -> list[str]:
     if not width or len(line) <= width:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()))
-    kept = re.sub(r"(?<=[\d±×<>≥=]) (?=[^\s(\[])|(?<=\S) (?=[±×])", "\xa0", line.strip())
     made = textwrap.wrap(
-        kept,
+        bound(line.strip()),
         width,
         initial_indent=indent,
         subsequent_indent=f"{indent}  ",
@@ -179,6 +178,11 @@ def wrapped(line: str, width: int | None) -> list[str]:
         break_on_hyphens=False,
     )
     return [part.replace("\xa0", " ") for part in made]
+
+
+def bound(line: str) -> str:
+    """A line whose numbers cannot be parted from their units or errors: with spaces there at which no line breaks."""
+    return re.sub(r"(?<=[\d±×<>≥=]) (?=[^\s(\[])|(?<=\S) (?=[±×])", "\xa0", line)
 
 
 def render(document: Document, width: int | None = None, color: bool = False) -> str:

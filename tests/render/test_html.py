@@ -121,3 +121,15 @@ def test_a_page_of_tables_carries_no_chart_library():
 
     assert len(render(Document("d", [table]), "html")) < 30_000
     assert 200_000 < len(page("name")) < 300_000
+
+
+def test_a_sentence_says_what_it_is_about_first():
+    """
+    Up to its colon it stands out, what is in backticks is code, and no line breaks between a number and its unit.
+    """
+    lines = ["Size: `int8` takes 14 KiB <b>", "one without"]
+
+    page = render(Document(sections=[Prose("Answer", lines, leads=True), Prose("Plain", ["a: b", "c"])]), "html")
+
+    assert "<li><strong>Size:</strong> <code>int8</code> takes 14\xa0KiB &lt;b&gt;</li><li>one without</li>" in page
+    assert "<li>a: b</li>" in page

@@ -84,17 +84,30 @@ def test_the_answer_in_sentences():
     ).lines
 
     assert sentences == [
-        "Of the 2 schemes measured on every task, the smallest cache without a measurable loss is int8, with 8.00 bits "
-        "a value: WORSE than fp16 in none of 2 comparisons, but not EQUIVALENT in all (1 EQUIVALENT, 1 INCONCLUSIVE).",
+        "Answer: of the 2 schemes measured on every task, the smallest cache without a measurable loss is int8, with "
+        "8.00 bits a value: WORSE than fp16 in none of 2 comparisons, but not EQUIVALENT in all (1 EQUIVALENT, 1 "
+        "INCONCLUSIVE).",
         "Left out, as measured on fewer tasks: fp8. Of these fp8 (8.00 bits a value) looks best on what it has: 1 "
         "WORSE in task0.",
-        "It takes 0 MiB in place of 0 for one sequence of 1024 tokens, 0.1 KiB a token in place of 0.2: "
+        "Size: int8 takes 0 MiB in place of 0 for one sequence of 1024 tokens, 0.1 KiB a token in place of 0.2: "
         "2.00 × smaller.",
         "Uncertain: 1 of its comparisons could not be decided: task1 acc −2.0 pp [−3.0, −1.0] would need 900 documents "
         "and has 400 (verdicts are corrected for 5 comparisons by Holm, intervals are not).",
-        "The next size down, int2 (2.00 bits a value), is WORSE in 1 of 2 comparisons: task0 acc −2.0 pp [−3.0, −1.0] "
+        "Next size down: int2 (2.00 bits a value) is WORSE in 1 of 2 comparisons: task0 acc −2.0 pp [−3.0, −1.0] "
         "(p = 1e-09).",
     ]
+
+
+def test_a_loss_of_a_share_says_of_how_much():
+    """
+    `from 42.1 % to 0.0 %`: a reader sees whether anything is left.
+    """
+    one = scheme("int4", 4, WORSE)
+    rows = [replace(one.rows[0], baseline=0.421, value=0.0)]
+
+    told = answer(found(scheme("int8", 8, EQUIVALENT), replace(one, rows=rows))).lines[-1]
+
+    assert "task0 acc from 42.1 % to 0.0 %, −2.0 pp [−3.0, −1.0] (p = 1e-09)" in told
 
 
 def test_an_answer_that_is_none_says_what_comes_nearest():
@@ -104,8 +117,9 @@ def test_an_answer_that_is_none_says_what_comes_nearest():
     first = answer(found(scheme("int8", 8, WORSE, EQUIVALENT), scheme("int4", 4, WORSE, WORSE))).lines[0]
 
     assert first == (
-        "None without a measurable loss: every cache smaller than fp16 is WORSE in something. Nearest comes int8 (8.00 "
-        "bits a value): 1 EQUIVALENT, 1 WORSE of 2 comparisons. WORSE in task0 acc −2.0 pp [−3.0, −1.0] (p = 1e-09)."
+        "Answer: none without a measurable loss: every cache smaller than fp16 is WORSE in something. Nearest comes "
+        "int8 (8.00 bits a value): 1 EQUIVALENT, 1 WORSE of 2 comparisons. WORSE in task0 acc −2.0 pp [−3.0, −1.0] "
+        "(p = 1e-09)."
     )
 
 
@@ -118,8 +132,8 @@ def test_an_answer_that_is_none_counts_only_what_was_measured_whole():
     ).lines
 
     assert first.startswith(
-        "Of the 2 schemes measured on every task, none is without a measurable loss: each is WORSE than fp16 in "
-        "something. Nearest comes int4 (4.00 bits a value): 5 WORSE of 5 comparisons. WORSE in task0 acc"
+        "Answer: of the 2 schemes measured on every task, none is without a measurable loss: each is WORSE than fp16 "
+        "in something. Nearest comes int4 (4.00 bits a value): 5 WORSE of 5 comparisons. WORSE in task0 acc"
     )
     assert first.endswith("; and 2 more.")
     assert left == (
@@ -147,8 +161,8 @@ def test_the_page_of_a_partial_sweep_says_so_first(qwen):
     assert cautions.lines[0] == "86 cells done, 0 failed, 54 of the sweep not run."
     assert "needle up to 8192 tokens; nothing here says what a cache loses at 32768." in told.lines[-1]
     assert "32 query and 8 KV heads (this model: 2 KV heads)" in told.lines[-2]
-    assert "1 sequence of 32768 tokens: " in told.lines[-2]
-    assert "32 sequences of 32768 tokens: " in told.lines[-2]
+    assert "Speed at 32768 tokens: " in told.lines[-2]
+    assert "32 sequences: fp16 " in told.lines[-2]
 
 
 def test_no_speed_of_unlike_tasks_and_needles_open_on_a_loss(qwen):
@@ -189,8 +203,8 @@ def test_what_rounding_alone_moves_does_not_count():
 
     assert chosen(both, "toy").dtype == "int8"
     assert answer(both).lines[0] == (
-        "The smallest cache without a measurable loss is int8, with 8.00 bits a value: EQUIVALENT to fp16 in all 1 "
-        "comparisons that could tell. Left out: task1 acc, where an exact cache under a rotation is WORSE too, "
+        "Answer: the smallest cache without a measurable loss is int8, with 8.00 bits a value: EQUIVALENT to fp16 in "
+        "all 1 comparisons that could tell. Left out: task1 acc, where an exact cache under a rotation is WORSE too, "
         "by rounding alone."
     )
 

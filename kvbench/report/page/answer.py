@@ -24,7 +24,8 @@ def answer(found: Found) -> Prose:
         told = list(_model(found, model))
         lines += [f"{model}: {line}" for line in told] if len(found.models) > 1 else told
     question = "How small can this model's KV cache be before it loses something?"
-    return Prose(question if len(found.models) == 1 else question.replace("this model's", "each model's"), lines)
+    title = question if len(found.models) == 1 else question.replace("this model's", "each model's")
+    return Prose(title, lines, leads=True)
 
 
 def chosen(found: Found, model: str) -> Scheme | None:
@@ -72,7 +73,7 @@ def _rounded(found: Found, model: str) -> list[tuple[str, str]]:
 def _model(found: Found, model: str) -> Iterator[str]:
     base, smaller = found.baseline(model), _smaller(found, model)
     if base is None or not smaller:
-        yield "No cache smaller than the baseline was compared with it, so there is no answer yet."
+        yield "Answer: none yet, for no cache smaller than the baseline was compared with it."
         return
     best = chosen(found, model)
     whole = _whole(smaller)
@@ -106,7 +107,7 @@ def _model(found: Found, model: str) -> Iterator[str]:
     if rounded := _rounded(found, model):
         names = ", ".join(" ".join(place) for place in rounded)
         line += f" Left out: {names}, where an exact cache under a rotation is WORSE too, by rounding alone."
-    yield line
+    yield f"Answer: {line[0].lower()}{line[1:]}"
     if partly:
         yield _left_out(found, partly)
     yield _saving(found, best, base)
@@ -118,7 +119,7 @@ def _model(found: Found, model: str) -> Iterator[str]:
         lost = gentle.having("WORSE")
         shares = [row for row in lost if row.unit == "share"] or lost
         yield (
-            f"The next size down, {gentle.name} ({_bits(gentle)}), is WORSE in {len(lost)} of "
+            f"Next size down: {gentle.name} ({_bits(gentle)}) is WORSE in {len(lost)} of "
             f"{len(gentle.rows)} comparisons: {_listed(found, shares, 4)}."
         )
 
@@ -151,10 +152,18 @@ def _listed(found: Found, rows: Sequence[Comparison], most: int) -> str:
     whole = [row for row in rows if "@" not in row.metric] or list(rows)
     first = list({found.task(row): row for row in reversed(whole)}.values())[::-1]
     named = "; ".join(
-        f"{found.task(row)} {row.metric} {difference_and_interval(row)}{_sure(row)}" for row in first[:most]
+        f"{found.task(row)} {row.metric} {_levels(row)}{difference_and_interval(row)}{_sure(row)}"
+        for row in first[:most]
     )
     left = len(rows) - len(first[:most])
     return named + (f"; and {left} more" if left else "")
+
+
+def _levels(row: Comparison) -> str:
+    """Between which shares a difference lies, `from 42.1 % to 0.0 %, `: what is lost of how much."""
+    if row.unit != "share" or row.baseline is None or row.value is None:
+        return ""
+    return f"from {100 * row.baseline:.1f} % to {100 * row.value:.1f} %, "
 
 
 def _bits(one: Scheme) -> str:
@@ -174,13 +183,13 @@ def _counts(one: Scheme) -> str:
 
 def _saving(found: Found, best: Scheme, base: Scheme) -> str:
     if not (best.bytes_per_token and base.bytes_per_token):
-        return f"It saves {(base.bits or 0) / (best.bits or 1):.2f} × of the cache."
+        return f"Size: it saves {(base.bits or 0) / (best.bits or 1):.2f} × of the cache."
     tokens = found.longest or BITS_AT
     sizes = [one.size(tokens) for one in (best, base)]
     each = [f"{size / tokens / 1024:.1f}" for size in sizes]
     return (
-        f"It takes {sizes[0] / 2**20:.0f} MiB in place of {sizes[1] / 2**20:.0f} for one sequence of {tokens} tokens, "
-        f"{each[0]} KiB a token in place of {each[1]}: {sizes[1] / sizes[0]:.2f} × smaller."
+        f"Size: {best.name} takes {sizes[0] / 2**20:.0f} MiB in place of {sizes[1] / 2**20:.0f} for one sequence of "
+        f"{tokens} tokens, {each[0]} KiB a token in place of {each[1]}: {sizes[1] / sizes[0]:.2f} × smaller."
     )
 
 
@@ -212,7 +221,7 @@ def _doubt(found: Found, best: Scheme) -> str:
         parts.append(
             f"the baseline measured again flips {moved} of {most.n} answers of {found.task(most)} {most.metric}"
         )
-    return f"Uncertain: {'; '.join(parts)}." if parts else "Nothing of it is uncertain at this margin."
+    return f"Uncertain: {'; '.join(parts)}." if parts else "Uncertain: nothing at this margin."
 
 
 def _unmeasured(found: Found, best: Scheme) -> list[str]:

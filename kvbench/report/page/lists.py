@@ -201,14 +201,14 @@ def gain_lines(found: Found) -> list[str]:
         records = timed[batch, context]
         each = sorted(records.items(), key=lambda item: item[1].facts["speedup"])
         told = ", ".join(f"{dtype} {record.facts['speedup']:.2f} ×" for dtype, record in each)
-        speeds.append(f"{batch} sequence{'s' if batch > 1 else ''} of {context} tokens: {told}")
+        speeds.append(f"{batch} sequence{'s' if batch > 1 else ''}: {told}")
     record = next(iter(timed[max(batch for batch, length in timed if length == context), context].values()))
     heads = f"{record.facts['query_heads']} query and {record.facts['kv_heads']} KV heads"
     layers = dict.fromkeys(heads for one in found.records for heads, _ in one.model.get("layers") or ())
     other = "" if _own(found, record) else f" (this model: {' or '.join(map(str, layers))} KV heads)"
     lines.append(
-        f"Speed of one layer's decode attention kernel, {heads}{other}, against the best 16-bit attention. "
-        f"{'; '.join(speeds)}. A whole model gains less: its other layers take as long as before."
+        f"Speed at {context} tokens: one layer's decode attention kernel, {heads}{other}, against the best 16-bit "
+        f"attention. {'; '.join(speeds)}. A whole model gains less: its other layers take as long as before."
     )
     return lines
 
