@@ -229,7 +229,7 @@ class Agreement(TypedDict):
 class Learned(TypedDict):
     """What a scheme learned of its text."""
 
-    means: str
+    means: NotRequired[str]  # of a scheme that centres
     tokens: int
     text_sha256: str
     sha256: str

@@ -484,12 +484,14 @@ def test_a_killed_sweep_loses_at_most_the_cell_in_flight(config, tmp_path, toy):
 
 def test_a_scheme_of_any_kind_is_kept_and_read_again(config, run, store):
     """
-    A window, layers of their own and another calibration are measured, recorded, and found done the next time.
+    A window, layers of their own, another calibration, and a lesson without means are measured, recorded, and found done
+    the next time.
     """
     schemes = [
         "int4+w64s4",
         {"dtype": "int4", "layers": {"0": "int8"}},
         {"scheme": "int4_centered", "calibration": {"tokens": 9}},
+        {"dtype": "int4", "rotation": "reorder"},
     ]
     path = config(dtypes=["int8"], schemes=schemes)
 
@@ -499,5 +501,7 @@ def test_a_scheme_of_any_kind_is_kept_and_read_again(config, run, store):
     assert {"int4_per_token_head+w64s4", "int4_per_token_head+l0=int8_per_token_head", "int4_per_token_head+c9"} < {
         record.dtype for record in records.records.values()
     }
-    (taught,) = {str(r.facts["learned"]) for r in records.records.values() if "learned" in r.facts}
-    assert "'tokens': 9" in taught
+    taught = {r.rotation: r.facts["learned"] for r in records.records.values() if "learned" in r.facts}
+    assert len(taught) == 2
+    assert "means" not in taught.pop("reorder")
+    assert [one["tokens"] for one in taught.values()] == [9]

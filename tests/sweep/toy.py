@@ -52,7 +52,8 @@ class ToyModel:
     runners: list[ToyRunner] = field(default_factory=list)
 
     def learn(self, scheme: Scheme) -> dict[str, torch.Tensor]:
-        return {"0.0.0.offset": torch.ones(1, 2, 64)}
+        name = "offset" if "center" in scheme.rotation_name else "order"
+        return {f"0.0.0.{name}": torch.ones(1, 2, 64)}
 
     def runner(
         self,
