@@ -484,7 +484,7 @@ def test_a_killed_sweep_loses_at_most_the_cell_in_flight(config, tmp_path, toy):
 
 def test_a_scheme_of_any_kind_is_kept_and_read_again(config, run, store):
     """
-    A window, layers of their own, another calibration, and a lesson without means are measured, recorded, and found done
+    A window, layers of their own, another calibration, a lesson without means: measured, recorded, and found done
     the next time.
     """
     schemes = [
