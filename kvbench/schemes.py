@@ -558,7 +558,7 @@ def _overrides(layers: Any, scheme: Scheme) -> tuple[Override, ...]:
         sides = [_side(one, own) for one, own in zip(split_pair(pair), (scheme.key, scheme.value), strict=True)]
         for index in _numbers(str(numbers)):
             if index in found:
-                raise ValueError(f"layers: layer {index} stands twice")
+                raise ValueError(f"layers: layer {index} appears twice")
             found[index] = Override(index, *sides)
     # in one order, however they are grouped: the same layers are the same scheme
     return tuple(found[index] for index in sorted(found, key=lambda n: (n < 0, n)))

@@ -268,7 +268,7 @@ def syntax_message(text: str, name: str, error: yaml.MarkedYAMLError) -> str:
 
 
 def duplicate_keys(document: Document, root: yaml.Node) -> Iterator[str]:
-    """A message for each key that stands twice in one mapping: YAML itself would keep the last."""
+    """A message for each key that appears twice in one mapping: YAML itself would keep the last."""
     pending: list[tuple[yaml.Node, Loc]] = [(root, ())]
     seen: set[int] = set()
     while pending:
@@ -286,7 +286,7 @@ def duplicate_keys(document: Document, root: yaml.Node) -> Iterator[str]:
                     line = first[key.value].start_mark.line + 1
                     yield (
                         f"{document.name}:{start.line + 1}:{start.column + 1}: {path_text((*loc, key.value))}: "
-                        f"this key stands twice, first in line {line}\n{document.excerpt(start, end)}"
+                        f"this key appears twice, first in line {line}\n{document.excerpt(start, end)}"
                     )
                 first.setdefault(str(key.value), key)
                 pending.append((value, (*loc, str(key.value))))

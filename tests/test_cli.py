@@ -515,7 +515,7 @@ def test_a_gpu_is_named_once(kvbench, toy, tmp_path):
 
     error = one_error(kvbench("sweep", config, "--devices", "1,0,0"), 2)
 
-    assert "--devices 1,0,0: GPU 0 stands twice" in error
+    assert "--devices 1,0,0: GPU 0 appears twice" in error
     assert "name each once" in error
 
 

@@ -293,7 +293,7 @@ def test_many_layers_make_no_long_name():
     ("layers", "message"),
     [
         ({"0-": "int8"}, "layers: '0-' is no layer's number"),
-        ({"0-2": "int8", "2": "int4"}, "layers: layer 2 stands twice"),
+        ({"0-2": "int8", "2": "int4"}, "layers: layer 2 appears twice"),
         ({"0": {"dtype": "int8"}}, "expected a dtype, or a mapping with 'dtype' and 'rotation'"),
         ({"0": {"key": {"dtype": "int8", "rotation": "hadamrd"}}}, "unknown rotation 'hadamrd'"),
         ({"0": {"value": {"dtype": "int8", "rotation": "center"}}}, "'center' on values can't be undone"),

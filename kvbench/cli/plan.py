@@ -124,7 +124,7 @@ def chosen(
         fail(f"--devices {devices}: '{wrong[0]}' is neither a GPU's number nor cpu; write 0,1", BAD_INPUT)
     gpus = [int(name) for name in names if name != "cpu"]
     if twice := [gpu for gpu in gpus if gpus.count(gpu) > 1]:
-        fail(f"--devices {devices}: GPU {twice[0]} stands twice, and a GPU has one process; name each once", BAD_INPUT)
+        fail(f"--devices {devices}: GPU {twice[0]} appears twice, and a GPU has one process; name each once", BAD_INPUT)
     return Options(
         only or (), skip or (), settings or (), limit, output, fresh, retry_failed, names, executor, address, workers
     )

@@ -265,7 +265,7 @@ def with_line(line):
         (
             GOOD + "model: other\n",
             """\
-            bad.yaml:5:1: model: this key stands twice, first in line 2
+            bad.yaml:5:1: model: this key appears twice, first in line 2
                 5 | model: other
                   | ^^^^^
             """,
