@@ -242,6 +242,7 @@ def main() -> None:
         "run", nargs="?", type=Path, default=Path("out/llama-cpp"), help="a run of configs/llama-cpp.yaml"
     )
     parser.add_argument("--weights", action="append", choices=WEIGHTS, help="both when not given; repeatable")
+    parser.add_argument("--type", action="append", choices=QUANTIZED, help="all when not given; repeatable")
     options = parser.parse_args()
     if find_spec("ik_llama_cpp") is None:
         print(f"not run: there is no llama.cpp here: {INSTALL}")
@@ -278,7 +279,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = record.setdefault("rows", [])
     done = {(row["weights"], Cache(**row["cache"])) for row in rows}
     for weights in options.weights or WEIGHTS:
-        left = [cache for cache in CACHES if (weights, cache) not in done]
+        asked = {"fp16", *(options.type or QUANTIZED)}
+        left = [c for c in CACHES if (weights, c) not in done and {c.keys, c.values} <= asked]
         if not left:
             continue
         with tempfile.TemporaryDirectory() as name:
