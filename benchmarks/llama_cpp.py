@@ -7,8 +7,9 @@ Needs `pip install ik-llama-cpp-python==0.1.5`, a build of ik_llama.cpp (llama.c
 keys) for CPUs. Each pair of types runs in a process of its own, since some abort, and is held against the 16-bit cache
 of the same program. It does so twice: on the weights written out in float32, which is what kvbench computes with, and
 on the file's own, whose products llama.cpp takes with activations in 8 bits. Two rows say how far the program is from
-itself: the 16-bit cache again, and once more without flash attention. Rows go to RUN/llama-cpp.json, one after the
-other; those that are there already are kept.
+itself: the 16-bit cache again, and once more without flash attention. With --alike kvbench's keys are measured once
+more, with queries in 8 bits and channels in the file's order, as llama.cpp has both. Rows go to RUN/llama-cpp.json,
+one after the other; those that are there already are kept.
 """
 
 from __future__ import annotations
@@ -21,23 +22,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
+from kvbench.dtypes import Dtype
 from kvbench.environment import describe
 from kvbench.measured import read
 from kvbench.runners import catalog
 from kvbench.runners.load import prepare
 from kvbench.runners.model_files import file_sha256
-from kvbench.tasks import of_identity, text
+from kvbench.runners.transformers import TransformersModel
+from kvbench.schemes import Scheme, Side, find_dtype
+from kvbench.tasks import RunContext, of_identity, text
 from kvbench.tasks.divergence import Divergence, compare, split
 
 PACKAGE = "ik-llama-cpp-python"
@@ -155,6 +162,52 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# ---- kvbench, with what llama.cpp's attention does otherwise
+
+
+@contextmanager
+def as_llama(key: Dtype, pairs: bool) -> Iterator[None]:
+    """Inside, queries are rounded to blocks of 8 bits before they meet keys of this dtype.
+
+    pairs: both have a rotary pair's two channels side by side, which a GGUF file of a Llama has and kvbench undoes, so
+    that a block holds other channels.
+    """
+    apply, query, rounded = Side.apply, Side.query, find_dtype("q8_0")
+
+    def ordered(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if pairs else x
+
+    def stored(side: Side, x: torch.Tensor, *known: Any) -> torch.Tensor:
+        return apply(side, ordered(x) if side.dtype.name == key.name else x, *known)
+
+    def asked(side: Side, q: torch.Tensor, *known: Any) -> torch.Tensor:
+        return rounded.dequantize(rounded.quantize(query(side, ordered(q), *known)))
+
+    with mock.patch.object(Side, "apply", stored), mock.patch.object(Side, "query", asked):
+        yield
+
+
+def alike(task: Divergence, source: catalog.ModelSource, types: Collection[str]) -> Iterator[dict[str, Any]]:
+    """A row for keys alone of each type, as they are and rotated: the divergence that kvbench gives so."""
+    loaded = TransformersModel.load(source, "float32", "cpu")
+    kept: dict[str, Any] = {}
+
+    def baseline(key: str, compute: Any) -> Any:
+        if key not in kept:
+            kept[key] = compute(loaded.runner(Scheme.parse("fp16")))
+        return kept[key]
+
+    pairs = loaded.info.extra["model_type"] == "llama"
+    # the baseline is what it is without a change
+    task.run(loaded.runner(Scheme.parse("fp16")), RunContext(baseline, lambda *_: None))
+    for name, rotation in product(types, ("none", "hadamard:none")):
+        scheme = Scheme.parse(f"{name}:fp16", rotation)
+        with as_llama(scheme.key.dtype, pairs):
+            found = task.run(loaded.runner(scheme), RunContext(baseline, lambda *_: None))
+        kld = next(metric.value for metric in found.metrics if metric.name == "kld")
+        yield {**scheme.columns(), "pairs": pairs, "kld": kld}
+
+
 # ---- all pairs
 
 
@@ -242,6 +295,7 @@ def main() -> None:
         "run", nargs="?", type=Path, default=Path("out/llama-cpp"), help="a run of configs/llama-cpp.yaml"
     )
     parser.add_argument("--weights", action="append", choices=WEIGHTS, help="both when not given; repeatable")
+    parser.add_argument("--alike", action="store_true", help="kvbench's keys alone too, with llama.cpp's arithmetic")
     parser.add_argument("--type", action="append", choices=QUANTIZED, help="all when not given; repeatable")
     options = parser.parse_args()
     if find_spec("ik_llama_cpp") is None:
@@ -300,6 +354,13 @@ def main() -> None:
                     rows.append({"weights": weights, "cache": asdict(cache), **found})
                     output.write_text(json.dumps(record, indent=1) + "\n")
                     print(weights, *cache.scheme, found.get("kld", found.get("error")), flush=True)
+    if options.alike:
+        there = {(row["dtype"], row["rotation"]) for row in record.setdefault("alike", [])}
+        types = [name for name in options.type or QUANTIZED if (f"{name}:fp16", "none") not in there]
+        for row in alike(task, source, types):
+            record["alike"].append(row)
+            output.write_text(json.dumps(record, indent=1) + "\n")
+            print("kvbench, as llama.cpp computes:", row["dtype"], row["rotation"], row["kld"], flush=True)
     print_table(rows, ours)
 
 
