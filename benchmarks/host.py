@@ -29,13 +29,13 @@ from kvbench.runners.transformers.forward import Forward
 from kvbench.runners.transformers.memory import GPU_LIMITS, Limits
 from kvbench.schemes import Scheme
 
-VOCABULARY = 16
+VOCABULARY = 64  # the tokenizer's last one below is a letter
 REPEATS = 5
 
 
 def tokens(draw: random.Random, fewest: int, most: int) -> tuple[int, ...]:
     """Random tokens."""
-    return tuple(draw.randrange(1, VOCABULARY) for _ in range(draw.randint(fewest, most)))
+    return tuple(draw.randrange(20, VOCABULARY) for _ in range(draw.randint(fewest, most)))
 
 
 def choices(questions: int, shots: int, fewest: int, most: int, answers: int) -> list[ScoreRequest]:

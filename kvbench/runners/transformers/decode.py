@@ -33,6 +33,8 @@ class Decoding:
     """A sequence that is being decoded. launched: tokens asked of the device; tokens: those that the host has seen.
 
     processors: what changes its logits, where they take a sequence at a time.
+    settled, tails: tokens whose text no later one changes, and what that ends with, without special tokens and with
+    them; see `Stopping`.
     """
 
     index: int
@@ -42,6 +44,8 @@ class Decoding:
     launched: int = 0
     answered: bool = False
     processors: Any = None
+    settled: int = 0
+    tails: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
