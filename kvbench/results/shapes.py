@@ -20,9 +20,14 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
     Raises:
         ValueError: it is something else; `where` names the place.
     """
-    kind, inner, typed, fielded = _form(hint)
-    if hint is Any:
+    if type(value) is hint or hint is Any:
         return value
+    return _read(_form(hint), value, where)
+
+
+def _read(form: tuple[Any, Any, tuple[Any, ...], bool, bool], value: Any, where: str) -> Any:
+    """`read_as`, of a type that was looked at before."""
+    hint, kind, inner, typed, fielded = form
     if kind in (Union, types.UnionType):
         if value is None and types.NoneType in inner:
             return None
@@ -44,6 +49,8 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
         if not isinstance(value, dict):
             raise _wrong(where, WORDS[dict], value)
         prefix = f"{where}." if where else ""
+        if kind is dict and inner[1] is Any:
+            return dict(value)
         if kind is dict:
             return {key: read_as(inner[1], item, f"{prefix}{key}") for key, item in value.items()}
         return _read_keys(hint, value, prefix)
@@ -57,31 +64,37 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
 
 
 @cache
-def _form(hint: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
-    """A type's origin and arguments, and whether it is a TypedDict or a dataclass."""
-    return get_origin(hint), get_args(hint), is_typeddict(hint), is_dataclass(hint)
+def _form(hint: Any) -> tuple[Any, Any, tuple[Any, ...], bool, bool]:
+    """A type with its origin and arguments, and whether it is a TypedDict or a dataclass."""
+    return hint, get_origin(hint), get_args(hint), is_typeddict(hint), is_dataclass(hint)
 
 
 def _read_keys(hint: Any, value: dict[str, Any], prefix: str) -> Any:
-    hints, required = _keys_of(hint)
-    for key in value:
-        if key not in hints and is_dataclass(hint):
-            raise ValueError(f"{prefix}{key}: there is no such field")
-    for key in hints:
-        if key in required and key not in value:
-            raise ValueError(f"{prefix}{key} is missing")
-    read = {key: read_as(hints[key], item, f"{prefix}{key}") if key in hints else item for key, item in value.items()}
-    return read if is_typeddict(hint) else hint(**read)
+    forms, required, typed = _keys_of(hint)
+    if not typed and (unknown := value.keys() - forms.keys()):
+        first = next(key for key in value if key in unknown)
+        raise ValueError(f"{prefix}{first}: there is no such field")
+    if lacking := required - value.keys():
+        raise ValueError(f"{prefix}{next(key for key in forms if key in lacking)} is missing")
+    read = {}
+    for key, item in value.items():
+        form = forms.get(key)
+        plain = form is None or type(item) is form[0] or form[0] is Any
+        read[key] = item if plain else _read(form, item, f"{prefix}{key}")
+    return read if typed else hint(**read)
 
 
 @cache
-def _keys_of(hint: Any) -> tuple[dict[str, Any], set[str]]:
-    """The types of a dataclass's or a TypedDict's keys, and those that must be there."""
+def _keys_of(hint: Any) -> tuple[dict[str, Any], set[str], bool]:
+    """The types of a dataclass's or a TypedDict's keys, those that must be there, and whether it is a TypedDict.
+
+    Types are as `_form` has them: a Literal takes long to look up.
+    """
     if is_dataclass(hint):
         required = {f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING}
     else:
         required = set(hint.__required_keys__)
-    return get_type_hints(hint), required
+    return {key: _form(one) for key, one in get_type_hints(hint).items()}, required, is_typeddict(hint)
 
 
 def _wrong(where: str, expected: str, value: Any) -> ValueError:
