@@ -15,8 +15,8 @@ from kvbench.results import shown_number
 COLUMNS = (
     Column(("dtype",), numeric=False, prose=True, group=True),
     Column(("rotation",), numeric=False, prose=True, group=True),
-    Column(("task",), numeric=False),
-    Column(("metric",), numeric=False),
+    Column(("task",), numeric=False, prose=True),
+    Column(("metric",), numeric=False, prose=True, joins=""),
     Column(("baseline",), drop=3),
     Column(("value",), drop=2),
     Column(("difference",)),

@@ -25,7 +25,7 @@ def cost_table(title: str, records: Sequence[Record]) -> Table | None:
         schemes[record.dtype, record.rotation].append(record)
     columns = [
         Column(("", "dtype"), numeric=False, prose=True),
-        Column(("", "rotation"), numeric=False, prose=True),
+        Column(("", "rotation"), numeric=False, prose=True, joins="none"),
         Column(("peak memory", "MiB")),
         Column(("KV bytes/token", "computed"), drop=2),
         Column(("KV bytes/token", "measured"), drop=4),

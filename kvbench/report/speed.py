@@ -26,13 +26,14 @@ def kernel_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    names = ["dtype", "rotation", "batch", "context", "read MB", "µs [p10, p90]", "GB/s", "of copy", "vs 16-bit"]
+    names = ["batch", "context", "read MB", "µs [p10, p90]", "GB/s", "of copy", "vs 16-bit"]
     # a column only where such a peer was timed
     compared = any(row.get("same_dtype_speedup") for row in rows)
     names += [*(["vs same dtype"] if compared else []), "rel. error"]
     columns = [
-        Column((name,), numeric=name not in ("dtype", "rotation"), prose=name in ("dtype", "rotation"))
-        for name in names
+        Column(("dtype",), numeric=False, prose=True),
+        Column(("rotation",), numeric=False, prose=True, joins="none"),
+        *(Column((name,)) for name in names),
     ]
     return Table(title, columns, [_row(row, compared) for row in rows])
 

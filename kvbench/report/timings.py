@@ -243,7 +243,7 @@ def _compared(row: dict[str, Any], base: dict[str, Any] | None, limit: float, wr
 COLUMNS = (
     Column(("op",), numeric=False),
     Column(("dtype",), numeric=False, prose=True),
-    Column(("rotation",), numeric=False, prose=True),
+    Column(("rotation",), numeric=False, prose=True, joins="none"),
     Column(("batch",)),
     Column(("context",)),
     Column(("heads",), drop=4),

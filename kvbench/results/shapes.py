@@ -79,8 +79,10 @@ def _read_keys(hint: Any, value: dict[str, Any], prefix: str) -> Any:
     read = {}
     for key, item in value.items():
         form = forms.get(key)
-        plain = form is None or type(item) is form[0] or form[0] is Any
-        read[key] = item if plain else _read(form, item, f"{prefix}{key}")
+        if form is None or type(item) is form[0] or form[0] is Any:
+            read[key] = item
+        else:
+            read[key] = _read(form, item, f"{prefix}{key}")
     return read if typed else hint(**read)
 
 

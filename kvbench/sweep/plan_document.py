@@ -86,7 +86,7 @@ def _tables(planned: Planned, rows: Rows, context: int | None) -> list[Table]:
         at = [f"at {length} tokens"] if windowed and length else [] if model.layers else ["at D=128"]
         columns = [
             Column(("dtype",), numeric=False, prose=True),
-            Column(("rotation",), numeric=False, prose=True),
+            Column(("rotation",), numeric=False, prose=True, joins="none"),
             Column(("bits/value", *at)),
             Column(("KV KiB/", "token"), drop=2),
             Column(("KV MiB at", f"{length or '?'} tokens"), drop=1),

@@ -11,7 +11,7 @@ from kvbench.timing.grid import SMALL_BATCH, SMALL_CONTEXT, Timings
 
 COLUMNS = (
     Column(("dtype",), numeric=False, prose=True),
-    Column(("rotation",), numeric=False, prose=True),
+    Column(("rotation",), numeric=False, prose=True, joins="none"),
     Column(("batch",)),
     Column(("context",)),
     Column(("read MB",), drop=4),

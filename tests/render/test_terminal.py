@@ -91,12 +91,15 @@ def test_values_are_whole_or_their_column_is_named(width):
 def test_in_80_columns_scores_are_seen_beside_the_distance():
     """
     Of the widest committed sweep, with a name of 24 letters for its score, the verdict, the scheme, its bits and two
-    metrics are there: the first task's and the KL divergence.
+    metrics are there: the first task's and the KL divergence. A comparison has its difference and interval.
     """
     shown = text.render(Report.read(RESULTS / "qwen").document(), 80)
 
     head = shown.split("─", maxsplit=1)[0]
     assert all(name in head for name in ("verdict", "dtype, rotation", "bits/", "gsm8k", "strict-match", "kld"))
+    folder = read(RESULTS / "qwen")
+    other = text.render(compared(folder, compare(folder)), 80).split("─", maxsplit=1)[0]
+    assert all(name in other for name in ("verdict", "task, metric", "difference", "95 % interval"))
     assert re.search(r"fp8_per_tensor +8\.00 +0\.103 ± 0\.008 +0\.45 ± 0\.03\n", shown)
 
 
