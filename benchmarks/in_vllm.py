@@ -28,15 +28,16 @@ def row(store: Store, own: Record, other: Record) -> dict[str, Any]:
                 np.concatenate([np.log(np.atleast_1d(x[name])) if name == "ppl" else x[name] for x in one])
                 for one in samples
             )
-            what = "nats a token" if name == "ppl" else "nats a continuation"
+            what = "nats a token of a document" if name == "ppl" else "nats a continuation"
             found[f"{what}, largest difference"] = float(np.abs(a - b).max())
             found[f"{what}, mean difference"] = float(np.abs(a - b).mean())
     for name in ("greedy", "resps", "acc"):
         if name in samples[0][0]:
             found[f"{name}, equal"] = sum(np.array_equal(a[name], b[name]) for a, b in zip(*samples, strict=True))
     metrics = [{metric.name: metric for metric in one.metrics} for one in (own, other)]
-    for name in metrics[0]:
-        found[name] = [[one[name].value, one[name].stderr] for one in metrics]
+    for name, metric in metrics[0].items():
+        if metric.headline:
+            found[name] = [[one[name].value, one[name].stderr] for one in metrics]
     for name in ("top_probability", "top_known"):
         if name in other.facts:
             found[name] = [own.facts[name], other.facts[name]]
@@ -54,9 +55,9 @@ def main() -> None:
     rows = [
         row(store, own, other)
         for (model, *rest), own in cells.items()
-        if (other := cells.get((model + SUFFIX, *rest))) is not None
+        if not own.again and (other := cells.get((model + SUFFIX, *rest))) is not None
     ]
-    text = json.dumps(rows, indent=1)
+    text = "[\n " + ",\n ".join(json.dumps(row) for row in rows) + "\n]"
     (folder / "agreement.json").write_text(text + "\n")
     print(text)
 
