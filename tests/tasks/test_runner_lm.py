@@ -11,7 +11,7 @@ from kvbench.runners.base import ModelInfo
 from kvbench.runners.toy import ToyRunner, toy_tokenizer
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
-from kvbench.tasks.runner_lm import RunnerLM
+from kvbench.tasks.runner_lm import RunnerLM, sums_of
 
 MAX_LENGTH = 64
 
@@ -150,3 +150,14 @@ def test_a_chat_template_without_system_turns_is_used_without_them():
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
     assert RunnerLM(runner).apply_chat_template(history) == "<user>Hi<assistant>"
+
+
+def test_rows_are_summed_together_as_each_alone():
+    """
+    Log-probabilities of all magnitudes have the sum, to the bit, that each row has by itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = [-(torch.rand(1 + 7 * i % 40, generator=generator) ** 20) * 60 for i in range(300)]
+
+    assert sums_of(rows) == [float(row.double().sum()) for row in rows]
+    assert sums_of([]) == []
