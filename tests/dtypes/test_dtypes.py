@@ -1,6 +1,9 @@
 """What holds for every dtype; a new file in kvbench/dtypes is tested here unasked."""
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,15 +38,22 @@ SCALED = [dtype for dtype in DTYPES if dtype.granularity == "per_token_head"]
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 every_scaled_dtype = pytest.mark.parametrize("dtype", SCALED, ids=lambda dtype: dtype.name)
-every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 
 
-@pytest.fixture(autouse=True)
-def _fits(request):
-    """A row of 80 is no whole number of groups of 32: see test_a_head_dim_that_does_not_fit_is_refused."""
-    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if given.get("head_dim") in HEAD_DIMS and "dtype" in given and given["head_dim"] % given["dtype"].head_dim_multiple:
-        pytest.skip("no row of this dtype has so many values")
+def every_head_dim(test: Callable[..., None]) -> Callable[..., None]:
+    """One test for all HEAD_DIMS that a dtype's rows may have: see test_a_head_dim_that_does_not_fit_is_refused."""
+
+    def run(**given: Any) -> None:
+        for head_dim in HEAD_DIMS:
+            if "dtype" not in given or head_dim % given["dtype"].head_dim_multiple == 0:
+                test(head_dim=head_dim, **given)
+
+    signature = inspect.signature(test)
+    others = [parameter for name, parameter in signature.parameters.items() if name != "head_dim"]
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    run.__signature__ = signature.replace(parameters=others)
+    run.pytestmark = getattr(test, "pytestmark", [])
+    return run
 
 
 def heavy_tailed(*shape: int) -> torch.Tensor:
