@@ -208,7 +208,9 @@ def _head(lines: tuple[str, ...]) -> str:
 
 
 def _cell(value: str, numeric: bool) -> str:
-    text, classes, sort = plain(value), ["number"] if numeric else ["wraps"] if len(value) > WIDE else [], ""
+    # a name may go on in the next line where its parts meet
+    text = plain(value) if numeric else re.sub(r"(?<=[+:_])(?=\w)", "<wbr>", plain(value))
+    classes, sort = ["number"] if numeric else ["wraps"] if len(value) > WIDE else [], ""
     if isinstance(value, Cell):
         if value.value is not None:
             sort = f' data-value="{value.value:.6g}"'

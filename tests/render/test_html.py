@@ -36,6 +36,8 @@ class Reader(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
+        if tag == "wbr":  # where a line may break, and nothing else
+            return
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
         self.inside.append(tag)

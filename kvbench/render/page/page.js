@@ -156,8 +156,8 @@
     if (kind === "intervals") {
       const order = [...new Set(points.map((d) => d.y))];
       const longest = Math.max(...order.map((name) => name.length));
-      const left = Math.min(14 + 7 * longest, width * 0.48);
-      const cut = Math.floor((left - 14) / 7);
+      const left = Math.min(14 + 7.4 * longest, width * 0.48);
+      const cut = Math.floor((left - 14) / 7.4);
       return Plot.plot({ ...common, height: 70 + 24 * order.length, marginLeft: left, marginRight: 25, marginBottom: 40,
         x: { ...axis(x), type: "linear" },
         y: { label: null, domain: order, tickFormat: (d) => (d.length > cut ? `${d.slice(0, cut - 1)}…` : d) },
@@ -170,10 +170,18 @@
     const reach = points.filter((d) => d.low !== undefined && d.low !== null && !(y.log && d.low <= 0));
     const front = points.filter((d) => d.front).sort((a, b) => a.x - b.x);
     const narrow = width < 560;
-    const most = Math.max(...points.map((d) => d.x));
-    const farRight = (d) => d.x > 0.8 * most;
-    return Plot.plot({ ...common, height: narrow ? 340 : 420, marginLeft: 62, marginRight: narrow ? 20 : 60, marginBottom: 45,
-      x: across(x, points), y: { ...axis(y), zero: kind === "lines" && !y.log },
+    const [left, right] = [62, narrow ? 20 : 60];
+    const scaled = (d) => (x.log ? Math.log(d.x) : d.x);
+    const [low, high] = [Math.min(...points.map(scaled)), Math.max(...points.map(scaled))];
+    const place = (d) => left + (high > low ? (scaled(d) - low) / (high - low) : 0) * (width - left - right);
+    const long = (d) => 12 + 6.6 * (d.label || "").length;
+    // a frontier falls to the right, so it is free above right and below left; the caption has what fits nowhere
+    const sides = [
+      [front.filter((d) => place(d) + long(d) <= width), { textAnchor: "start", dx: 7, dy: -5, lineAnchor: "bottom" }],
+      [front.filter((d) => place(d) + long(d) > width && place(d) - long(d) >= left), { textAnchor: "end", dx: -7, dy: 5, lineAnchor: "top" }],
+    ];
+    return Plot.plot({ ...common, height: narrow ? 340 : 420, marginLeft: left, marginRight: right, marginBottom: 45,
+      insetTop: 18, insetBottom: 14, x: across(x, points), y: { ...axis(y), zero: kind === "lines" && !y.log },
       marks: [
         ...marked(y.lines, Plot.ruleY),
         kind === "points"
@@ -181,10 +189,8 @@
           : Plot.line(points, { x: "x", y: "y", z: "series", stroke: ink, strokeWidth: 2 }),
         Plot.link(reach, { x1: "x", x2: "x", y1: "low", y2: "high", stroke: ink, strokeOpacity: 0.8, strokeWidth: 1.5 }),
         Plot.dot(points, { ...spot, x: "x", y: "y", tip: true }),
-        // names lean away from the nearer edge
-        ...[[front.filter((d) => !farRight(d)), "middle"], [front.filter(farRight), "end"]].map(([few, textAnchor]) =>
-          Plot.text(few, { x: "x", y: "y", text: "label", dy: -9, lineAnchor: "bottom", textAnchor, fill: "var(--ink)",
-            stroke: "var(--paper)", strokeWidth: 4, fontSize: 12, lineWidth: 20 })),
+        ...sides.map(([few, side]) => Plot.text(few, { ...side, x: "x", y: "y", text: "label", fill: "var(--ink)",
+          stroke: "var(--paper)", strokeWidth: 4, fontSize: 12, lineWidth: 20 })),
       ] });
   };
 
