@@ -29,10 +29,10 @@ class PageTable:
     ring: dict[int, int] = field(default_factory=dict)
 
 
-def pages_of(tables: Sequence[PageTable]) -> NDArray[np.int32]:
-    """[B, most pages] of these sequences, padded with 0."""
+def pages_of(tables: Sequence[PageTable], width: int = 0) -> NDArray[np.int32]:
+    """[B, most pages] of these sequences, or `width` where that is more, padded with 0."""
     counts = [len(table.pages) for table in tables]
-    made = np.zeros((len(tables), max(counts)), dtype=np.int32)
+    made = np.zeros((len(tables), max(width, *counts)), dtype=np.int32)
     pages = np.fromiter(chain.from_iterable(table.pages for table in tables), np.int32, sum(counts))
     made[np.arange(made.shape[1]) < np.array(counts)[:, None]] = pages
     return made

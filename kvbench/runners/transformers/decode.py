@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvbench.attention import Batch
-from kvbench.cache import PageTable, to_device
+from kvbench.cache import PageTable, on_device, to_device
+from kvbench.cache.pages import pages_of
 from kvbench.runners.base import GenerateRequest
 from kvbench.runners.processors import Processors
 from kvbench.runners.transformers.memory import LARGEST_GRAPH
@@ -118,15 +120,14 @@ class DecodeBatch:
     def admit(self, sequences: Sequence[Decoding], logits: Tensor) -> Made:
         """New sequences, with the logits [n, V] that follow their prompts: chooses the first token of each."""
         first, last = len(self.running), len(self.running) + len(sequences)
-        width = self._pages.shape[1]
-        lengths = [len(one.request.prompt) for one in sequences]
+        lengths = np.array([len(one.request.prompt) for one in sequences], dtype=np.int64)
         # the last token is only read, never written
-        ends = [length + one.request.max_new_tokens - 1 for length, one in zip(lengths, sequences, strict=True)]
-        pages = [page for one in sequences for page in (*one.table.pages, *[0] * (width - len(one.table.pages)))]
+        ends = lengths + [one.request.max_new_tokens - 1 for one in sequences]
+        pages = pages_of([one.table for one in sequences], width=self._pages.shape[1])
         rows = slice(first, last)
-        self._positions[rows] = to_device(lengths, torch.int64, self._device)
-        self._ends[rows] = to_device(ends, torch.int64, self._device)
-        self._pages[rows] = to_device(pages, torch.int32, self._device).view(-1, width)
+        state = self._positions, self._ends, self._pages
+        for tensor, new in zip(state, on_device([lengths, ends, pages], self._device), strict=True):
+            tensor[rows] = new
         each = self._sampler.admit(rows, [one.request for one in sequences])
         self.running += sequences
         for one, processors in zip(sequences, each, strict=True):
