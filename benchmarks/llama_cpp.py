@@ -274,15 +274,15 @@ def libraries() -> dict[str, str]:
 def print_table(rows: list[dict[str, Any]], ours: dict[tuple[str, str], dict[str, float]]) -> None:
     """KLD of each pair of types: llama.cpp's on both kinds of weights, and kvbench's."""
     of = {(row["weights"], Cache(**row["cache"])): row for row in rows}
-    print(f"\n{'keys, values':16}{'rotation':16}{'llama.cpp':>12}{'float32':>12}{'kvbench':>12}")
+    print(f"\n{'keys, values':16}{'rotation':24}{'llama.cpp':>12}{'float32':>12}{'kvbench':>12}")
     for cache in CACHES:
         found = [of.get((weights, cache), {}) for weights in ("file", "float32")]
         shown = [row.get("error", "-")[:10] if "kld" not in row else f"{row['kld']:.5f}" for row in found]
         # the 16-bit cache without flash attention is no cache of kvbench's
         own = ours.get(cache.scheme, {}).get("kld") if cache.flash else None
         dtype, rotation = cache.scheme
-        name = rotation if cache.flash else "no flash attn"
-        print(f"{dtype:16}{name:16}{shown[0]:>12}{shown[1]:>12}{'-' if own is None else f'{own:.5f}':>12}")
+        name = rotation if cache.flash else f"{rotation}, no flash"
+        print(f"{dtype:16}{name:24}{shown[0]:>12}{shown[1]:>12}{'-' if own is None else f'{own:.5f}':>12}")
 
 
 def main() -> None:

@@ -489,3 +489,43 @@ def test_the_presets_on_three_models_are_those_of_the_records():
     assert "(0.454 ± 0.304), and one layer, the first, makes 85 % of its loss" in words
     assert (round(two["value"], 3), round(two["stderr"], 3)) == (0.454, 0.304)
     assert less(qwen, mended, "int2_centered_window") == 85
+
+
+def test_the_table_beside_llama_cpp_is_that_of_the_record():
+    """
+    Each divergence to the place it is shown to; where llama.cpp stopped the record says so; all of one set of tokens.
+    """
+    folder = ROOT / "results/llama-cpp-smollm2"
+    record = json.loads((folder / "llama-cpp.json").read_text(encoding="utf-8"))
+    theirs = {
+        (row["weights"], *(row["cache"][name] for name in ("keys", "values", "hadamard", "flash"))): row
+        for row in record["rows"]
+    }
+    ours = {cell.scheme: cell.values for cell in read(folder).cells if cell.dtype != "canary"}
+    alike = {(row["dtype"], row["rotation"]): row["kld"] for row in record["alike"]}
+
+    def agree(shown, value):
+        return abs(float(shown) - value) <= 0.02 * value if "e" in shown else agrees(shown, value)
+
+    _, *rows = table("docs/method.md", "| SmolLM2-135M, keys | values |")
+    assert len(rows) == len({key[1:] for key in theirs}) == 29
+    for keys, values, rotated, file, float32, own, same in [[cell.strip("`") for cell in row] for row in rows]:
+        place = keys, values, rotated.startswith("yes"), "without flash" not in rotated
+        scheme = keys if keys == values else f"{keys}:{values}", "hadamard:none" if place[2] else "none"
+        for weights, cell in (("file", file), ("float32", float32)):
+            row = theirs.get((weights, *place), {})
+            assert ("error" in row) == (cell == "stops")
+            assert cell in ("–", "stops") or agree(cell, row["kld"]), (place, row)
+        assert own == "–" or agree(own, ours[scheme]["kld"]), scheme
+        assert same == "–" or agree(same, alike[scheme]), scheme
+    records = [json.loads(path.read_text()) for path in (folder / "cells").glob("*/record.json")]
+    assert {row["facts"]["documents_sha256"] for row in records} == {record["documents_sha256"]}
+
+    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    exact = theirs["float32", "fp16", "fp16", False, True]["ppl"], ours["fp16", "none"]["ppl"]
+    assert f"perplexity on SmolLM2 is {exact[0]:.4f} and {exact[1]:.4f}" in words
+    assert f"perplexity becomes {theirs['file', 'fp16', 'fp16', False, True]['ppl']:.1f}" in words
+    assert "under `q4_0` 0.160 for 0.108" in words
+    assert "the 16-bit cache itself is 0.0038 away (2.4e-07 on float32 weights)" in words
+    assert "keys come out 5.2 nats away, where the definition's cost 0.014" in words
+    assert round(ours["q5_1:fp16", "none"]["kld"], 3) == 0.014
