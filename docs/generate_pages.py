@@ -9,7 +9,7 @@ from kvbench.report.tables import Report
 
 RESULTS = Path(__file__).parents[1] / "results"
 # with the H100's kernels beside accuracy that was measured on it
-SWEEPS = {"qwen": "kernels-h100", "schemes-qwen": "kernels-h100", "quickstart": None}
+SWEEPS = {"qwen": "kernels-h100", "schemes-qwen": "kernels-h100", "quickstart": None, "field-cpu": None}
 
 
 def pages() -> Iterator[tuple[Path, str]]:
