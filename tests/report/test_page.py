@@ -100,14 +100,14 @@ def test_the_answer_in_sentences():
 
 def test_a_loss_of_a_share_says_of_how_much():
     """
-    `from 42.1 % to 0.0 %`: a reader sees whether anything is left.
+    `from 42.1 % to 0.0 %`: a reader sees whether anything is left. What is not listed is counted, distances too.
     """
-    one = scheme("int4", 4, WORSE)
-    rows = [replace(one.rows[0], baseline=0.421, value=0.0)]
+    one = scheme("int4", 4, WORSE, WORSE, WORSE)
+    rows = [replace(one.rows[0], baseline=0.421, value=0.0), *(replace(row, unit="nats") for row in one.rows[1:])]
 
-    told = answer(found(scheme("int8", 8, EQUIVALENT), replace(one, rows=rows))).lines[-1]
+    told = answer(found(scheme("int8", 8, *[EQUIVALENT] * 3), replace(one, rows=rows))).lines[-1]
 
-    assert "task0 acc from 42.1 % to 0.0 %, −2.0 pp [−3.0, −1.0] (p = 1e-09)" in told
+    assert "task0 acc from 42.1 % to 0.0 %, −2.0 pp [−3.0, −1.0] (p = 1e-09); and 2 more." in told
 
 
 def test_an_answer_that_is_none_says_what_comes_nearest():

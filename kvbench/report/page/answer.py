@@ -120,7 +120,7 @@ def _model(found: Found, model: str) -> Iterator[str]:
         shares = [row for row in lost if row.unit == "share"] or lost
         yield (
             f"Next size down: {gentle.name} ({_bits(gentle)}) is WORSE in {len(lost)} of "
-            f"{len(gentle.rows)} comparisons: {_listed(found, shares, 4)}."
+            f"{len(gentle.rows)} comparisons: {_listed(found, shares, 4, len(lost))}."
         )
 
 
@@ -147,15 +147,15 @@ def _left_out(found: Found, partly: Sequence[Scheme]) -> str:
     )
 
 
-def _listed(found: Found, rows: Sequence[Comparison], most: int) -> str:
-    """The first metric of each task with its difference, as many as there is room for."""
+def _listed(found: Found, rows: Sequence[Comparison], most: int, of: int | None = None) -> str:
+    """The first metric of each task with its difference, as many as there is room for. of: all that there are."""
     whole = [row for row in rows if "@" not in row.metric] or list(rows)
     first = list({found.task(row): row for row in reversed(whole)}.values())[::-1]
     named = "; ".join(
         f"{found.task(row)} {row.metric} {_levels(row)}{difference_and_interval(row)}{_sure(row)}"
         for row in first[:most]
     )
-    left = len(rows) - len(first[:most])
+    left = (len(rows) if of is None else of) - len(first[:most])
     return named + (f"; and {left} more" if left else "")
 
 
@@ -250,9 +250,9 @@ def _biased(records: Sequence[Record]) -> Iterator[str]:
             uncentred.setdefault(record.model["name"], {})[record.dtype] = None
     for model, dtypes in uncentred.items():
         yield (
-            f"Keys of {model} have a bias, which softmax cannot see. It uses up the range of codes where no `center` "
-            f"takes it off first, as in {', '.join(dtypes)} here. `kvbench ls schemes` has presets that centre keys; "
-            "`kvbench doctor --keys MODEL` shows the bias."
+            f"Keys of {model} have a bias, a constant in each channel. Softmax cancels it, but a dtype spends its "
+            f"range on it unless it is subtracted first (`center`), and {', '.join(dtypes)} here did not subtract it. "
+            "`kvbench ls schemes` has presets that do; `kvbench doctor --keys MODEL` shows the bias."
         )
 
 

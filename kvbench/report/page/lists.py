@@ -66,9 +66,10 @@ def glance(found: Found) -> Table | None:
             ]
         )
     notes = [
-        "Differences from the baseline on the same documents. ▼ WORSE, = EQUIVALENT (the 95 % interval lies within the "
-        f"margin of {found.comparisons.margin}), ? INCONCLUSIVE, ▲ BETTER, ○ could not tell: its "
-        "baseline has nothing to lose; - was not measured."
+        "Differences from the baseline on the same documents. ▼ WORSE (p below 0.05 after Holm's correction; of a "
+        "distance, its interval is beyond the margin), = EQUIVALENT (the 95 % interval lies within the margin of "
+        f"{found.comparisons.margin}), ? INCONCLUSIVE, ▲ BETTER, ○ could not tell: the baseline scores next to "
+        "nothing, or no more than a zeroed cache; - was not measured."
     ]
     return Table("At a glance", columns, rows, notes=notes)
 
@@ -134,7 +135,8 @@ def comparisons(found: Found) -> Table:
             ]
         )
     notes = [
-        "Bars: the interval against 0; the shaded band is the margin, and the whole bar five margins to each side.",
+        "Bars: the interval against 0; the shaded band is the margin, and the bar ends five margins from 0.",
+        "(n≥…): so many documents would decide it, whether the truth is no difference or one as wide as the margin.",
         "Paired tests over the same documents, p after Holm over all of them. "
         "A distance from the baseline (kld, same_top) is nonzero by construction and has no p. "
         "Intervals are not corrected for their number: one may exclude 0 where its verdict is INCONCLUSIVE.",
