@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows, round_half_away
-from kvbench.dtypes.fp8 import E4M3_MAX
+from kvbench.dtypes.fp8 import e4m3
 from kvbench.dtypes.int2 import sum_by_halves
 
 E8M0_BIAS = 127
@@ -97,7 +97,7 @@ class MicroScaling(Blocks):
         scaled = blocks / scale.unsqueeze(-1)
         if four:
             return e2m1(scaled), scale
-        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8), scale
+        return e4m3(scaled).view(torch.uint8), scale
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class NvFp4(Blocks):
 
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
         t = blocks.new_ones(()) if tensor_scale is None else tensor_scale
-        scale = (blocks.abs().amax(-1) / (E2M1_MAX * t)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+        scale = e4m3(blocks.abs().amax(-1) / (E2M1_MAX * t)).to(torch.float32)
         step = (scale * t).unsqueeze(-1)
         return e2m1((blocks / step).masked_fill(step == 0, 0)), scale
 

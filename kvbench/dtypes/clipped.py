@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbench.dtypes.base import Affine, Dtype, Rows
-from kvbench.dtypes.fp8 import E4M3_MAX
+from kvbench.dtypes.fp8 import e4m3
 from kvbench.dtypes.int2 import sum_of_squares
 
 FACTORS = tuple(1 - step / 20 for step in range(11))  # of a group's ends, 1 to 0.5
@@ -38,8 +38,8 @@ class ClippedPerGroup(Dtype):
         best = torch.full_like(low, torch.inf)
         codes, stored = groups, torch.cat([low, low], -1)
         for factor in FACTORS:
-            minimum = _e4m3(low * factor)
-            step = _e4m3(((high - low) * factor / levels).clamp_min(SMALLEST_STEP))
+            minimum = e4m3(low * factor).to(torch.float32)
+            step = e4m3(((high - low) * factor / levels).clamp_min(SMALLEST_STEP)).to(torch.float32)
             tried = ((groups - minimum) / step).round().clamp(0, levels)
             error = sum_of_squares(groups - (tried * step + minimum)).unsqueeze(-1)
             better = error < best
@@ -51,11 +51,6 @@ class ClippedPerGroup(Dtype):
             self.pack(codes.masked_fill(~whole, 0).to(torch.uint8).flatten(-2)),
             torch.where(whole, stored, broken).to(torch.float8_e4m3fn),
         )
-
-
-def _e4m3(x: Tensor) -> Tensor:
-    """[...] float32 of the nearest e4m3, ties to even; the largest beyond."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 clipped2_per_group, clipped3_per_group, clipped4_per_group = (

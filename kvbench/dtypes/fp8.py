@@ -13,6 +13,11 @@ E4M3_MAX = 448.0
 SMALLEST_SCALE = 1e-6
 
 
+def e4m3(x: Tensor) -> Tensor:
+    """[...] float8_e4m3fn of x, to the nearest, ties to even; ±448 for what lies beyond, NaN for NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 @dataclass(frozen=True)
 class Fp8PerTensor(Dtype):
     """x / scale, saturated at ±448 and rounded to the nearest even e4m3. ±inf saturates, NaN stays NaN."""
@@ -21,7 +26,7 @@ class Fp8PerTensor(Dtype):
         x = x.to(torch.float32)
         if tensor_scale is not None:
             x = x / tensor_scale
-        return Rows(x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8), None)
+        return Rows(e4m3(x).view(torch.uint8), None)
 
     def calibrate(self, x: Tensor) -> Tensor:
         """The scalar float32 scale that maps the largest magnitude of x to 448."""

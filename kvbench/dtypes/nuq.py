@@ -25,7 +25,6 @@ SHARE = 100  # values of a row for each outlier
 OUTLIER_BYTES = 3  # a place of 8 bits and a float16
 MOST = 256  # places
 TAIL = 0.005  # of a channel, beyond each end of its range
-SKIPPED = 4  # tokens of a document, the first: the keys that all attend to lie far from all others
 REACH = 2.5758293  # a unit Gaussian lies between minus and plus that but for its tails
 BINS, ROUNDS = 4096, 100  # of the search of a codebook
 SMALLEST = 2.0**-24  # half a range, of float16
@@ -138,9 +137,7 @@ class NonUniformPerChannel(NonUniform):
 
     def learn(self, sample: Sample) -> Params:
         assert sample.queries is not None, "it reads queries"
-        later = sample.positions >= SKIPPED
-        later = later if bool(later.any()) else torch.ones_like(later)
-        keys, queries = sample.keys[later].double(), sample.queries[later].double()
+        keys, queries = sample.keys[sample.later].double(), sample.queries[sample.later].double()
         ends = keys.sort(0).values
         beyond = int(TAIL * len(keys))
         low, high = ends[beyond], ends[len(keys) - 1 - beyond]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kvbench.dtypes.base import Codebook, Dtype, Rows, Sketch
 from kvbench.dtypes.int2 import LARGE, SHRINK, sum_of_squares
+from kvbench.transforms.rotation import SEED
 
-SEED = 0x9E3779B9
 GRID = 2.0**16  # a projection's entries are multiples of its inverse, so that their sums are exact in float64
 
 # the positive half of each book, by bits (Max 1960)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 POSITIONS = 64  # of a page of positions, which share what is learned by page
+FIRST = 4  # tokens of a document: the keys that all attend to, which lie far from all others
 
 Params = Mapping[str, Tensor]  # what a transform learned of one layer's keys, by name; float32 or float64
 NOTHING: Params = {}
@@ -66,6 +67,12 @@ class Sample:
     max_length: int
     scaling: float | None = None
     stored: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    @property
+    def later(self) -> Tensor:
+        """[T] bool, of tokens behind a document's first; all where there are none."""
+        behind = self.positions >= FIRST
+        return behind if bool(behind.any()) else torch.ones_like(behind)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.transforms.base import Params, Sample, Transform, grouped
+from kvbench.transforms.base import FIRST, Params, Sample, Transform, grouped
 
 QUERIES = 256  # of a document, that its factor is learned from
-SKIPPED = 4  # tokens of a document, the first: what all attend to is read in 16 bits where a window has sinks
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Correction(Transform):
             at = torch.arange(middle, end - start)[:: max(1, middle // QUERIES)]
             q = sample.queries[start:end][at].to(torch.float32)
             keys = torch.arange(end - start)
-            hidden = (keys > at[:, None]) | (keys < SKIPPED)
+            hidden = (keys > at[:, None]) | (keys < FIRST)  # which a window with sinks reads in 16 bits
             exact, stored = (
                 (torch.einsum("thd,lhd->htl", q, k) * scaling).masked_fill(hidden, -torch.inf) for k in (whole, kept)
             )

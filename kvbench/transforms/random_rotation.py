@@ -8,9 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvbench.transforms.rotation import Rotation
-
-SEED = 0x9E3779B9
+from kvbench.transforms.rotation import SEED, Rotation
 
 
 @dataclass(frozen=True)

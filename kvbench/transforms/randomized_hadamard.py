@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.transforms.rotation import Rotation, largest_power_of_two
-
-SEED = 0x9E3779B9
+from kvbench.transforms.rotation import SEED, Rotation, largest_power_of_two
 
 
 @dataclass(frozen=True)

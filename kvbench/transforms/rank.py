@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvbench.transforms.base import NOTHING, Lowered, Params, Sample, Transform, grouped
 
-SKIPPED = 4  # tokens of a document, the first: the keys that all attend to lie far from all others
 SMALLEST = 2.0**-10  # of a spread, of its head's largest
 
 
@@ -33,10 +32,7 @@ class Rank(Transform):
 
     def learn(self, sample: Sample) -> Params:
         assert sample.queries is not None, "it reads queries"
-        later = sample.positions >= SKIPPED
-        if not bool(later.any()):
-            later = torch.ones_like(later)
-        keys, queries = sample.keys[later], sample.queries[later]
+        keys, queries = sample.keys[sample.later], sample.queries[sample.later]
         heads, head_dim = keys.shape[1:]
         of_keys = _mean_square(keys)  # [HKV, D]
         of_queries = _mean_square(queries).view(heads, -1, head_dim).mean(1)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from kvbench.transforms.base import NOTHING, Lowered, Params, Transform
 
+SEED = 0x9E3779B9  # of what is drawn at random: signs, matrices
+
 
 @dataclass(frozen=True)
 class Rotation(Transform):
