@@ -501,8 +501,12 @@ class Scheme:
 
     def token_bytes(self, layers: Layers) -> float:
         """Packed bytes of one token's keys and values over all layers. The scheme is resolved."""
+        return sum(self.layer_bytes(layers))
+
+    def layer_bytes(self, layers: Layers) -> list[float]:
+        """The same of each layer."""
         sides = [(self.layer(i, len(layers)), shape) for i, shape in enumerate(layers)]
-        return sum(heads * side.dtype.row_bytes(head_dim) for both, (heads, head_dim) in sides for side in both)
+        return [sum(heads * side.dtype.row_bytes(head_dim) for side in both) for both, (heads, head_dim) in sides]
 
     def nbytes(self, layers: Layers, tokens: int, model_dtype: torch.dtype) -> int:
         """Bytes that an engine holds for a sequence of so many tokens: packed rows, and a ring in 16 bits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -69,6 +69,16 @@ class Near:
         own, table_of, read, *sealed = on_device(arrays, device)
         return cls(own, table_of, read, rings.page_size, (sealed[0], sealed[1], sealed[2]) if sealed else None)
 
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+
+        def there(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        seals = None if self.seals is None else tuple(map(there, self.seals))
+        moved = {name: there(getattr(self, name)) for name in ("slots", "table", "pages")}
+        return replace(self, **moved, seals=seals)  # type: ignore[arg-type]  # three, as before
+
     def rows(self, sequences: Sequence[int], first_keys: Sequence[int], length: int) -> Tensor:
         """[n, blocks] of `table`, of some sequences, each from its first key's block on; of `length` keys at most."""
         blocks = torch.arange(-(-length // self.page_size))
@@ -114,6 +124,12 @@ class Batch:
         counts = np.asarray(counts, dtype=np.int64)
         starts = np.append(0, np.cumsum(counts))
         return [starts.astype(np.int32), lengths.astype(np.int32), pages, slots_of(pages, lengths, counts, page_size)]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        names = ("query_starts", "seq_lens", "page_table", "slot_mapping")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, near=None if self.near is None else self.near.to(device))
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,11 +89,12 @@ def unlearned(scheme: Scheme, layers: int) -> Learned:
 
 @dataclass
 class _Stack:
-    """One tensor [layers, P, ...] for planes of one shape, of each of which it holds the field of that name."""
+    """One tensor [layers, P, ...] for planes of one shape on a device, of each of which it holds that field."""
 
     tensor: Tensor
     name: str
     planes: list[Plane]
+    device: torch.device
 
 
 class PagedCache:
@@ -101,6 +102,7 @@ class PagedCache:
 
     layers: (KV heads, head_dim) of each. scheme: how they are stored; `auto` becomes `model_dtype`.
     learned: what the transforms of each layer's keys learned, and those of its values; None where none learns.
+    device: of all layers, or of each its own.
     destroyed: zeros are stored instead of all keys and values: the canary of a sweep, which must break every score.
 
     Raises:
@@ -117,10 +119,11 @@ class PagedCache:
         page_size: int,
         learned: Learned | None = None,
         model_dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device] = "cpu",
         destroyed: bool = False,
     ) -> None:
         self.scheme = scheme.resolve(model_dtype)
+        self.devices = of_layers(device, len(layers))
         self.page_size = page_size
         self.destroyed = destroyed
 
@@ -134,15 +137,15 @@ class PagedCache:
             if scheme.learns:
                 raise ValueError(f"{scheme.label} learns from a text: give the cache what it learned")
             learned = unlearned(scheme, len(layers))
-        # layers of one shape and dtype lie in one tensor each, so that few calls copy a page of all of them
+        # layers of one shape and dtype on a device lie in one tensor each, so that few calls copy a page of all of them
         self._stacks: list[_Stack] = []
 
         def planes(which: int) -> list[Plane]:
             sides = [self.scheme.layer(i, len(layers))[which] for i in range(len(layers))]
-            kinds = [(side.dtype, *shape) for side, shape in zip(sides, layers, strict=True)]
+            kinds = [(side.dtype, *shape, at) for side, shape, at in zip(sides, layers, self.devices, strict=True)]
             found: list[Plane | None] = [None] * len(layers)
             for kind in dict.fromkeys(kinds):
-                dtype, heads, head_dim = kind
+                dtype, heads, head_dim, device = kind
                 members = [i for i, other in enumerate(kinds) if other == kind]
                 shape: tuple[int, ...] = (len(members), pages, heads, page_size)
                 words, rest = dtype.word_bytes(head_dim), None
@@ -163,7 +166,7 @@ class PagedCache:
                     found[layer] = own[-1]
                 for name, tensor in (("codes", codes), ("rest", rest), ("scale", scales)):
                     if tensor is not None:
-                        self._stacks.append(_Stack(tensor, name, own))
+                        self._stacks.append(_Stack(tensor, name, own, device))
             return [plane for plane in found if plane is not None]
 
         self.keys, self.values = planes(0), planes(1)
@@ -172,6 +175,11 @@ class PagedCache:
     def nbytes(self) -> int:
         """Bytes allocated for all layers."""
         return sum(plane.nbytes for plane in (*self.keys, *self.values))
+
+    def nbytes_on(self, device: torch.device) -> int:
+        """Bytes allocated there."""
+        planes = zip((*self.keys, *self.values), (*self.devices, *self.devices), strict=True)
+        return sum(plane.nbytes for plane, at in planes if at == device)
 
     @property
     def bytes_per_token(self) -> float:
@@ -247,30 +255,50 @@ class PagedCache:
         """Copy whole pages (source, destination), in all layers."""
         if not copies:
             return
-        flat = to_device([page for copy in copies for page in copy], torch.int64, self._stacks[0].tensor.device)
-        source, destination = flat.view(-1, 2).unbind(1)
+        flat = [page for copy in copies for page in copy]
+        at = {device: to_device(flat, torch.int64, device).view(-1, 2) for device in dict.fromkeys(self.devices)}
         for stack in self._stacks:
+            source, destination = at[stack.device].unbind(1)
             stack.tensor[:, destination] = stack.tensor[:, source]
 
 
 def fitting_tokens(
     layers: Layers,
     scheme: Scheme,
-    free_bytes: int,
+    free_bytes: Mapping[torch.device, int],
     *,
     page_size: int,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Sequence[torch.device] = "cpu",
 ) -> tuple[int, float]:
     """Tokens of the largest cache that fits so many bytes, which was allocated to prove it; and its bytes a token.
 
-    The scheme is resolved. Every page counts whole.
+    The scheme is resolved. Every page counts whole. free_bytes: of each device that has layers; the one that holds the
+    fewest pages decides. device: see PagedCache.
 
     Raises:
-        torch.OutOfMemoryError: the device has less.
+        torch.OutOfMemoryError: a device has less.
     """
-    page_bytes = int(scheme.token_bytes(layers) * page_size)
-    # a scale that a whole layer shares is four bytes more a layer and side
-    pages = max(0, free_bytes - 8 * len(layers)) // page_bytes
+    devices = of_layers(device, len(layers))
+    pages = min(
+        # a scale that a whole layer shares is four bytes more a layer and side
+        max(0, free_bytes[at] - 8 * devices.count(at)) // int(token_bytes * page_size)
+        for at, token_bytes in by_device(devices, scheme.layer_bytes(layers)).items()
+    )
     cache = PagedCache(layers, scheme, pages=pages, page_size=page_size, device=device)
-    assert cache.nbytes <= free_bytes
+    assert all(cache.nbytes_on(at) <= free_bytes[at] for at in devices)
     return pages * page_size, cache.bytes_per_token
+
+
+def of_layers(device: torch.device | str | Sequence[torch.device], layers: int) -> tuple[torch.device, ...]:
+    """The device of each layer."""
+    if isinstance(device, (str, torch.device)):
+        return (torch.device(device),) * layers
+    return tuple(device)
+
+
+def by_device(devices: Sequence[torch.device], each: Sequence[float]) -> dict[torch.device, float]:
+    """What layers take, summed by their devices."""
+    found = dict.fromkeys(devices, 0.0)
+    for device, amount in zip(devices, each, strict=True):
+        found[device] += amount
+    return found

@@ -213,11 +213,12 @@ class Measuring(Protocol):
 
 
 class Paged(Protocol):
-    """A runner whose keys and values lie in pages on a device."""
+    """A runner whose keys and values lie in pages on a device. devices: of each layer with a cache."""
 
     scheme: Scheme
     page_size: int
     device: torch.device | str
+    devices: Sequence[torch.device]
 
     def longest_sequence(self, pages: int) -> int:
         """Tokens of the longest sequence that it takes with so many pages."""

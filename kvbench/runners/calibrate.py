@@ -105,7 +105,7 @@ def _ropes(model: Any) -> Iterator[dict[int, Rope]]:
         if module.layer_idx in found or not isinstance(embedding, tuple):
             return
         for rotary, rotary_args, rotary_kwargs, out in calls:
-            if isinstance(out, tuple) and out[0].data_ptr() == embedding[0].data_ptr():
+            if isinstance(out, tuple) and _same(out[0], embedding[0]):
                 rope = _rope(rotary, rotary_args, rotary_kwargs)
                 if rope is not None:
                     found[module.layer_idx] = rope
@@ -122,6 +122,11 @@ def _ropes(model: Any) -> Iterator[dict[int, Rope]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether it is the same tensor, or what was made of it on another device."""
+    return one.data_ptr() == other.data_ptr() or (one.shape == other.shape and torch.equal(one, other.to(one.device)))
 
 
 def _rope(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rope | None:

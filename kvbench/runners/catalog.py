@@ -125,7 +125,7 @@ class ModelSource:
     path: the folder, or the file; None where it isn't here. slices: of an embedded model, the files that it is in.
     kind: "shape" is a configuration alone, of which a model with random weights is made.
     missing: what to do to have it here; empty where it can be loaded now.
-    trusted: Python code that comes with it may run.
+    trusted: Python code that comes with it may run. spread: its layers go over all GPUs of the process that loads it.
     """
 
     name: str
@@ -135,6 +135,7 @@ class ModelSource:
     missing: str = ""
     slices: tuple[Path, ...] = ()
     trusted: bool = False
+    spread: bool = False
 
     @property
     def available(self) -> bool:

@@ -200,7 +200,8 @@ def revision(source: ModelSource) -> str:
         lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
         return f"sha256-{hashlib.sha256(lines.encode()).hexdigest()[:16]}"
     if source.kind == "shape":
-        return f"random-{file_sha256(source.path)[:16]}"
+        # drawn layer by layer, they are others than drawn in one go
+        return f"random-{file_sha256(source.path)[:16]}{'-by-layer' if source.spread else ''}"
     # the file decides; an embedded model's is the pinned one, or it isn't loaded
     digest = EMBEDDED[source.name].sha256 if source.kind == "embedded" else file_sha256(source.path)
     return f"gguf-{digest[:16]}-c{CONVERTER}"

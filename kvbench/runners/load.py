@@ -23,14 +23,16 @@ from kvbench.runners.model_files import (
 
 if TYPE_CHECKING:
     from kvbench.runners.base import ModelInfo
+    from kvbench.runners.placement import Places
 
 # the projections that make keys, as architectures name them
 KEY_BIAS = re.compile(r"(^|\.)(k_proj|key|key_proj|qkv_proj|query_key_value|c_attn|Wqkv|qkv)\.bias$")
 
 
-def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple[Any, Any, ModelInfo]:
-    """(model, tokenizer, what identifies them): a transformers model in eval mode, without gradients.
+def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple[Any, Any, ModelInfo, Places]:
+    """(model, tokenizer, what identifies them, where it is): a transformers model in eval mode, without gradients.
 
+    device: "cuda" is every GPU of this process for a source that is to be spread, else the first.
     A hub model that isn't in the cache is downloaded, unless HF_HUB_OFFLINE is set; nothing else touches the network.
 
     Raises:
@@ -46,7 +48,7 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
     model: Any
     tokenizer: Any
     if source.kind == "shape":
-        model, tokenizer = _random_model(source, getattr(torch, dtype), device)
+        model, tokenizer, places = _random_model(source, getattr(torch, dtype), device)
     else:
         source, folder, options = _prepare(source, dtype)
         options |= {"trust_remote_code": source.trusted, "local_files_only": True}
@@ -58,7 +60,8 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         _check_keys(source.name, keys)
         _check_tokenizer(source.name, tokenizer, model)
-    model = model.to(device).eval().requires_grad_(False)
+        places = _placed(source, model, device)
+    model = model.eval().requires_grad_(False)
     info = ModelInfo(
         name=source.name,
         revision=revision(source),
@@ -71,7 +74,19 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
             "key_bias": _has_key_bias(model),
         },
     )
-    return model, tokenizer, info
+    return model, tokenizer, info, places
+
+
+def _placed(source: ModelSource, model: Any, device: str) -> Places:
+    """Moves a model to its device, or to those that it is to be spread over."""
+    from kvbench.runners.placement import devices_of, divide, in_one_place, spread
+
+    if not source.spread:
+        model.to(device)
+        return in_one_place(model)
+    places = divide(model, *devices_of(device))
+    spread(model, places)
+    return places
 
 
 def _has_key_bias(model: Any) -> bool:
@@ -124,20 +139,30 @@ class NoTokenizer:
     __call__ = encode
 
 
-def _random_model(source: ModelSource, dtype: Any, device: str) -> tuple[Any, NoTokenizer]:
-    """A model of this shape, its weights drawn on the device; always the same ones."""
+def _random_model(source: ModelSource, dtype: Any, device: str) -> tuple[Any, NoTokenizer, Places]:
+    """A model of this shape, its weights drawn on the device, or on those that it is spread over; always the same."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from kvbench.runners.placement import devices_of, divide, draw, in_one_place
 
     assert source.path is not None
     # no token ends an answer
     config = transformers_config({**read_json(source.path), "eos_token_id": None})
     devices = [torch.device(device)] if device.startswith("cuda") else []
     what = f"model '{source.name}' cannot be made"
-    with _quiet(), one_error(what), torch.random.fork_rng(devices), torch.device(device):
+    tokenizer = NoTokenizer(value_of(text_config(config), "vocab_size"))
+    with _quiet(), one_error(what), torch.random.fork_rng(devices):
+        if source.spread:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            places = divide(model, *devices_of(device))
+            draw(model, places)
+            return model, tokenizer, places
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model, NoTokenizer(value_of(text_config(config), "vocab_size"))
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model, tokenizer, in_one_place(model)
 
 
 def prepare(source: ModelSource, dtype: ComputeDtype = "float32") -> Path:

@@ -34,10 +34,12 @@ class Processors:
     """What `generate` of this model would do to its logits, greedy or not, before it takes a token.
 
     of_a_set: they take a batch whose rows are filled up, and so run in a CUDA graph; others take a sequence at a time.
+    device: the logits'; the model's own where it is on one.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: torch.device | None = None) -> None:
         self._model = model
+        self._device = device or model.device
         self._settings = processed(model.generation_config.to_dict())
         self.of_a_set = self._settings.keys() <= OF_A_SET
         self._of_rows: Any = self._made(1, 1, None) if self and self.of_a_set else None
@@ -47,7 +49,7 @@ class Processors:
 
     def of(self, request: GenerateRequest) -> Any:
         """Those of one sequence: called with its tokens [1, n] and the logits [1, V] float32 that follow them."""
-        prompt = torch.tensor([request.prompt], device=self._model.device)
+        prompt = torch.tensor([request.prompt], device=self._device)
         return self._made(len(request.prompt), request.max_new_tokens, prompt)
 
     def of_rows(self, tokens: Tensor, logits: Tensor) -> Tensor:
@@ -61,13 +63,13 @@ class Processors:
         config.max_length = prompt_tokens + new_tokens
         ends = config.eos_token_id
         if ends is not None:
-            ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self._model.device)
+            ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self._device)
         config._eos_token_tensor = ends
         # transformers' own list in its own order, as `generate` makes it
         return self._model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=prompt_tokens,
             encoder_input_ids=prompt,
-            device=self._model.device,
+            device=self._device,
             model_kwargs={},
         )

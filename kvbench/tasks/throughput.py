@@ -140,7 +140,7 @@ class _Memory:
     def __init__(self, runner: Runner) -> None:
         import torch
 
-        from kvbench.cache.paged import fitting_tokens
+        from kvbench.cache.paged import by_device, fitting_tokens
 
         self.facts: dict[str, Any] = {}
         self.allocated: int | None = None
@@ -149,12 +149,15 @@ class _Memory:
         paged = cast("Paged", runner)
         gc.collect()  # an earlier runner's cache
         torch.cuda.empty_cache()
-        self.free = torch.cuda.mem_get_info()[0]
-        dtype = getattr(torch, runner.info.compute_dtype)
-        cache = (runner.info.layers, paged.scheme.resolve(dtype), self.free - RESERVE_BYTES)
-        self.allocated, self.token_bytes = fitting_tokens(*cache, page_size=paged.page_size, device=paged.device)
+        self.free = {device: torch.cuda.mem_get_info(device)[0] for device in dict.fromkeys(paged.devices)}
+        scheme = paged.scheme.resolve(getattr(torch, runner.info.compute_dtype))
+        room = {device: free - RESERVE_BYTES for device, free in self.free.items()}
+        cache = (runner.info.layers, scheme, room)
+        self.allocated, _ = fitting_tokens(*cache, page_size=paged.page_size, device=paged.devices)
+        self.token_bytes = by_device(paged.devices, scheme.layer_bytes(runner.info.layers))
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for device in self.free:
+            torch.cuda.reset_peak_memory_stats(device)
 
     def tokens(self) -> int | None:
         """Tokens whose keys and values were allocated, less those whose room a forward pass has shown to need."""
@@ -162,6 +165,13 @@ class _Memory:
 
         if self.allocated is None:
             return None
-        working = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        self.facts = {"free_bytes": self.free, "working_bytes": working, "allocated_tokens": self.allocated}
-        return min(self.allocated, int((self.free - working) // self.token_bytes))
+        held, facts = [], []
+        for device, free in self.free.items():
+            working = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+            held.append(int((free - working) // self.token_bytes[device]))
+            facts.append({"free_bytes": free, "working_bytes": working})
+        # of several devices, the one that holds the fewest tokens
+        self.facts = {**facts[held.index(min(held))], "allocated_tokens": self.allocated}
+        if len(facts) > 1:
+            self.facts["devices"] = facts
+        return min(self.allocated, *held)

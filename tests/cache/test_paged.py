@@ -44,7 +44,7 @@ def test_the_largest_cache_fits_and_a_page_more_does_not(scheme):
     Its bytes are within those given, by less than a page.
     """
     scheme, free, page_size = scheme.resolve(torch.float32), 100_000, scheme.page_tokens or 16
-    tokens, token_bytes = fitting_tokens(LAYERS, scheme, free, page_size=page_size)
+    tokens, token_bytes = fitting_tokens(LAYERS, scheme, {torch.device("cpu"): free}, page_size=page_size)
     cache = PagedCache(LAYERS, scheme, pages=tokens // page_size, page_size=page_size)
 
     assert tokens % page_size == 0

@@ -12,10 +12,14 @@ import torch
 
 
 class Clock:
-    """Seconds of prefill and of decoding, on a GPU by its own events, so that nothing waits; and their tokens."""
+    """Seconds of prefill and of decoding, on a GPU by its own events, so that nothing waits; and their tokens.
+
+    device: where passes end. A pass through several begins, for the clock, once the last has ended there.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.decoded = 0
+        self._device = device
         self._gpu = device.type == "cuda"
         self._prefilled = 0
         self._spans: dict[str, list[tuple[Any, Any]]] = {"prefill": [], "decode": [], "capture": []}
@@ -34,7 +38,7 @@ class Clock:
         if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     @contextmanager
@@ -65,7 +69,7 @@ class Clock:
     def totals(self) -> dict[str, float]:
         """Tokens and seconds; what did not happen is left out."""
         if self._gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         found: dict[str, float] = {}
         tokens = {"prefill": self._prefilled, "decode": self.decoded}
         for name, spans in self._spans.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self, TypeVar
@@ -20,6 +21,7 @@ from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.learned import unpack
 from kvbench.runners.load import load as load_model
 from kvbench.runners.model_files import ComputeDtype
+from kvbench.runners.placement import Places, in_one_place
 from kvbench.runners.probe import Windows, windows
 from kvbench.runners.transformers.clock import Clock
 from kvbench.runners.transformers.forward import Forward
@@ -40,6 +42,10 @@ class TransformersModel:
     model: Any
     tokenizer: Any
     info: ModelInfo
+    places: Places = field(default=None)  # type: ignore[assignment]  # where it is: on one device, if nobody says
+
+    def __post_init__(self) -> None:
+        self.places = self.places or in_one_place(self.model)
 
     @cached_property
     def windows(self) -> Windows:
@@ -126,7 +132,9 @@ class TransformersRunner(FromHidden):
         self.info = self.loaded.info
         self.tokenizer = self.loaded.tokenizer
         self.model = self.loaded.model
-        self.device = self.model.device
+        places = self.loaded.places
+        self.device = places.last
+        self.devices = tuple(places.layers[i] for i in cache_layer_indices(self.model.config))
         wanted = self.attention
         self.attention = impl = choose(wanted, self.scheme, self.model.dtype, self.device)
         self.kernels_lack = ""  # why "auto" is the reference on a GPU
@@ -137,7 +145,7 @@ class TransformersRunner(FromHidden):
             self.scheme,
             page_size=self.page_size,
             model_dtype=self.model.dtype,
-            device=self.device,
+            devices=self.devices,
             learned=self.learned,
             destroyed=self.destroyed,
             exact_prefill=self.scoring == "prefill_exact",
@@ -145,9 +153,11 @@ class TransformersRunner(FromHidden):
         )
         loaded = self.loaded
         self._clock = Clock(self.device)
-        self._forward = Forward(self.model, lambda: loaded.windows, impl, self.nudge)
+        self._forward = Forward(self.model, places, lambda: loaded.windows, impl, self.nudge)
         self._passes = Passes(self._forward, self.memory, self._clock, self.scoring)
-        graphed = impl == "triton" and self.device.type == "cuda" and not self._forward.alone
+        # a graph is of one device
+        one = len(places.devices) == 1
+        graphed = impl == "triton" and self.device.type == "cuda" and one and not self._forward.alone
         self._generator = Generator(self._passes, self.tokenizer, graphed)
 
     def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
@@ -223,7 +233,9 @@ class TransformersRunner(FromHidden):
         while True:
             counted = self._clock.copy()
             try:
-                return call()
+                # events, graphs and what they wait for are of the device that a pass ends on
+                with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                    return call()
             except torch.OutOfMemoryError:
                 if self.memory.least:
                     raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from kvbench.attention import Batch, Implementation, append, attend
 from kvbench.cache import PagedCache
 from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.nudge import nudged
+from kvbench.runners.placement import Places
 from kvbench.runners.probe import Windows, decoder_of
 from kvbench.runners.rope import Frequencies
 
@@ -51,6 +52,18 @@ class _Step:
     layer_index: dict[int, int]  # the model's layer number to the cache's
     windows: Windows  # by the model's layer number
     impl: Implementation
+    places: Places
+    there: dict[torch.device, tuple[Tensor, tuple[Part, ...]]] = field(default_factory=dict)
+
+    def at(self, layer: int) -> tuple[Tensor, tuple[Part, ...]]:
+        """Positions and parts where this layer of the model is: they go to a device once a pass."""
+        if len(self.places.devices) == 1:
+            return self.positions, self.parts
+        device = self.places.layers[layer]
+        if device not in self.there:
+            parts = tuple(replace(part, batch=part.batch.to(device)) for part in self.parts)
+            self.there[device] = self.positions.to(device, non_blocking=True), parts
+        return self.there[device]
 
 
 _step: ContextVar[_Step] = ContextVar("kvbench_step")
@@ -84,17 +97,34 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Write the new keys and values, then read only the cache: [1, T, HQ, D]."""
     step = _step.get()
+    # Triton launches where torch stands
+    split = query.is_cuda and len(step.places.devices) > 1
+    with torch.cuda.device(query.device) if split else nullcontext():
+        return _attended(step, module, query, key, value, scaling, softcap, s_aux), None
+
+
+def _attended(
+    step: _Step,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
     layer = step.layer_index[module.layer_idx]
+    positions, parts = step.at(module.layer_idx)
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (observer := _observer.get()) is not None:
-        observer(module.layer_idx, queries, keys, values, step.positions, scaling)
+        observer(module.layer_idx, queries, keys, values, positions, scaling)
     outs = []
-    sizes = [len(part.batch.slot_mapping) for part in step.parts]
-    rows = (x.split(sizes) for x in (queries, keys, values, step.positions))
-    for part, q, k, v, positions in zip(step.parts, *rows, strict=True):
+    sizes = [len(part.batch.slot_mapping) for part in parts]
+    rows = (x.split(sizes) for x in (queries, keys, values, positions))
+    for part, q, k, v, own in zip(parts, *rows, strict=True):
         batch = part.batch
-        options: dict[str, Any] = {"impl": step.impl, "positions": positions if part.packed.scheme.learns else None}
+        options: dict[str, Any] = {"impl": step.impl, "positions": own if part.packed.scheme.learns else None}
         append(part.packed, layer, k, v, batch.slot_mapping, exact=part.window, near=batch.near, **options)
         if part.whole is not None:
             append(part.whole, layer, k, v, batch.slot_mapping, impl=step.impl)
@@ -113,7 +143,7 @@ def _attention(
                 window=None if part.whole else part.packed.scheme.window,
             )
         )
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
 
 
 @contextmanager
@@ -136,12 +166,14 @@ def paged_attention(model: Any) -> Iterator[None]:
 class Forward:
     """A model as a function of a flat batch. impl: who computes its attention. windows: see `probe`.
 
-    nudge: the seed of a noise of one ulp in the model's embedding; 0: without.
+    places: where it is. nudge: the seed of a noise of one ulp in the model's embedding; 0: without.
     """
 
-    def __init__(self, model: Any, windows: Callable[[], Windows], impl: Implementation, nudge: int = 0) -> None:
+    def __init__(
+        self, model: Any, places: Places, windows: Callable[[], Windows], impl: Implementation, nudge: int = 0
+    ) -> None:
         self.model = model
-        self.device: torch.device = model.device
+        self.places = places
         self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         self._windows = windows
         self._impl = impl
@@ -174,7 +206,8 @@ class Forward:
 
     def hidden(self, tokens: Tensor, positions: Tensor, parts: Sequence[Part]) -> Tensor:
         """Last hidden states [T, H] of tokens [T] at positions [T], which these parts are of."""
-        token = _step.set(_Step(positions, tuple(parts), self._layer_index, self._windows(), self._impl))
+        tokens, positions = (x.to(self.places.first, non_blocking=True) for x in (tokens, positions))
+        token = _step.set(_Step(positions, tuple(parts), self._layer_index, self._windows(), self._impl, self.places))
         try:
             decoder = decoder_of(self.model)
             with nudged(self.model, self._nudge) if self._nudge else nullcontext():
@@ -192,8 +225,9 @@ class Forward:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, vocabulary] in the compute dtype, by what follows the model's decoder, of hidden states [n, H]."""
-        with _decoder_returns(self.model, hidden[None].to(self.device)):
-            blank = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+        device = self.places.last
+        with _decoder_returns(self.model, hidden[None].to(device)):
+            blank = torch.zeros(1, len(hidden), dtype=torch.int64, device=device)
             logits: Tensor = self.model(input_ids=blank, use_cache=False).logits[0]
         return logits
 

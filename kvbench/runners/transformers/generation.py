@@ -31,7 +31,7 @@ class Generator:
         self._forward = passes.forward
         self.memory = passes.memory
         self._stopping = Stopping(tokenizer, self._forward.model.generation_config)
-        self._processors = Processors(self._forward.model)
+        self._processors = Processors(self._forward.model, self._forward.places.last)
         self._graphed = graphed
         self._running: list[Decoding] = []  # of the next step, in the rows' order
 
@@ -118,7 +118,7 @@ class Generator:
                 pages=pages,
                 page_size=self.memory.page_size,
                 draws=draws,
-                device=self.memory.device,
+                device=self._forward.places.last,
                 graphed=self._graphed and self._processors.of_a_set,
                 processors=self._processors or None,
             )
@@ -162,8 +162,10 @@ class Generator:
             return self._forward.hidden(tokens, positions, parts), []
         next_tokens, next_positions, decoded = batch.inputs()
         parts.append(self._passes.part(self._grown(decoded)))
-        both = torch.cat([tokens, next_tokens]), torch.cat([positions, next_positions])
-        hidden, last = self._forward.hidden(*both, parts).split([len(tokens), len(next_tokens)])
+        more = (x.to(self.memory.device, non_blocking=True) for x in (next_tokens, next_positions))
+        both = zip((tokens, positions), more, strict=True)
+        all_tokens, all_positions = map(torch.cat, both)
+        hidden, last = self._forward.hidden(all_tokens, all_positions, parts).split([len(tokens), len(next_tokens)])
         return hidden, [batch.take(self._forward.logits(last))]
 
     def _step(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:

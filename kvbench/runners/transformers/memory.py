@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from kvbench.cache import OutOfPages, PagedCache, PagePool, Rings
-from kvbench.cache.paged import Learned
+from kvbench.cache.paged import Learned, by_device
 from kvbench.schemes import Layers, Scheme
 
 SMALLEST_BATCH = 64  # tokens of a pass, below which a model that runs out of memory is given up
@@ -54,6 +54,7 @@ class Memory:
 
     caches: packed; with a window its rows in 16 bits; with `exact_prefill` the exact cache.
     rings: where the window's rows lie, with `ring`; without, all rows have a copy in 16 bits, in the same slots.
+    devices: of each layer with a cache; `device`, where passes begin.
     graphed: what must go when the caches go, for its graphs read them.
     limits: halved where the device runs out of memory.
     """
@@ -68,7 +69,7 @@ class Memory:
         *,
         page_size: int,
         model_dtype: torch.dtype,
-        device: torch.device,
+        devices: Sequence[torch.device],
         learned: Learned | None = None,
         destroyed: bool = False,
         exact_prefill: bool = False,
@@ -76,9 +77,10 @@ class Memory:
     ) -> None:
         self.caches: tuple[PagedCache, ...] = ()
         self.graphed: dict[Any, Graphed] = {}
-        self.limits = GPU_LIMITS if device.type == "cuda" else CPU_LIMITS
+        self.device = devices[0]
+        self.devices = tuple(devices)
+        self.limits = GPU_LIMITS if self.device.type == "cuda" else CPU_LIMITS
         self.page_size = page_size
-        self.device = device
         self._layers = layers
         self._model_dtype = model_dtype
         self._learned = learned
@@ -101,15 +103,19 @@ class Memory:
         """
         pages = -(-4 * (self.limits.tokens + longest) // self.page_size)
         if self.limits.memory:
-            page_bytes = int(self.page_size * sum(self._token_bytes(longest)))
-            held = sum(cache.nbytes for cache in self.caches)
+            # graphs are of a model on one device
             graphs = sum(one.graph_bytes for one in self.graphed.values())
-            free = (free_memory(self.device) - graphs + held) // page_bytes
+            free = min(
+                (free_memory(device) - graphs + sum(cache.nbytes_on(device) for cache in self.caches))
+                // int(self.page_size * token_bytes)
+                for device, token_bytes in by_device(self.devices, self._token_bytes(longest)).items()
+            )
             # a share of the memory, or what one sequence needs
             pages = min(max(wanted, least), max(int(self.limits.memory * free), least))
             if pages > free:
+                which = "device's" if len(set(self.devices)) == 1 else "fullest device's"
                 raise OutOfPages(
-                    f"the device's free memory holds {free * self.page_size} tokens of {self._schemes[0].dtype_name}, "
+                    f"the {which} free memory holds {free * self.page_size} tokens of {self._schemes[0].dtype_name}, "
                     f"and a sequence of {longest} takes {least * self.page_size} with the pages that are copied"
                 )
         there = self.caches[0].pages if self.caches else 0
@@ -131,7 +137,7 @@ class Memory:
                 pages=sizes[i][0],
                 page_size=sizes[i][1],
                 model_dtype=self._model_dtype,
-                device=self.device,
+                device=self.devices,
                 learned=self._learned if i < self._stored else None,
                 destroyed=self._destroyed and i < self._stored,
             )
@@ -168,11 +174,12 @@ class Memory:
             self.rings.copies = []
 
     def _token_bytes(self, longest: int) -> list[float]:
-        """Of each cache, bytes of a token; of a ring, those of a sequence of `longest` tokens, shared by them all."""
-        each = [scheme.token_bytes(self._layers) for scheme in self._schemes]
+        """Of each layer, bytes of a token in all caches; of a ring, those of `longest` tokens, shared by them."""
+        each = [scheme.layer_bytes(self._layers) for scheme in self._schemes]
         if self._ring is not None:
-            each[1] *= min(1.0, (self._ring.tokens(longest) + self._ring.page) / max(1, longest))
-        return each
+            share = min(1.0, (self._ring.tokens(longest) + self._ring.page) / max(1, longest))
+            each[1] = [share * layer_bytes for layer_bytes in each[1]]
+        return [sum(layer) for layer in zip(*each, strict=True)]
 
     @contextmanager
     def released_by_errors(self) -> Iterator[None]:

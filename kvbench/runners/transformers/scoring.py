@@ -27,7 +27,7 @@ def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress |
     sequences = Flat(both.tokens, firsts, contexts + counts - 1)
     tree = passes.split_tree(sequences, contexts) if passes.scoring == "prefill_exact" else passes.tree(sequences)
     wanted = Wanted.of(tree, contexts, starts_of(counts))
-    (targets,) = on_device([both.tokens[ranges(firsts + contexts, counts)]], passes.memory.device)
+    (targets,) = on_device([both.tokens[ranges(firsts + contexts, counts)]], passes.forward.places.last)
     values = torch.empty(len(targets), device=targets.device)
     likeliest = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
 
@@ -52,12 +52,15 @@ def hidden_states(
     found: list[list[Tensor]] = [[] for _ in range(len(tree))]
     done = 0
     for chunks, hidden in passes.prefill(tree):
-        rows = hidden.cpu().split(chunks.counts.tolist())
+        # no pass waits for the one before to be copied
+        rows = hidden.to("cpu", non_blocking=True).split(chunks.counts.tolist())
         for segment, own in zip(chunks.segments.tolist(), rows, strict=True):
             found[segment].append(own)
         done += int(tree.ending.counts[chunks.segments[chunks.completes]].sum())
         if progress is not None:
             progress(done, len(documents))
+    if passes.forward.places.last.type == "cuda":
+        torch.cuda.synchronize(passes.forward.places.last)
     return [torch.cat([own for segment in tree.path(leaf) for own in found[segment]]) for leaf in tree.leaf.tolist()]
 
 
