@@ -159,6 +159,13 @@ def visible_gpu(device: str) -> str:
     return shown[int(device)] if int(device) < len(shown) else device
 
 
+def visible_gpus(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all GPUs, those that this process sees; all where it can't be told which ones are meant."""
+    shown = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    known = [gpus[int(name)] for name in shown if name.isdigit() and int(name) < len(gpus)]
+    return known if known and len(known) == len(shown) else gpus
+
+
 def device_name(devices: Sequence[str]) -> str:
     """What cells run on: the names of these devices ("cpu", or as `visible_gpu` takes them), each once."""
     gpus, _ = _gpus()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.runners.model_files import ModelError, RefusedError
+from kvbench.runners.catalog import ModelSource
+from kvbench.runners.model_files import ModelError, RefusedError, one_error, read_json, transformers_config
 from kvbench.runners.probe import decoder_of
 
 
@@ -95,6 +96,27 @@ def weight_bytes(model: Any, places: Places) -> dict[torch.device, int]:
     for unit in _units(model):
         found[_device(unit, places)] += unit.nbytes
     return found
+
+
+def skeleton(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The model without memory for its weights, on the meta device.
+
+    Raises:
+        ModelError: transformers can't make it of its configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from kvbench.runners.gguf import read_gguf
+
+    assert source.path is not None
+    if source.kind == "gguf":
+        config = transformers_config(read_gguf(source.path).config)
+    elif source.kind == "shape":
+        config = transformers_config(read_json(source.path))
+    else:
+        config = transformers_config(source.path, trust_remote_code=source.trusted)
+    with one_error(f"model '{source.name}' cannot be laid out"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trusted)
 
 
 def spread(model: Any, places: Places) -> None:

@@ -105,7 +105,7 @@ def lay_out(sweep: Sweep, options: Options, parts: Parts, executor: Executor) ->
     Raises:
         ConfigError: a flag is wrong.
     """
-    every = plan(sweep, parts=parts, device=lambda: executor.device_name)
+    every = plan(sweep, parts=parts, device=lambda: executor.device_name, gpus=executor.gpus)
     cells = choose(every, options.only, options.skip)
     if not cells:
         raise ConfigError("--only and --skip together leave no cell")

@@ -46,12 +46,23 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What of a model that is spread one GPU gets. layers: those with a cache, in order. free: bytes, before it."""
+
+    gpu: int
+    layers: range
+    weights: int
+    free: int
+
+
+@dataclass(frozen=True)
 class Parts:
     """The functions; all raise ValueError with a message for a person.
 
     find_model: facts, offline. fetch_model: brings a missing model here. open_model: loads it, computing in a dtype on
     a device. make_task: the task of a spec, with the folder of a mirror. compare: how a loaded model under an exact
     cache, with a page size and an attention, agrees with itself outside kvbench; None where there is no such thing.
+    divide: what each GPU of this machine gets of a model that is spread; nothing on a CPU.
     """
 
     find_model: Callable[[ModelSpec], ModelFacts]
@@ -59,6 +70,7 @@ class Parts:
     open_model: Callable[[ModelSpec, ComputeDtype, str], LoadedModel]
     make_task: Callable[[Any, Path | None], Task]
     compare: Callable[[LoadedModel, int, Any], dict[str, Any]] | None = None
+    divide: Callable[[ModelSpec, ComputeDtype], list[Share]] | None = None
 
 
 def default_device() -> str:
@@ -76,7 +88,8 @@ def default_compute_dtype() -> ComputeDtype:
 def _source(spec: ModelSpec) -> ModelSource:
     from kvbench.runners import catalog
 
-    return replace(catalog.resolve(spec.name, spec.revision), trusted=spec.trust_remote_code)
+    source = catalog.resolve(spec.name, spec.revision)
+    return replace(source, trusted=spec.trust_remote_code, spread=spec.device_map is not None)
 
 
 def find_model(spec: ModelSpec) -> ModelFacts:
@@ -158,4 +171,29 @@ def compare(model: LoadedModel, page_size: int, attention: Any) -> dict[str, Any
     return asdict(agreement.check(model, page_size=page_size, attention=attention))
 
 
-REAL = Parts(find_model, fetch_model, open_model, make_task, compare)
+def divide(spec: ModelSpec, compute_dtype: ComputeDtype) -> list[Share]:
+    """What each GPU of this machine gets of a model that is spread; nothing where that can't matter.
+
+    Raises:
+        ValueError: its layers can't be spread.
+    """
+    import torch
+
+    from kvbench.runners import facts, placement
+
+    source = _source(spec)
+    if default_device() == "cpu" or source.kind == "embedded":  # one of packages, which any GPU holds
+        return []
+    model = placement.skeleton(source, getattr(torch, compute_dtype))
+    devices, room = placement.devices_of("cuda")
+    places = placement.divide(model, devices, room)
+    sizes, free = placement.weight_bytes(model, places), dict(zip(devices, room, strict=True))
+    at = [places.layers[i] for i in facts.cache_layer_indices(model.config)]
+    return [
+        Share(number, range(at.index(device), at.index(device) + at.count(device)), sizes[device], int(free[device]))
+        for number, device in enumerate(places.devices)
+        if device in at
+    ]
+
+
+REAL = Parts(find_model, fetch_model, open_model, make_task, compare, divide)

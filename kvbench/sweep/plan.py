@@ -172,9 +172,15 @@ class Cell:
 
 
 def plan(
-    sweep: Sweep, done: Collection[str] = (), parts: Parts = REAL, device: Callable[[], str] = lambda: "cpu"
+    sweep: Sweep,
+    done: Collection[str] = (),
+    parts: Parts = REAL,
+    device: Callable[[], str] = lambda: "cpu",
+    gpus: Callable[[ModelSpec], int] = lambda _: 1,
 ) -> list[Cell]:
     """The cells of a sweep that are not `done`, in the order they run. device: names what they run on, if one is timed.
+
+    gpus: how many of them a model is on.
 
     The cells of a model follow each other, so that it is loaded once: first the baseline's, then the canary's (a sweep
     whose quantization is not in effect stops there), the baseline's once more, then the others, task by task within a
@@ -201,13 +207,19 @@ def plan(
         for scheme, role in schemes:
             check_scheme(facts, scheme)
             for task in tasks:
-                own = place if task.timed else None
+                own = on_several(place, spec, gpus) if place and task.timed else None
                 of_model.append(Cell(spec, facts, scheme, task, sweep.scoring, sweep.seed, sweep.limit, role, own))
         if facts.backend != DEFAULT:
             check_backend(of_model, sweep.attention, device())
         for cell in [*of_model, *(quantized_repeats(of_model) if sweep.again and "noise" in gives else [])]:
             cells.setdefault(cell.name, cell)
     return [cell for name, cell in cells.items() if name not in done]
+
+
+def on_several(place: Place, spec: ModelSpec, gpus: Callable[[ModelSpec], int]) -> Place:
+    """The place of a model that may be on several GPUs."""
+    count = gpus(spec) if spec.device_map else 1
+    return replace(place, device=f"{count} × {place.device}") if count > 1 else place
 
 
 def quantized_repeats(cells: Sequence[Cell]) -> list[Cell]:

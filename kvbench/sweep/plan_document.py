@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,16 @@ from kvbench.measured import of_records, prompt_forms
 from kvbench.render import Column, Document, Table
 from kvbench.sweep import estimate
 from kvbench.sweep.command import Planned, not_done
-from kvbench.sweep.parts import ModelFacts, default_device
+from kvbench.sweep.parts import REAL, ModelFacts, Parts, Share, default_device
 from kvbench.sweep.plan import Cell, done_otherwise, doubts, missing_data, too_long, unserved, unsuited
 from kvbench.sweep.progress import Clock, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
+from kvbench.tasks.throughput import RESERVE_BYTES
 
 HOUR = 3600
 
 Rows = list[dict[str, Any]]  # a cell each
+Shares = Mapping[ModelFacts, Sequence[Share]]
 
 
 def plan_rows(planned: Planned) -> Rows:
@@ -64,14 +66,21 @@ def _lacks(planned: Planned) -> list[str]:
     )
 
 
-def plan_document(planned: Planned, context: int | None = None) -> Document:
+def plan_document(planned: Planned, context: int | None = None, parts: Parts = REAL) -> Document:
     """What would run: its tables, and what they add up to."""
     rows = plan_rows(planned)
-    sections, notes = _tables(planned, rows, context), _summary(planned, rows)
+    shares = _shares(planned, parts)
+    sections, notes = _tables(planned, rows, context, shares), _summary(planned, rows, shares)
     return Document(f"{planned.sweep.name}: what it would run", sections, notes=notes, rows=rows, fields=list(rows[0]))
 
 
-def _tables(planned: Planned, rows: Rows, context: int | None) -> list[Table]:
+def _shares(planned: Planned, parts: Parts) -> Shares:
+    """Of each model that is spread and is here, what each GPU gets of it."""
+    models = dict.fromkeys((cell.spec, cell.model) for cell in planned.cells if cell.spec.device_map)
+    return {model: parts.divide(spec, model.compute_dtype) for spec, model in models if parts.divide and model.revision}
+
+
+def _tables(planned: Planned, rows: Rows, context: int | None, shares: Shares) -> list[Table]:
     """A table a model: a row a scheme, a column a task with the state of its cell.
 
     context: tokens of the sequence whose bytes are stated; the model's longest where it is None.
@@ -90,7 +99,8 @@ def _tables(planned: Planned, rows: Rows, context: int | None) -> list[Table]:
             Column(("bits/value", *at)),
             Column(("KV KiB/", "token"), drop=2),
             Column(("KV MiB at", f"{length or '?'} tokens"), drop=1),
-            *(Column((task,), numeric=False, drop=place + 3) for place, task in enumerate(tasks)),
+            *([Column(("tokens", "that fit"), drop=3)] if shares.get(model) else []),
+            *(Column((task,), numeric=False, drop=place + 4) for place, task in enumerate(tasks)),
         ]
         table = []
         for dtype, rotation in dict.fromkeys((row["dtype"], row["rotation"]) for row in of_model):
@@ -101,21 +111,44 @@ def _tables(planned: Planned, rows: Rows, context: int | None) -> list[Table]:
                 whole = cell.scheme.nbytes(model.layers, length, cell.compute_dtype)
                 sizes = [f"{size / 1024:.1f}", f"{whole / 2**20:.1f}"]
             bits = cell.bits_at(length) if length else cell.bits_per_value
-            table.append([dtype, rotation, f"{bits:.2f}", *sizes, *(status.get(task, "-") for task in tasks)])
+            fits = [f"{_fitting(cell, shares[model]):,}"] if shares.get(model) else []
+            table.append([dtype, rotation, f"{bits:.2f}", *sizes, *fits, *(status.get(task, "-") for task in tasks)])
         tables.append(Table(_model_line(model), columns, table))
     return tables
 
 
-def _summary(planned: Planned, rows: Rows) -> list[str]:
+def _fitting(cell: Cell, shares: Sequence[Share]) -> int:
+    """Tokens in the cache of the GPU that holds the fewest, beside its weights and room for a pass."""
+    assert cell.model.layers is not None
+    each = cell.resolved.layer_bytes(cell.model.layers)
+    found = ((one.free - one.weights - RESERVE_BYTES) / sum(each[i] for i in one.layers) for one in shares)
+    return max(0, int(min(found)))
+
+
+def _memory(model: ModelFacts, shares: Sequence[Share]) -> list[str]:
+    """What the weights take, and of a model that is spread on which GPU."""
+    if shares:
+        lines = [f"memory: {sum(one.weights for one in shares) / 2**30:.1f} GiB of weights ({model.name})"]
+        lines[0] += f" over {len(shares)} GPUs, and the KV cache of the table"
+        return lines + [
+            f"  GPU {one.gpu}: layers {one.layers[0]} to {one.layers[-1]}, {one.weights / 2**30:.1f} GiB of the "
+            f"{one.free / 2**30:.1f} that are free"
+            for one in shares
+        ]
+    if not model.parameters:
+        return []
+    size = model.parameters * getattr(torch, model.compute_dtype).itemsize
+    return [f"memory: {size / 2**30:.1f} GiB of weights ({model.name}), and the KV cache of the table"]
+
+
+def _summary(planned: Planned, rows: Rows, shares: Shares) -> list[str]:
     """Lines below the tables: how much is left, how long that takes, what is missing, where results go."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
     lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     lines += done_otherwise(planned.cells, planned.contents.records.values())
     lines += _time([row for row in rows if row["status"] == "to run"])
     for model in dict.fromkeys(cell.model for cell in planned.cells):
-        if model.parameters:
-            size = model.parameters * getattr(torch, model.compute_dtype).itemsize
-            lines.append(f"memory: {size / 2**30:.1f} GiB of weights ({model.name}), and the KV cache of the table")
+        lines += _memory(model, shares.get(model, ()))
     if planned.sweep.limit:
         lines.append(f"limit {planned.sweep.limit}: NOT A REAL SCORE")
     records = planned.contents.records.values()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvbench.environment import own_gpus, visible_gpu
+from kvbench.environment import own_gpus, visible_gpu, visible_gpus
 from kvbench.results import Record, Tensors, describe
 from kvbench.results.record import checksum
 from kvbench.runners.base import (
@@ -145,7 +145,7 @@ class Bench:
             return self.session.run(cell)
         assert self.session is not None
         self.tell(Started(cell.name))
-        return Finished(failed(cell, self.session, self.job.environment, 0.0), [], is_broken())
+        return Finished(failed(cell, self.session, on_its_gpus(self.job, cell.spec).environment, 0.0), [], is_broken())
 
     def _open(self, cell: Cell) -> None:
         self.session = None
@@ -155,9 +155,10 @@ class Bench:
         began = time.perf_counter()
         try:
             model = self.job.parts.open_model(cell.spec, cell.model.compute_dtype, self.job.device)
+            job = on_its_gpus(self.job, cell.spec)
             check_revision(cell.model, model.info)
             loaded = time.perf_counter() - began
-            self.session = Session(model, self.job, self.tell, loaded, self._agreement(cell, model))
+            self.session = Session(model, job, self.tell, loaded, self._agreement(cell, model, job))
         except RefusedError:
             raise_if_stopped()
             raise
@@ -167,21 +168,27 @@ class Bench:
             self.session = error
         self.model = (cell.spec, cell.model)
 
-    def _agreement(self, cell: Cell, model: LoadedModel) -> dict[str, Any] | None:
+    def _agreement(self, cell: Cell, model: LoadedModel, job: Job) -> dict[str, Any] | None:
         """How the exact cache agrees with the model, as is known already or as is found now."""
-        job = self.job
         if not job.agreement or job.parts.compare is None or "agreement" not in cell.model.runs_on.gives:
             return None
         place = {"device": job.device, "attention": job.attention, "page_size": job.page_size}
+        if cell.spec.device_map:
+            place["device_map"] = f"{cell.spec.device_map} over {len(job.environment.get('gpus') or [])}"
         key = key_of(cell.identity["model"], place, job.environment)
         return job.known.get(key) or {**job.parts.compare(model, job.page_size, job.attention), "key": key}
 
 
-def on_its_gpu(job: Job) -> Job:
-    """The job with this process's GPU alone in its environment, as CUDA names it where no number says which it is."""
+def on_its_gpus(job: Job, spec: ModelSpec) -> Job:
+    """The job with the GPUs alone in its environment that this process runs a model on: its first, or all.
+
+    One that no number tells is that which CUDA names.
+    """
     gpus = job.environment.get("gpus") or []
     if job.device == "cpu" or len(gpus) < 2:
         return job
+    if spec.device_map:
+        return replace(job, environment={**job.environment, "gpus": visible_gpus(gpus)})
     own = own_gpus(gpus, visible_gpu("cuda"))
     with contextlib.suppress(RuntimeError):  # a GPU that can't be used is the first cell's error
         if len(own) > 1:
@@ -228,7 +235,8 @@ class Session:
             clear_garbage()  # the last cell's cache
             if on_gpu:
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+                for gpu in range(torch.cuda.device_count()):
+                    torch.cuda.reset_peak_memory_stats(gpu)
             other = cell.again and not cell.task.timed and not cell.nudge
             seed = cell.seed + 1 if other else cell.seed
             own = self._runner(cell, cell.scheme, destroyed=cell.canary, nudge=cell.nudge)
@@ -247,7 +255,10 @@ class Session:
             }
             # an engine that does not say what it does takes all memory at once
             if on_gpu and "clock" in cell.model.runs_on.gives:
-                timings["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+                # of the fullest GPU, where it has several
+                timings["peak_memory_bytes"] = max(
+                    map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
+                )
         except Exception as error:
             raise_if_stopped()
             raise_if_full(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,14 +20,17 @@ def _backend(value: Any) -> Any:
 Backend = Annotated[str, BeforeValidator(_backend)]
 
 # what lm-eval's --model_args calls a key of ours, and what to do about those that are none
-MODEL_ARGS = {"revision": "revision", "dtype": "compute_dtype", "trust_remote_code": "trust_remote_code"}
+MODEL_ARGS = {
+    "revision": "revision",
+    "dtype": "compute_dtype",
+    "trust_remote_code": "trust_remote_code",
+    "device_map": "device_map",
+}
 ELSEWHERE = {
     "pretrained": "it is the model's `name`",
     "attn_implementation": "a model's attention is kvbench's own, over its cache: see `attention`",
     "device": "see --devices",
     "batch_size": "kvbench fills its passes by memory",
-    "parallelize": "a model is on one GPU",
-    "device_map": "a model is on one GPU",
 }
 
 
@@ -41,6 +44,8 @@ def _model_args(given: Any) -> dict[str, Any]:
         given = {key.strip(): truth.get(value.strip().lower(), value.strip()) for key, _, value in pairs}
     if not isinstance(given, dict):
         raise ValueError(f"model_args: expected KEY=VALUE,KEY=VALUE or a mapping, not {given!r}")
+    if given.get("parallelize") is True:  # lm-eval's word for it
+        given = {key: value for key, value in given.items() if key != "parallelize"} | {"device_map": "auto"}
     for key in given:
         if key not in MODEL_ARGS:
             taken = f"only {', '.join(MODEL_ARGS)} are taken"
@@ -72,10 +77,23 @@ class ModelSpec(Strict):
     backend: Backend = DEFAULT
     """What runs it: kvbench's own cache under `transformers`, or another engine's own under its name."""
     model_args: str | dict[str, Any] | None = None
-    """`revision`, `compute_dtype` (its `dtype`) and `trust_remote_code` as lm-eval writes them: a mapping, or
-    `revision=main,dtype=bfloat16`."""
-    gpus: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
-    """The share of a GPU that a worker with it takes in a cluster; no number hangs on it."""
+    """`revision`, `compute_dtype` (its `dtype`), `trust_remote_code` and `device_map` (or `parallelize=True`) as
+    lm-eval writes them: a mapping, or `revision=main,dtype=bfloat16`."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: of a model that one GPU does not hold, the layers and their pages go over all GPUs of its process."""
+    gpus: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    """The GPUs that a worker with it takes in a cluster: a share of one, or with `device_map` several; no score hangs
+    on it."""
+
+    @model_validator(mode="after")
+    def _gpus_that_it_can_use(self) -> Self:
+        if self.gpus > 1 and (self.device_map is None or self.gpus != int(self.gpus)):
+            raise ValueError(
+                f"gpus: {self.gpus:g}: a share of one GPU, or with device_map: auto a whole number of them"
+            )
+        if self.device_map and self.backend != DEFAULT:
+            raise ValueError(f"device_map: backend {self.backend} spreads models itself; only {DEFAULT} takes it")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -99,6 +99,31 @@ def test_lm_evals_model_args_are_keys_of_a_model(parse, toy, args):
     assert names[0] != [cell.name for cell in plan(parse(GOOD), parts=toy.PARTS)]
 
 
+@pytest.mark.parametrize("args", ["device_map=auto", "parallelize=True"])
+def test_a_model_over_several_gpus_has_the_same_cells(parse, toy, args):
+    """
+    However it is written. Which GPU has a layer decides no score, so no name either, but a speed: of so many of them.
+    """
+    text = GOOD.replace("model: toy", "model: " + json.dumps({"name": "toy", "model_args": args}))
+    spread = parse(text)
+    own = parse(GOOD.replace("model: toy", "model: {name: toy, device_map: auto, gpus: 2}"))
+    cells = [plan(one, parts=toy.PARTS, gpus=lambda _: 2) for one in (spread, own, parse(GOOD))]
+
+    assert spread.all_models[0].device_map == own.all_models[0].device_map == "auto"
+    assert len({tuple(cell.name for cell in one) for one in cells}) == 1
+    timed = json.dumps([{"task": "toy_a", "timed": True}])
+    places = [
+        plan(
+            parse(GOOD.replace("model: toy", f"model: {model}"), f"tasks={timed}"),
+            parts=toy.PARTS,
+            device=lambda: "H100",
+            gpus=lambda spec: 2,
+        )[0].place.device
+        for model in ("toy", "{name: toy, device_map: auto}")
+    ]
+    assert places == ["H100", "2 × H100"]
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -107,10 +132,14 @@ def test_lm_evals_model_args_are_keys_of_a_model(parse, toy, args):
             "attn_implementation: a model's attention is kvbench's",
         ),
         ("{name: toy, model_args: 'pretrained=gpt2'}", "pretrained: it is the model's `name`"),
-        ("{name: toy, model_args: {peft: x}}", "peft: only revision, dtype, trust_remote_code are taken"),
+        ("{name: toy, model_args: {peft: x}}", "peft: only revision, dtype, trust_remote_code, device_map are taken"),
         ("{name: toy, model_args: 'dtype'}", "expected KEY=VALUE,KEY=VALUE, not 'dtype'"),
         ("{name: toy, model_args: 'dtype=auto'}", "dtype: name one of float32, bfloat16, float16"),
         ("{name: toy, model_args: 'dtype=int8'}", "unknown value 'int8': one of float32, bfloat16, float16"),
+        ("{name: toy, gpus: 2}", "gpus: 2: a share of one GPU, or with device_map: auto a whole number of them"),
+        ("{name: toy, device_map: auto, gpus: 1.5}", "gpus: 1.5: a share of one GPU"),
+        ("{name: toy, device_map: cuda}", "unknown value 'cuda'"),
+        ("{name: toy, device_map: auto, backend: vllm}", "device_map: backend vllm spreads models itself"),
         ("{name: toy, model_args: [1]}", "expected KEY=VALUE,KEY=VALUE or a mapping"),
         ("{name: toy, compute_dtype: float32, model_args: 'dtype=float32'}", "and compute_dtype say the same"),
     ],

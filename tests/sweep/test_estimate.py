@@ -10,6 +10,7 @@ import torch
 
 from kvbench.sweep import command, estimate
 from kvbench.sweep.estimate import Rates, seconds
+from kvbench.sweep.parts import Share
 from kvbench.sweep.plan_document import plan_document
 from kvbench.tasks import make_task
 from kvbench.tasks.base import Work
@@ -75,6 +76,26 @@ def plan(toy, tmp_path, monkeypatch):
         return plan_document(command.prepare(config, options, parts)).notes
 
     return lines
+
+
+def test_a_plan_says_which_gpu_has_what(toy, tmp_path):
+    """
+    Of a model that is spread: layers, weights, and by the GPU with the least room a layer how many tokens fit.
+    """
+    shares = [Share(0, range(1), 3 * 2**30, 5 * 2**30), Share(1, range(1, 3), 2 * 2**30, 6 * 2**30)]
+    parts = replace(toy.PARTS, divide=lambda spec, dtype: shares)
+    model = {"name": "toy", "device_map": "auto"}
+    config = toy.write_config(tmp_path / "toys.yaml", model=model, dtypes=["fp16"], canary=False, again=False)
+    prepared = command.prepare(config, command.Options(output=tmp_path / "out"), parts)
+    document = plan_document(prepared, parts=parts)
+
+    assert document.notes[2:5] == [
+        "memory: 5.0 GiB of weights (toy) over 2 GPUs, and the KV cache of the table",
+        "  GPU 0: layers 0 to 0, 3.0 GiB of the 5.0 that are free",
+        "  GPU 1: layers 1 to 2, 2.0 GiB of the 6.0 that are free",
+    ]
+    column = [" ".join(one.lines) for one in document.sections[0].columns].index("tokens that fit")
+    assert document.sections[0].rows[0][column] == f"{2**30 // (2 * 2 * 2 * 64):,}"  # 1 GiB for one layer in 16 bits
 
 
 LONG = {"task": "toy_a", "tokens": 1000}  # 50 documents: 100 seconds a cell, of which there are two

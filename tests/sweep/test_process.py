@@ -17,9 +17,10 @@ from kvbench.results import Store
 from kvbench.sweep import command
 from kvbench.sweep.command import Options, make_executor, run_sweep
 from kvbench.sweep.executors.inline import Inline
-from kvbench.sweep.executors.process import ProcessPool, ProcessSeat, seat_for
+from kvbench.sweep.executors.process import Processes, ProcessPool, ProcessSeat, seat_for
 from kvbench.sweep.job import Job
-from kvbench.sweep.session import on_its_gpu
+from kvbench.sweep.session import on_its_gpus
+from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError
 from kvbench.yaml_text import ConfigError
 
@@ -131,13 +132,16 @@ def test_on_a_gpu_cells_never_run_in_the_parent(monkeypatch):
         (None, "1", {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["B"]),
         ("1,0", "0", {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["B"]),
         ("GPU-5e2f, 0", "0", {"CUDA_VISIBLE_DEVICES": "GPU-5e2f", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["A", "B"]),
-        ("1", "cuda", {}, ["B"]),
+        # which of them a cell runs on, its model decides
+        ("1", "cuda", {}, ["A", "B"]),
+        ("1,0", "cuda", {}, ["A", "B"]),
         (None, "cuda", {}, ["A", "B"]),
     ],
 )
 def test_a_process_sees_the_gpu_that_was_meant(monkeypatch, shown, device, seen, own):
     """
-    Numbers count what CUDA_VISIBLE_DEVICES shows, UUIDs included; where no number says which GPU, CUDA will name it.
+    Numbers count what CUDA_VISIBLE_DEVICES shows, UUIDs included; where no number says which GPU, CUDA will name it. A
+    model that is spread has them all.
     """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if shown:
@@ -148,7 +152,24 @@ def test_a_process_sees_the_gpu_that_was_meant(monkeypatch, shown, device, seen,
     assert seat.variables == seen
     assert [gpu["name"] for gpu in seat.job.environment["gpus"]] == own
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "B")
-    assert on_its_gpu(seat.job).environment["gpus"] == [{"name": "B"}]
+    assert on_its_gpus(seat.job, ModelSpec(name="one")).environment["gpus"] == [{"name": "B"}]
+    spread = on_its_gpus(seat.job, ModelSpec(name="large", device_map="auto")).environment["gpus"]
+    all_seen = ["AB"[int(one)] for one in (shown or "0,1").split(",")] if device == "cuda" else own
+    assert [gpu["name"] for gpu in spread] == all_seen
+
+
+def test_a_model_that_is_spread_needs_a_process_of_its_own(monkeypatch, toy):
+    """
+    With --devices each process sees one GPU, so what would then not fit is said before anything is loaded.
+    """
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    spec = ModelSpec(name="toy", device_map="auto")
+    cell = SimpleNamespace(spec=spec, model=toy.find_model(spec))
+
+    assert Processes(["cuda"]).missing([cell]) == []
+    assert Processes(["cuda"]).gpus(spec) == 4
+    (line,) = Processes(["0", "1"]).missing([cell])
+    assert line.startswith("model toy: device_map: auto goes over all GPUs of one process, and with --devices each has")
 
 
 def test_a_process_that_died_between_two_cells_costs_none(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 
 from kvbench.results import Store
 from kvbench.sweep.command import Options, make_executor, run_sweep
-from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences
+from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences, room_for
 from kvbench.sweep.executors.ray_worker import Needs, look
 from kvbench.sweep.stopping import UnusableError
 from kvbench.yaml_text import ConfigError
@@ -237,6 +237,17 @@ def test_small_models_share_a_gpu():
 
     assert [capacity(gpus, share) for share in (1.0, 0.5, 0.4, 0.3, 0.1)] == [2, 4, 4, 6, 20]
     assert capacity(cpus, 0.5) == 3
+
+
+def test_a_large_model_takes_several_gpus_of_a_node():
+    """
+    A node has room for as many of its workers as it has so many GPUs; where no node has, `missing` says so.
+    """
+    four, two = Node("a", "a", 4.0, 16.0), Node("b", "b", 2.0, 16.0)
+
+    assert [[capacity(node, share) for share in (2.0, 3.0, 4.0)] for node in (four, two)] == [[2, 1, 1], [1, 0, 0]]
+    assert room_for([four, two], 4.0)
+    assert not room_for([two], 3.0)
 
 
 def test_a_worker_with_a_share_of_a_gpu_plans_for_that(monkeypatch):

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from kvbench.environment import device_name
+from kvbench.sweep.executors.base import gpus_here
 from kvbench.sweep.job import Job, Tell
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.session import Bench, on_its_gpu
+from kvbench.sweep.session import Bench
+from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError, raise_if_stopped
 
 
@@ -24,13 +26,17 @@ class Inline:
         """See Executor."""
         return device_name([self.device])
 
+    def gpus(self, spec: ModelSpec) -> int:
+        """See Executor."""
+        return gpus_here(self.device, spec)
+
     def missing(self, cells: Sequence[Cell]) -> list[str]:
         """See Executor."""
         return []
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor. A GPU that fails every further call ends it, since its memory is free with this process."""
-        bench = Bench(on_its_gpu(job), partial(tell, 0))
+        bench = Bench(job, partial(tell, 0))
         try:
             for cell in cells:
                 finished = bench.run(cell)

@@ -18,10 +18,12 @@ import torch
 
 from kvbench.environment import device_name, own_gpus, visible_gpu
 from kvbench.runners.model_files import RefusedError
+from kvbench.sweep.executors.base import gpus_here
 from kvbench.sweep.executors.pool import Died, Queue, Seat, share_out
 from kvbench.sweep.job import Advanced, Event, Job, Step, Tell
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.session import Bench, on_its_gpu
+from kvbench.sweep.session import Bench
+from kvbench.sweep.spec import ModelSpec
 
 ADVANCE_SECONDS = 0.1  # between two messages about the same cell
 END_SECONDS = 20.0  # that a process which hangs up has to end: one whose GPU failed may hang
@@ -60,7 +62,7 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
             os._exit(1)
 
     try:
-        bench = Bench(on_its_gpu(connection.recv()), Sparing(send, ADVANCE_SECONDS))
+        bench = Bench(connection.recv(), Sparing(send, ADVANCE_SECONDS))
         while True:
             cell: Cell = connection.recv()
             try:
@@ -102,6 +104,10 @@ class Processes:
         """See Executor."""
         return device_name(self.devices)
 
+    def gpus(self, spec: ModelSpec) -> int:
+        """See Executor."""
+        return gpus_here(self.device, spec)
+
     def missing(self, cells: Sequence[Cell]) -> list[str]:
         """See Executor."""
         count = torch.cuda.device_count() if any(one != "cpu" for one in self.devices) else 0
@@ -110,7 +116,7 @@ class Processes:
             f"GPU {one}: this machine has {here}; name others with --devices, or leave it out"
             for one in self.devices
             if one.isdigit() and int(one) >= count
-        ]
+        ] + spread_over_none(cells, self.devices)
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor."""
@@ -199,6 +205,16 @@ class ProcessPool:
             self.replace(seat)
 
 
+def spread_over_none(cells: Sequence[Cell], devices: Sequence[str]) -> list[str]:
+    """A line for each model that is to be spread, where each process sees one of the GPUs."""
+    spread = dict.fromkeys(cell.model.name for cell in cells if cell.spec.device_map)
+    return [
+        f"model {name}: device_map: auto goes over all GPUs of one process, and with --devices each has one: leave "
+        "that out (CUDA_VISIBLE_DEVICES says which GPUs there are), or take --executor ray and gpus: N"
+        for name in (spread if [*devices] != ["cuda"] and any(one != "cpu" for one in devices) else ())
+    ]
+
+
 def seat_for(number: int, device: str, job: Job) -> ProcessSeat:
     """A seat on "cpu", on a GPU by its number among those that CUDA_VISIBLE_DEVICES shows, or on "cuda", the first."""
     if device == "cpu":
@@ -206,7 +222,8 @@ def seat_for(number: int, device: str, job: Job) -> ProcessSeat:
         own_job = replace(job, device="cpu", environment=environment)
         return ProcessSeat(number, job=own_job, variables={"CUDA_VISIBLE_DEVICES": ""})
     name = visible_gpu(device)
-    own = own_gpus(job.environment.get("gpus") or [], name)
+    gpus = job.environment.get("gpus") or []
+    own = gpus if device == "cuda" else own_gpus(gpus, name)  # a model may be spread over all that are visible
     environment = {**job.environment, "device": "cuda", "gpus": own}
     # numbered as nvidia-smi does, whose names the environment has
     variables = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": name, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -19,6 +19,7 @@ from kvbench.sweep.executors.pool import Died, Queue, Seat, share_out
 from kvbench.sweep.job import Event, Finished, Job, Tell
 from kvbench.sweep.parts import Parts
 from kvbench.sweep.plan import Cell
+from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError
 
 TRIES = 3  # of a cell, each on another node where there is one
@@ -209,6 +210,10 @@ class Ray:
         gpus = [gpu["name"] for node in self.cluster.nodes() for gpu in (node.environment or {}).get("gpus") or ()]
         return " + ".join(dict.fromkeys(gpus)) or "GPU"
 
+    def gpus(self, spec: ModelSpec) -> int:
+        """See Executor."""
+        return 0 if self.device == "cpu" else max(1, int(spec.gpus))
+
     def missing(self, cells: Sequence[Cell]) -> list[str]:
         """See Executor."""
         models = list(dict.fromkeys((cell.spec, cell.model) for cell in cells))
@@ -221,7 +226,9 @@ class Ray:
         has = sum(node.gpus if what == "GPU" else node.cpus for node in nodes)
         if self.workers is not None and self.workers > room:
             return [f"--workers {self.workers}: the cluster has {has:g} {what}s on {len(nodes)} nodes, room for {room}"]
-        return self.cluster.survey()
+        needy = [(planned.name, spec.gpus) for spec, planned in models if not room_for(nodes, spec.gpus)]
+        lines = [f"model {name}: gpus: {share:g}: no node of the cluster has so many" for name, share in needy]
+        return lines + self.cluster.survey()
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor. The cluster may grow and shrink while it runs."""
@@ -237,8 +244,15 @@ class Ray:
 
 
 def capacity(node: Node, share: float) -> int:
-    """Workers that a node has room for: so many to each GPU; one to a CPU where it has none."""
-    return int(node.gpus) * int(1 / share + 1e-9) if node.gpus else int(node.cpus)
+    """Workers that a node has room for: so many to each GPU, or so many GPUs each; one to a CPU where it has none."""
+    if not node.gpus:
+        return int(node.cpus)
+    return int(node.gpus / share) if share > 1 else int(node.gpus) * int(1 / share + 1e-9)
+
+
+def room_for(nodes: Sequence[Node], share: float) -> bool:
+    """Whether a worker that takes so much fits somewhere, or may once the cluster has grown."""
+    return not nodes or any(capacity(node, share) for node in nodes)
 
 
 @dataclass

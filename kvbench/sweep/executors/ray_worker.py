@@ -58,7 +58,7 @@ class Worker:
         import torch
 
         from kvbench.sweep.executors.process import Sparing
-        from kvbench.sweep.session import Bench, on_its_gpu
+        from kvbench.sweep.session import Bench
 
         self.number = number
         self.keeper = keeper
@@ -66,7 +66,7 @@ class Worker:
         environment = {**describe(), "device": job.device}
         if job.device != "cpu" and share < 1:
             torch.cuda.set_per_process_memory_fraction(share)
-        own = on_its_gpu(replace(job, baselines=Shared(keeper, number), environment=environment))
+        own = replace(job, baselines=Shared(keeper, number), environment=environment)
         self.bench = Bench(own, Sparing(self._tell, ADVANCE_SECONDS))
 
     def _tell(self, step: Step) -> None:
