@@ -16,7 +16,7 @@ from kvbench_kernels.tiers import Rank
 from kvbench_kernels.tuning import INTERPRETED
 
 # what a query keeps beyond its first 16 bits, times this: neither part is then a subnormal number
-_LOWER = tl.constexpr(2048.0)
+LOWER = tl.constexpr(2048.0)
 LARGEST = 60000.0  # of an offset, turned or not: it is multiplied in fp16
 
 
@@ -53,7 +53,7 @@ class Center:
                 f"an offset of {largest:.3g} is beyond what is multiplied in 16 bits: {LARGEST:.0f} at most"
             )
         upper = turned.to(torch.float16)
-        return cls(offset, torch.stack([upper, ((turned - upper) * _LOWER.value).to(torch.float16)], 2), page)
+        return cls(offset, torch.stack([upper, ((turned - upper) * LOWER.value).to(torch.float16)], 2), page)
 
     def check(self, k: Side, head_dim: int, block_n: int = 1) -> None:
         """Raises ValueError where these are not the offsets of such keys, or pages no whole tiles of block_n tokens."""
@@ -62,6 +62,12 @@ class Center:
             raise ValueError(f"offsets are {list(self.offset.shape)}, not [pages or 1, {want[0]}, {want[1]}]")
         if self.last and self.page % block_n:
             raise ValueError(f"pages of {self.page} positions are not whole tiles of {block_n} tokens")
+
+    @property
+    def turned(self) -> Center:
+        """The same for rows that stay turned."""
+        upper, lower = self.parts.to(torch.float32).unbind(2)
+        return Center((upper + lower / LOWER.value).contiguous(), self.parts, self.page)
 
     @property
     def last(self) -> int:
@@ -148,7 +154,7 @@ def scores_by_page(q: Tensor, center: Center, tokens: int, *, scale: float, soft
 def upper_and_lower(x):
     """x as two fp16 tiles: rounded, and what that took away, enlarged."""
     upper = x.to(tl.float16)
-    return upper, ((x - upper.to(tl.float32)) * _LOWER).to(tl.float16)
+    return upper, ((x - upper.to(tl.float32)) * LOWER).to(tl.float16)
 
 
 @triton.jit
@@ -169,30 +175,36 @@ def center_scores(
     HKV: tl.constexpr,
     D: tl.constexpr,
     BITS: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
-    """[16, COLUMNS] float32: each query times the offset of each page, to about 22 bits."""
+    """[16, COLUMNS] float32: each query times the offset of each page, to about 22 bits.
+
+    PARTS: that a row's words are cut into, each of BLOCK_KW; the streams of the first come first.
+    """
     WORDS: tl.constexpr = D * BITS // 16
     # beyond a row's words queries are 0
     word = (kw if kw.shape[0] == WORDS else kw % WORDS)[None, :]
     score = tl.zeros([page.shape[0], q_upper[0].shape[1]], tl.float32)
     rest = tl.zeros([page.shape[0], q_upper[0].shape[1]], tl.float32)
-    if BITS == 8:
-        at = parts_ptr + (page * HKV + kv_head) * D + word
-        first_words = tl.load(at)
-        second_words = tl.load(at + D // 2)
-    else:
-        at = parts_ptr + (page * HKV + kv_head) * (2 * D) + word
-    for stream in tl.static_range(16 // BITS):
+    for part in tl.static_range(PARTS):
+        of_part = word + part * kw.shape[0]
         if BITS == 8:
-            first = (first_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
-            second = (second_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
+            at = parts_ptr + (page * HKV + kv_head) * D + of_part
+            first_words = tl.load(at)
+            second_words = tl.load(at + D // 2)
         else:
-            first = tl.load(at + stream * WORDS)
-            second = tl.load(at + (stream * WORDS + D))
-        score = tl.dot(first, q_upper[stream], score)
-        rest = tl.dot(first, q_lower[stream], rest)
-        rest = tl.dot(second, q_upper[stream], rest)
-    return score + rest * (1 / _LOWER)
+            at = parts_ptr + (page * HKV + kv_head) * (2 * D) + of_part
+        for stream in tl.static_range(16 // BITS):
+            if BITS == 8:
+                first = (first_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
+                second = (second_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
+            else:
+                first = tl.load(at + stream * WORDS)
+                second = tl.load(at + (stream * WORDS + D))
+            score = tl.dot(first, q_upper[part * (16 // BITS) + stream], score)
+            rest = tl.dot(first, q_lower[part * (16 // BITS) + stream], rest)
+            rest = tl.dot(second, q_upper[part * (16 // BITS) + stream], rest)
+    return score + rest * (1 / LOWER)
 
 
 @triton.jit
@@ -212,5 +224,5 @@ def row_center_scores(
     both = tl.load(at, mask=is_channel[:, None] & (column < 2), other=0.0)
     score = tl.dot(q_upper, both)
     rest = tl.dot(q_lower, both)
-    score = tl.where(column == 0, score + rest * (1 / _LOWER), tl.where(column == 1, score * (1 / _LOWER), 0.0))
+    score = tl.where(column == 0, score + rest * (1 / LOWER), tl.where(column == 1, score * (1 / LOWER), 0.0))
     return tl.sum(score, axis=1)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench_kernels.blocks import decode_blocks
 from kvbench_kernels.center import Center, center_scores, two_parts
-from kvbench_kernels.exact import TYPES, Exact, attend_exact, exact_bounds
+from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, exact_bounds
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge_kernel
@@ -33,9 +34,6 @@ from kvbench_kernels.unpack import (
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEADS = 16  # query heads a program
-# exact tokens' sums become so many times larger before packed ones join them, whose weights include a scale that may
-# be small: they keep their digits in 16 bits, down to scales of 2^-_HEADROOM
-_HEADROOM = tl.constexpr(40)
 
 
 @triton.jit
@@ -424,8 +422,8 @@ def _decode_kernel(
                 BLOCK_X, BLOCK_KW, BLOCK_VW, STAGES, ASSEMBLY,
             )  # fmt: skip
             # a column that saw no token has no maximum yet
-            m = tl.where(tl.sum(l, axis=0) == 0.0, float("-inf"), m - _HEADROOM)
-            l *= 2.0**_HEADROOM
+            m = tl.where(tl.sum(l, axis=0) == 0.0, float("-inf"), m - HEADROOM)
+            l *= 2.0**HEADROOM
             v_all = 1.0
             if V_SCALE == 0:
                 # the merge multiplies all splits by the one scale
@@ -433,7 +431,7 @@ def _decode_kernel(
             packed_acc = ()
             for stream in tl.static_range(V_STREAMS):
                 unit = masked_unit(V_BITS, stream) if V_MASKED else 1.0
-                packed_acc = packed_acc + (acc[stream] * (unit * 2.0**_HEADROOM / v_all),)
+                packed_acc = packed_acc + (acc[stream] * (unit * 2.0**HEADROOM / v_all),)
             acc = packed_acc
 
     q_sum = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
@@ -681,6 +679,12 @@ def decode(
     batch = seq_lens.shape[0]
     kv_heads, page_size = k.codes.shape[1:3]
     check(q, k, v)
+    if k.layout.in_blocks:
+        return decode_blocks(
+            q, k, v, page_table, seq_lens, scale=scale, max_seq_len=max_seq_len, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, k_turn=k_turn, v_turn=v_turn, query_starts=query_starts, out=out,
+            exact=exact, center=center, tuning=tuning,
+        )  # fmt: skip
     group = query_heads // kv_heads
     heads = min(group, MAX_HEADS)
     pairs = batch * kv_heads * -(-group // heads)

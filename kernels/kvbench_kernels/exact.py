@@ -15,6 +15,9 @@ from kvbench_kernels.unpack import FLOAT, exp2
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LOG2E = tl.constexpr(1.4426950408889634)
+# exact tokens' sums become so many times larger before packed ones join them, whose weights include a scale that may
+# be small: they keep their digits in 16 bits, down to scales of 2^-HEADROOM
+HEADROOM = tl.constexpr(40)
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,13 @@ def attend_exact(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    K_PARTS: tl.constexpr = 1,
+    V_PARTS: tl.constexpr = 1,
 ):
     """(running maximum, sums of weights, streams of outputs) of exact tokens, laid out like those of packed ones.
 
-    Every stream of a packed row is a slice of an exact one, or at 8 bits every other channel.
+    Every stream of a packed row is a slice of an exact one, or at 8 bits every other channel. Where a row's words are
+    cut into parts, so are the streams: those of the first part come first.
     """
     K_WORDS: tl.constexpr = D * K_BITS // 16
     V_WORDS: tl.constexpr = D * V_BITS // 16
@@ -171,15 +177,16 @@ def attend_exact(
         # scores
         k_row = _pick(even[:, None], odd[:, None], k_own, ABREAST)
         score = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if K_BITS == 8:
-            k_words = tl.load(k_ptr + k_row * (D // 2) + (kw % K_WORDS)[None, :])
-            for stream in tl.static_range(2):
-                k = (k_words >> (16 * stream)).to(tl.int16).to(K_TYPE, bitcast=True)
-                score = tl.dot(k, queries[stream], score)
-        else:
-            for stream in tl.static_range(16 // K_BITS):
-                k = tl.load(k_ptr + k_row * D + (kw % K_WORDS + stream * K_WORDS)[None, :])
-                score = tl.dot(k, queries[stream], score)
+        for part in tl.static_range(K_PARTS):
+            if K_BITS == 8:
+                k_words = tl.load(k_ptr + k_row * (D // 2) + (kw % K_WORDS + part * BLOCK_KW)[None, :])
+                for stream in tl.static_range(2):
+                    k = (k_words >> (16 * stream)).to(tl.int16).to(K_TYPE, bitcast=True)
+                    score = tl.dot(k, queries[part * 2 + stream], score)
+            else:
+                for stream in tl.static_range(16 // K_BITS):
+                    k = tl.load(k_ptr + k_row * D + (kw % K_WORDS + part * BLOCK_KW + stream * K_WORDS)[None, :])
+                    score = tl.dot(k, queries[part * (16 // K_BITS) + stream], score)
         score *= score_scale
         if center_at is not None:
             score += tl.load(center_at[None, :] + by_column(token // CENTER_PAGE, ABREAST, BLOCK_G) * COLUMNS)
@@ -203,15 +210,16 @@ def attend_exact(
         # outputs
         v_row = _pick(tl.trans(even[:, None]), tl.trans(odd[:, None]), v_own, ABREAST)
         new_acc = ()
-        if V_BITS == 8:
-            v_words = tl.load(v_ptr + v_row * (D // 2) + (vw % V_WORDS)[:, None])
-            for stream in tl.static_range(2):
-                v = (v_words >> (16 * stream)).to(tl.int16).to(V_TYPE, bitcast=True)
-                new_acc = new_acc + (tl.dot(v, weights, acc[stream] * decay),)
-        else:
-            for stream in tl.static_range(16 // V_BITS):
-                v = tl.load(v_ptr + v_row * D + (vw % V_WORDS + stream * V_WORDS)[:, None])
-                new_acc = new_acc + (tl.dot(v, weights, acc[stream] * decay),)
+        for part in tl.static_range(V_PARTS):
+            if V_BITS == 8:
+                v_words = tl.load(v_ptr + v_row * (D // 2) + (vw % V_WORDS + part * BLOCK_VW)[:, None])
+                for stream in tl.static_range(2):
+                    v = (v_words >> (16 * stream)).to(tl.int16).to(V_TYPE, bitcast=True)
+                    new_acc = new_acc + (tl.dot(v, weights, acc[part * 2 + stream] * decay),)
+            else:
+                for stream in tl.static_range(16 // V_BITS):
+                    v = tl.load(v_ptr + v_row * D + (vw % V_WORDS + part * BLOCK_VW + stream * V_WORDS)[:, None])
+                    new_acc = new_acc + (tl.dot(v, weights, acc[part * (16 // V_BITS) + stream] * decay),)
         acc = new_acc
     return m, l, acc
 

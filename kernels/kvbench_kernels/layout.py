@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,15 @@ class Layout:
         j of W holds the codes of channels j, j+W, j+2W, ... from its low bits up.
     codebook: SYMMETRIC4 and TABLE: the value of each code, rising. TIERS: as tiers.py says; bits are 2, as a row has
         as many words.
+    block: channels that share a scale; 0 where a row has one at most.
+    scales: the format of a block's scale, one of the constants of `unpack`.
     """
 
     kind: int
     bits: int
     codebook: tuple[float, ...] = ()
+    block: int = 0
+    scales: int = 0
 
     def __post_init__(self) -> None:
         allowed = {
@@ -35,6 +40,8 @@ class Layout:
             unpack.SYMMETRIC4.value: (2,),
             unpack.TABLE.value: (1, 2, 4),
             unpack.TIERS.value: (2,),
+            unpack.BLOCK_E2M1.value: (4,),
+            unpack.BLOCK_MIDDLE.value: (4,),
         }
         if self.bits not in allowed.get(self.kind, ()):
             raise ValueError(
@@ -50,11 +57,22 @@ class Layout:
         symmetric = len(values) == 4 and values[0] == -values[3] and values[1] == -values[2]
         return cls((unpack.SYMMETRIC4 if symmetric else unpack.TABLE).value, bits, values)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether blocks.py reads it."""
+        return self.block > 0
+
     def words(self, head_dim: int) -> int:
         """16-bit words of a row's codes."""
         if head_dim * self.bits % 16:
             raise ValueError(f"head_dim {head_dim} does not fill 16-bit words at {self.bits} bits")
-        return head_dim * self.bits // 16
+        words = head_dim * self.bits // 16
+        # what one product takes is of one block, and sixteen words at least
+        if self.block and math.gcd(words, self.block * self.bits // 16 if self.bits == 8 else self.block) < 16:
+            raise ValueError(
+                f"head_dim {head_dim} has too short streams of blocks; kernels read 64, 128, 192, 256, ..."
+            )
+        return words
 
     def rest_words(self, head_dim: int) -> int:
         """16-bit words that follow them, in a piece of memory of their own: TIERS alone has such."""
@@ -83,7 +101,9 @@ class Side:
     codes: [P, HKV, S, code_bytes] uint8, contiguous; FLOAT: also [P, HKV, S, D] of the 16-bit type itself.
     scale: [P, HKV, S] float32, one a row, or uint8 as `row_scale` has it; or one float32 of no dimension for all; or
         None.
+        Of blocks: [P, HKV, S, blocks] of the scales' own type, contiguous.
     rest: [P, HKV, S, bytes] uint8, contiguous, the words that follow a row's words; or None.
+    tensor_scale: one float32 that multiplies all scales of blocks; or None.
     """
 
     codes: Tensor
@@ -91,6 +111,7 @@ class Side:
     layout: Layout
     storage: torch.dtype = torch.float16  # FLOAT: which 16-bit type the bytes are
     rest: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
     @property
     def words(self) -> Tensor:
@@ -108,6 +129,20 @@ class Side:
         return -1 if self.scale is None else min(self.scale.dim(), 1)
 
     @property
+    def scale_words(self) -> Tensor:
+        """[P, HKV, S, N]: a row's blocks' scales, as the largest integers that they fill."""
+        assert self.scale is not None, "`check` refuses it"
+        size = self.scale.shape[-1] * self.scale.element_size()
+        widest = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return self.scale.view(widest[min(8, size & -size)])
+
+    @property
+    def block_constants(self) -> tuple[int, ...]:
+        """The constants KIND, BITS, BLOCK, SCALES and SCALE_WORDS of blocks.py."""
+        layout = self.layout
+        return layout.kind, layout.bits, layout.block, layout.scales, self.scale_words.shape[-1]
+
+    @property
     def constants(self) -> tuple[object, ...]:
         """The kernels' constants KIND, BITS, CODEBOOK, UNIT, STEP and SCALE of this side."""
         layout = self.layout
@@ -123,8 +158,10 @@ def check(q: Tensor, k: Side, v: Side) -> None:
             raise ValueError(f"{name}.codes is not contiguous; pass the whole cache, not a view of it")
         if side.words.shape[-1] != side.layout.words(head_dim) or len(shape) != 4:
             raise ValueError(f"{name}.codes is {list(shape)}, not [P, HKV, S, {2 * side.layout.words(head_dim)} bytes]")
-        if side.scale_dims == 1 and side.scale is not None and side.scale.shape != shape[:3]:
-            raise ValueError(f"{name}.scale is {list(side.scale.shape)}, not {list(shape[:3])}")
+        if side.scale_dims == 1 and side.scale is not None:
+            want = [*shape[:3], *([head_dim // side.layout.block] if side.layout.block else [])]
+            if list(side.scale.shape) != want:
+                raise ValueError(f"{name}.scale is {list(side.scale.shape)}, not {want}")
         rest = side.layout.rest_words(head_dim)
         found = None if side.rest is None else list(side.rest.shape)
         if found != ([*shape[:3], 2 * rest] if rest else None):
@@ -133,6 +170,8 @@ def check(q: Tensor, k: Side, v: Side) -> None:
             raise ValueError(f"{name}: unsigned codes hide their zero-point in a scale a row, which is missing")
     if v.layout.kind == unpack.TIERS.value:
         raise ValueError("no kernel reads values in tiers, which are for keys")
+    if k.layout.in_blocks != v.layout.in_blocks:
+        raise ValueError("no kernel reads keys with a scale a block beside values without, or the other way round")
     if k.codes.shape[:3] != v.codes.shape[:3]:
         raise ValueError(f"k and v differ in pages, heads or page size: {list(k.codes.shape)}, {list(v.codes.shape)}")
     if query_heads % k.codes.shape[1]:

@@ -12,6 +12,7 @@ from kvbench_kernels.center import Center, row_center_scores, scores_by_page, up
 from kvbench_kernels.exact import TYPES, Exact, attend_exact_rows, exact_start
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side, check
+from kvbench_kernels.spread_blocks import spread_blocks
 from kvbench_kernels.tiers import Rank, rest_count, tier_rows, tier_steps
 from kvbench_kernels.tiles import row_scale, stack
 from kvbench_kernels.tuning import INTERPRETED, PrefillTuning, choose_prefill_tuning
@@ -750,7 +751,9 @@ def prefill(
     group = query_heads // kv_heads
     packed = k.layout.kind != FLOAT.value or v.layout.kind != FLOAT.value
     # longer rows would need too large a matrix to be turned back
-    spread = (
+    # rows in blocks always: no program decodes them for itself
+    in_blocks = k.layout.in_blocks
+    spread = in_blocks or (
         packed
         and tokens * group >= SPREAD_ROWS * seq_lens.shape[0]
         and page_table.numel() * page_size <= SPREAD_RATIO * max(tokens, page_size)
@@ -781,7 +784,20 @@ def prefill(
         units = torch.empty(shape, dtype=torch.float32, device=q.device)
         values = torch.empty(*shape[:-1], length, head_dim, dtype=torch.float16, device=q.device)
         turns = (page_table, seq_lens, k_turn, v_turn)
-        _spread(k, v, *turns, values[:, 0], units[:, 0], center, rank, exact)
+        target = out
+        if in_blocks:
+            # their rows stay turned
+            if k_turn.block > 1:
+                q = rotate(q, k_turn, dtype=torch.float32)
+            target = torch.empty_like(out) if v_turn.block > 1 else out
+            turns = (page_table, seq_lens, Turn(), Turn())
+            spread_blocks(
+                k, v, page_table, seq_lens, query_starts, values[:, 0], units[:, 0],
+                single=qq_bias is not None, center=center, exact=exact,
+            )  # fmt: skip
+            center = None if center is None else center.turned
+        else:
+            _spread(k, v, *turns, values[:, 0], units[:, 0], center, rank, exact)
         if exact is not None and has_recent:
             _spread(*exact.sides, *turns, values[:, 1], units[:, 1], center, rank, exact, query_starts)
         else:
@@ -795,7 +811,6 @@ def prefill(
         k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in values)
         k_scale, v_scale = units
         center = rank = None  # keys are again as they were
-        target = out
     else:
         length = rows_all = 0
         k_tensor, k_scale, v_tensor, v_scale = k.words, k.scale, v.words, v.scale

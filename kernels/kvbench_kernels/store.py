@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kvbench_kernels.center import Center
 from kvbench_kernels.exact import Exact
-from kvbench_kernels.hadamard import Turn, butterfly, span
+from kvbench_kernels.hadamard import Turn, span
 from kvbench_kernels.layout import Side
+from kvbench_kernels.rows import clamp, half_away, store_words, to_e4m3, turned_rows
+from kvbench_kernels.store_blocks import store_blocks
 from kvbench_kernels.tiers import Rank, search, store_tiers
 from kvbench_kernels.tiles import sum_by_halves
 from kvbench_kernels.tuning import INTERPRETED
@@ -43,26 +45,6 @@ class Rounding:
     kind: int
     threshold: float = 0.0
     tiers: tuple[float, ...] = ()
-
-
-@triton.jit
-def _half_away(x):
-    return tl.where(x < 0, -tl.floor(tl.abs(x) + 0.5), tl.floor(tl.abs(x) + 0.5))
-
-
-@triton.jit
-def _to_e4m3(x):
-    """The e4m3 codes (int32) of x within ±448, to the nearest even; NaN becomes 0x7F.
-
-    In integers, since the interpreter's own cast truncates.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # 2^14 has the smallest e4m3 step, 2^-9, as its last bit: the addition rounds
-    small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
-    return tl.where(x == x, code, 0x7F)
 
 
 @triton.jit
@@ -99,34 +81,10 @@ def _store_side(
     COUNT: tl.constexpr = D // SPAN
     inside = to >= 0
     d = tl.arange(0, SPAN)[None, :]
-    if offset_ptr is not None:
-        offset_at = offset_ptr + head * D
-        if page is not None:
-            offset_at += (page * (HKV * D))[:, None]
-    at = x_ptr + (token * stride_t + head * stride_h)[:, None]
-    x = ()
-    for i in tl.static_range(COUNT):
-        channel = i * SPAN + d
-        if order_ptr is not None:
-            channel = tl.load(order_ptr + head * D + channel)
-        tile = tl.load(at + channel * stride_d, mask=inside[:, None], other=0.0).to(tl.float32)
-        if offset_ptr is not None:
-            tile -= tl.load(offset_at + channel)
-        if order_ptr is not None:
-            tile *= tl.load(inverse_ptr + head * D + i * SPAN + d)
-        if signs_ptr is not None:
-            tile *= tl.load(signs_ptr + i * SPAN + d)
-        x = x + (tile,)  # [BLOCK_R, SPAN]
-    if BLOCK > 1:
-        turned = ()
-        x = butterfly(x, BLOCK)
-        for i in tl.static_range(COUNT):
-            turned = turned + (x[i] * factor,)
-        x = turned
-    if exact_ptr is not None:
-        for i in tl.static_range(COUNT):
-            exact_at = exact_ptr + (to * D)[:, None] + i * SPAN + d
-            tl.store(exact_at, x[i].to(exact_ptr.dtype.element_ty), mask=inside[:, None])
+    x = turned_rows(
+        x_ptr, signs_ptr, offset_ptr, order_ptr, inverse_ptr, page, exact_ptr, token, head, to,
+        stride_t, stride_h, stride_d, factor, HKV, D, BLOCK, SPAN,
+    )  # fmt: skip
 
     # the scale
     if ROUND == ROUND_E4M3_ROW or ROUND == ROUND_INT8_ROW or ROUND == ROUND_UNSIGNED_ROW:
@@ -185,7 +143,7 @@ def _store_side(
         inverse = (tl.div_rn(norm * 0 + 1.0, norm) * ROOT)[:, None]
     if ROUND == ROUND_UNSIGNED_ROW:
         largest: tl.constexpr = (1 << BITS) - 1.0
-        zero = tl.minimum(tl.maximum(_half_away(tl.div_rn(-low, scale)), 0.0), largest)
+        zero = tl.minimum(tl.maximum(half_away(tl.div_rn(-low, scale)), 0.0), largest)
     if ROUND == ROUND_FLOAT:
         for i in tl.static_range(COUNT):
             to_at = codes_ptr + (to * D)[:, None] + i * SPAN + d
@@ -193,7 +151,7 @@ def _store_side(
     elif rest_ptr is not None:
         store_tiers(codes, codes_ptr, rest_ptr, to, TIERS, D * BITS // 16)
     elif ROUND == ROUND_SEARCH_ROW:
-        _store_words(codes, codes_ptr, to, D, BITS)
+        store_words(codes, codes_ptr, to, D, BITS)
     else:
         if ROUND != ROUND_E4M3:
             # a row without a finite scale reads back as NaN throughout
@@ -201,14 +159,14 @@ def _store_side(
         codes = ()
         for i in tl.static_range(COUNT):
             if ROUND == ROUND_E4M3:
-                code = _to_e4m3(_clamp(tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape)), 448.0))
+                code = to_e4m3(clamp(tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape)), 448.0))
             elif ROUND == ROUND_E4M3_ROW:
-                code = _to_e4m3(_clamp(x[i] * inverse, 448.0))
+                code = to_e4m3(clamp(x[i] * inverse, 448.0))
             elif ROUND == ROUND_INT8_ROW:
-                code = tl.minimum(tl.maximum(_half_away(x[i] * inverse), -128.0), 127.0).to(tl.int32)
+                code = tl.minimum(tl.maximum(half_away(x[i] * inverse), -128.0), 127.0).to(tl.int32)
             elif ROUND == ROUND_UNSIGNED_ROW:
                 value = tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape)) + zero[:, None]
-                code = tl.minimum(tl.maximum(_half_away(value), 0.0), largest).to(tl.int32)
+                code = tl.minimum(tl.maximum(half_away(value), 0.0), largest).to(tl.int32)
             else:
                 z = x[i] * inverse
                 code = (z > -THRESHOLD).to(tl.int32) + (z >= 0).to(tl.int32) + (z > THRESHOLD).to(tl.int32)
@@ -219,7 +177,7 @@ def _store_side(
             for i in tl.static_range(COUNT):
                 tl.store(codes_ptr + (to * D)[:, None] + i * SPAN + d, codes[i].to(tl.int8), mask=inside[:, None])
         else:
-            _store_words(codes, codes_ptr, to, D, BITS)
+            store_words(codes, codes_ptr, to, D, BITS)
         if ROUND != ROUND_E4M3:
             if ROUND == ROUND_UNSIGNED_ROW:
                 bits = (scale.to(tl.int32, bitcast=True) & ~((1 << BITS) - 1)) | zero.to(tl.int32)
@@ -227,25 +185,6 @@ def _store_side(
             if ROUND == ROUND_NORM4_ROW and CAN_BE_LARGE:
                 scale = tl.where(large, tl.minimum(scale * (1.0 / _SHRINK), _MAX), scale)
             tl.store(scale_ptr + to, tl.where(whole, scale, float("nan")), mask=inside)
-
-
-@triton.jit
-def _store_words(codes, codes_ptr, to, D: tl.constexpr, BITS: tl.constexpr):
-    """Word j of W takes the codes of channels j, j+W, j+2W, ..., and goes to the cache's rows `to`, but those at -1."""
-    SPAN: tl.constexpr = codes[0].shape[1]
-    WORDS: tl.constexpr = D * BITS // 16
-    d = tl.arange(0, SPAN)[None, :]
-    for i in tl.static_range(WORDS // SPAN):
-        word = codes[i]
-        for stream in tl.static_range(1, 16 // BITS):
-            word = word | (codes[i + stream * (WORDS // SPAN)] << (stream * BITS))
-        tl.store(codes_ptr + (to * WORDS)[:, None] + i * SPAN + d, word.to(tl.int16), mask=(to >= 0)[:, None])
-
-
-@triton.jit
-def _clamp(x, LIMIT: tl.constexpr):
-    """x within ±LIMIT; NaN stays NaN."""
-    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
 
 
 @triton.jit(do_not_specialize=["tokens", "offset_last"])
@@ -357,6 +296,12 @@ def store(
         center.check(k_side, head_dim)
     if exact is not None:
         exact.check(k_side, head_dim)
+    if k_side.layout.in_blocks:
+        store_blocks(
+            k, v, k_side, v_side, k_rounding.kind, v_rounding.kind, slot_mapping, k_turn, v_turn, center,
+            positions if by_page else None, exact,
+        )  # fmt: skip
+        return
     # few rows: more programs, so that all multiprocessors take part
     block_r = 32 if INTERPRETED else 4 if tokens * kv_heads <= 1024 else 8
     _store_kernel[(triton.cdiv(tokens, block_r) * kv_heads, 2)](

@@ -24,6 +24,14 @@ UNSIGNED = tl.constexpr(3)  # unsigned codes of 2 or 4 bits, each row with a zer
 SYMMETRIC4 = tl.constexpr(4)  # 2-bit indices of four values that lie symmetrically about 0
 TABLE = tl.constexpr(5)  # indices of any other codebook
 TIERS = tl.constexpr(6)  # slices of channels with codes of their own width: see tiers.py
+BLOCK_E2M1 = tl.constexpr(7)  # 4-bit floats, a scale a block: see blocks.py
+BLOCK_MIDDLE = tl.constexpr(8)  # unsigned codes of 4 bits less 8, a scale a block
+
+# how the scale of a block becomes a number
+SCALE_F16 = tl.constexpr(0)
+SCALE_E4M3 = tl.constexpr(1)
+SCALE_E8M0 = tl.constexpr(2)
+E2M1_UNIT = tl.constexpr(2.0**-14)  # what a stream of BLOCK_E2M1 has for 1
 
 
 def _pair(value: float) -> str:
@@ -91,6 +99,22 @@ def _signed(stream: int) -> str:
     )
 
 
+def _e2m1(stream: int) -> str:
+    """Sign, exponent and mantissa of a code at the places where fp16 has a sign and its lowest exponents."""
+    if stream == 3:
+        return (
+            "{\n.reg .b32 t;\nshr.b32 t, $1, 3;\nand.b32 t, t, 0x0e000e00;\n"
+            "lop3.b32 $0, $1, 0x80008000, t, 0xea;\n}"  # (a & b) | c
+        )
+    # 2^9 + 2^12 times a code has exponent and mantissa in place. The bits above them are 9 sign + magnitude, and with
+    # 15 more the highest one is the sign; of a zero it is set
+    return (
+        f"{{\n.reg .b32 t;\nand.b32 t, $1, 0x{0x000F000F << 4 * stream:08x};\n"
+        f"mad.lo.u32 t, t, 0x{0x1200 >> 4 * stream:x}, 0xf000f000;\nand.b32 $0, t, 0x8e008e00;\n}}"
+    )
+
+
+_E2M1 = tl.constexpr(tuple(map(_e2m1, range(4))))
 _E4M3 = tl.constexpr(tuple(map(_e4m3, range(2))))
 _SIGNED = tl.constexpr(tuple(map(_signed, range(2))))
 _UNSIGNED4 = tl.constexpr(tuple(_centred(4, stream, 8.0) for stream in range(4)))
@@ -122,7 +146,8 @@ def unpack(
     """Stream STREAM of a tile of int16 words, in fp16.
 
     FLOAT: the tile itself. E4M3, SIGNED: the values. UNSIGNED: code - 2^(BITS-1). TABLE: CODEBOOK[code].
-    SYMMETRIC4: code - 1.5, and `step` (fp16) with the sign of 1.5 - code.
+    SYMMETRIC4: code - 1.5, and `step` (fp16) with the sign of 1.5 - code. BLOCK_E2M1: the value times E2M1_UNIT.
+    BLOCK_MIDDLE: code - 8.
     """
     if KIND == FLOAT:
         return words
@@ -134,6 +159,8 @@ def unpack(
         return tl.inline_asm_elementwise(_SIGNED[STREAM], "=&r,r", [words], tl.float16, True, 2)
     elif KIND == SYMMETRIC4:
         return tl.inline_asm_elementwise(_SYMMETRIC4[STREAM], "=&r,r,r", [words, step], tl.float16, True, 2)
+    elif KIND == BLOCK_E2M1:
+        return tl.inline_asm_elementwise(_E2M1[STREAM], "=&r,r", [words], tl.float16, True, 2)
     elif BITS == 4:
         return tl.inline_asm_elementwise(_UNSIGNED4[STREAM], "=&r,r", [words], tl.float16, True, 2)
     else:
@@ -150,7 +177,9 @@ def _unpack_plain(words, step, STREAM: tl.constexpr, KIND: tl.constexpr, BITS: t
         value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
     elif KIND == SIGNED:
         value = ((code ^ 0x80) - 0x80).to(tl.float32)
-    elif KIND == UNSIGNED:
+    elif KIND == BLOCK_E2M1:
+        return (((code & 8) << 12) | ((code & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
+    elif KIND == UNSIGNED or KIND == BLOCK_MIDDLE:
         value = (code - (1 << (BITS - 1))).to(tl.float32)
     elif KIND == SYMMETRIC4:
         value = code.to(tl.float32) - 1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -17,36 +18,44 @@ Implementation = Literal["reference", "triton"]
 __all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "kernels_lack"]
 
 
-# transforms whose kernels were changed since all of their tests passed on a GPU; see results/README.md
-UNPROVEN = {"center", "rank"}
+# transforms and dtypes whose kernels were changed since all of their tests passed on a GPU; see results/README.md
+UNPROVEN = {"center", "rank", "q8_0", "q4_0", "nvfp4", "mxfp4", "mxfp8"}
 
 
 def choose(
-    wanted: Literal["auto"] | Implementation, scheme: Scheme, compute_dtype: torch.dtype, device: torch.device
+    wanted: Literal["auto"] | Implementation,
+    scheme: Scheme,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    head_dims: Collection[int] = (),
 ) -> Implementation:
     """What "auto" is: the kernels on a GPU wherever they can serve, else the reference. Any other choice is kept.
 
-    A scheme with an unproven transform is computed by the reference unless "triton" is asked for.
+    A scheme with an unproven transform or dtype is computed by the reference unless "triton" is asked for.
+    head_dims: of the layers, where they are known.
 
     Raises:
         ValueError: "triton" for what the kernels can't serve.
     """
     if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
         return "reference"
-    if wanted == "auto" and any(one.name in UNPROVEN for side in scheme.all_sides for one in side.transforms):
+    names = {dtype.name for dtype in scheme.dtypes} | {one.name for side in scheme.all_sides for one in side.transforms}
+    if wanted == "auto" and names & UNPROVEN:
         return "reference"
-    lacking = kernels_lack(scheme, compute_dtype, device)
+    lacking = kernels_lack(scheme, compute_dtype, device, head_dims)
     if lacking and wanted == "triton":
         raise ValueError(f"attention: triton can't serve this cell: {lacking}")
     return "reference" if lacking else "triton"
 
 
-def kernels_lack(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) -> str:
+def kernels_lack(
+    scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, head_dims: Collection[int] = ()
+) -> str:
     """Why the kernels can't serve a scheme, for a person; empty where they can."""
     # imported here, for Triton decides on import whether it interprets
     from kvbench.attention import triton
 
-    return triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device)
+    return triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device, head_dims)
 
 
 def append(

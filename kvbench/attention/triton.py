@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
 import torch
-from kvbench_kernels import attention, store, unpack
+from kvbench_kernels import attention, store, store_blocks, unpack
 from kvbench_kernels.center import Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn
@@ -43,6 +43,14 @@ _ROUNDINGS = {
     "int4_per_token_head": store.Rounding(store.ROUND_UNSIGNED_ROW.value),
     "int2_per_token_head": store.Rounding(store.ROUND_NORM4_ROW.value, THRESHOLD),
     "midrise2_per_token_head": store.Rounding(store.ROUND_SEARCH_ROW.value, tiers=(22222222, 1.0, 1.0, 1.0, 1.0)),
+}
+# and these lie in blocks: (kind of the codes, format of the scales, rounding)
+_BLOCKS = {
+    "q8_0": (unpack.SIGNED, unpack.SCALE_F16, store_blocks.BLOCK_Q8),
+    "q4_0": (unpack.BLOCK_MIDDLE, unpack.SCALE_F16, store_blocks.BLOCK_Q4),
+    "nvfp4": (unpack.BLOCK_E2M1, unpack.SCALE_E4M3, store_blocks.BLOCK_NV4),
+    "mxfp4": (unpack.BLOCK_E2M1, unpack.SCALE_E8M0, store_blocks.BLOCK_MX4),
+    "mxfp8": (unpack.E4M3, unpack.SCALE_E8M0, store_blocks.BLOCK_MX8),
 }
 
 
@@ -115,21 +123,33 @@ def append(
     )
 
 
-def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device) -> str:
-    """Why the kernels can't serve this resolved scheme with queries of this dtype; empty where they can."""
+def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, head_dims: Collection[int] = ()) -> str:
+    """Why the kernels can't serve this resolved scheme with queries of this dtype; empty where they can.
+
+    head_dims: of the layers, where they are known.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return "the kernels use instructions of compute capability 9.0 (Hopper), which this GPU does not have"
     if compute_dtype not in (torch.float16, torch.bfloat16):
         return f"the kernels multiply in 16 bits, and the model computes in {str(compute_dtype).removeprefix('torch.')}"
     try:
         for dtype in scheme.dtypes:
-            layout(dtype)
+            words = layout(dtype)
             rounding(dtype)
+            for head_dim in head_dims:
+                try:
+                    words.words(head_dim), words.rest_words(head_dim)
+                except ValueError as error:
+                    return f"no kernel reads {dtype.name} of head_dim {head_dim}; the reference does ({error})"
         for side in scheme.all_sides:
             turn(side, MULTIPLE, device)
         for value in (scheme.value, *(layer.value for layer in scheme.layers)):
             if value is not None and isinstance(value.dtype.decode, Tiers):
                 raise ValueError(f"no kernel reads values as {value.dtype.name}, which is for keys; the reference does")
+        own = [(one.key or scheme.key, one.value or scheme.value) for one in scheme.layers]
+        for key, value in ((scheme.key, scheme.value), *own):
+            if layout(key.dtype).in_blocks != layout(value.dtype).in_blocks:
+                raise ValueError(f"no kernel reads {key.dtype.name} beside {value.dtype.name}; the reference does")
     except ValueError as error:
         return str(error)
     return ""
@@ -142,7 +162,8 @@ def side(plane: Plane) -> Side:
         storage = plane.dtype.decode.storage if isinstance(plane.dtype.decode, Cast) else None
         scale = plane.scale if plane.scale is not None else plane.tensor_scale
         words = layout(plane.dtype)
-        made = Side(plane.codes, scale, words, storage or torch.float16, plane.rest)
+        whole = plane.tensor_scale if words.block else None
+        made = Side(plane.codes, scale, words, storage or torch.float16, plane.rest, whole)
         plane.launched["side"] = made
     return made
 
@@ -164,6 +185,9 @@ def layout(dtype: Dtype) -> Layout:
     decode = dtype.decode
     if dtype.page_tokens:
         raise ValueError(f"no kernel quantizes or decodes pages as a whole, as {dtype.name} is")
+    if dtype.name in _BLOCKS:
+        kind, scales, _ = _BLOCKS[dtype.name]
+        return Layout(kind.value, dtype.code_bits, block=dtype.group_size, scales=scales.value)
     if dtype.granularity == "per_group":
         raise ValueError(f"no kernel decodes {dtype.name}, which has a scale every {dtype.group_size} channels")
     if isinstance(decode, Cast) and decode.storage in (torch.float16, torch.bfloat16):
@@ -190,6 +214,8 @@ def rounding(dtype: Dtype) -> store.Rounding:
     """
     if isinstance(dtype.decode, Tiers):
         return store.Rounding(store.ROUND_SEARCH_ROW.value, tiers=_tiers(dtype.decode.widths))
+    if dtype.name in _BLOCKS:
+        return store.Rounding(_BLOCKS[dtype.name][2].value)
     if dtype.name not in _ROUNDINGS:
         raise ValueError(f"no kernel rounds to {dtype.name}: append through PagedCache.append")
     return _ROUNDINGS[dtype.name]

@@ -394,7 +394,8 @@ def unserved(cells: Sequence[Cell], attention: str, device: str) -> list[str]:
         return []
     found = {}
     for cell in cells:
-        if lack := kernels_lack(cell.scheme, cell.compute_dtype, torch.device(device)):
+        head_dims = {head_dim for _, head_dim in cell.model.layers or ()}
+        if lack := kernels_lack(cell.scheme, cell.compute_dtype, torch.device(device), head_dims):
             found[cell.model.name, cell.scheme.label] = lack
     return [
         f"model {model}, scheme {scheme}: attention: triton can't serve it: {lack}"

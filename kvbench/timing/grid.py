@@ -78,7 +78,8 @@ def run(request: KernelRequest, progress: Callable[[dict[str, Any]], None] = lam
             peers = time_peers(PEER_SCHEME, _cold(make(), make), request.samples)
         for scheme in schemes:
             row = _row(request, scheme, batch, context, copy_gbps)
-            if why := triton.lacking(scheme, DTYPES[timed], torch.device("cuda" if timed else "cpu")):
+            where = torch.device("cuda" if timed else "cpu")
+            if why := triton.lacking(scheme, DTYPES[timed], where, [request.shape.head_dim]):
                 row["gate"] = f"{REFUSED}{why}"
             else:
                 _measure(row, request, scheme, batch, context, timed)

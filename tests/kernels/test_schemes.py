@@ -50,6 +50,7 @@ def caches(scheme, pages, device):
         "int8_centered",
         ("int8+s4", "center_constant:none"),
         ("int4:int2+w0s2", "hadamard"),
+        ("q8_0:nvfp4+w64s4", "center:none"),
     ],
     ids=str,
 )

@@ -136,10 +136,11 @@ class TransformersRunner(FromHidden):
         self.device = places.last
         self.devices = tuple(places.layers[i] for i in cache_layer_indices(self.model.config))
         wanted = self.attention
-        self.attention = impl = choose(wanted, self.scheme, self.model.dtype, self.device)
+        head_dims = {head_dim for _, head_dim in self.info.layers}
+        self.attention = impl = choose(wanted, self.scheme, self.model.dtype, self.device, head_dims)
         self.kernels_lack = ""  # why "auto" is the reference on a GPU
         if (wanted, impl, self.device.type) == ("auto", "reference", "cuda"):
-            self.kernels_lack = kernels_lack(self.scheme, self.model.dtype, self.device)
+            self.kernels_lack = kernels_lack(self.scheme, self.model.dtype, self.device, head_dims)
         self.memory = Memory(
             self.info.layers,
             self.scheme,
