@@ -235,6 +235,15 @@ def parameters(source: ModelSource) -> int | None:
     return size // width if width and size and "quantization_config" not in config else None
 
 
+def quantization(source: ModelSource) -> str:
+    """How its files hold quantized weights, by transformers' name for it; empty where they are plain numbers."""
+    if source.kind not in ("folder", "hub") or source.path is None:
+        return ""
+    config = read_json(source.path / "config.json")
+    held = config.get("quantization_config") or config.get("compression_config") or {}
+    return str(held.get("quant_method", "quantized")) if held else ""
+
+
 def generation_settings(source: ModelSource) -> dict[str, Any]:
     """What its generation_config.json sets that changes an answer, or can't be followed.
 

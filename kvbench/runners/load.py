@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.runners.catalog import EMBEDDED, ModelSource
-from kvbench.runners.facts import cache_layer_indices, cache_layers, max_length, revision, text_config, value_of
+from kvbench.runners.facts import (
+    cache_layer_indices,
+    cache_layers,
+    max_length,
+    quantization,
+    revision,
+    text_config,
+    value_of,
+)
 from kvbench.runners.gguf import convert
 from kvbench.runners.model_files import (
     ComputeDtype,
@@ -61,6 +69,8 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         _check_keys(source.name, keys)
         _check_tokenizer(source.name, tokenizer, model)
         places = _placed(source, model, device)
+        if weights := quantization(source):
+            _check_quantized(source.name, model, dtype, weights)
     model = model.eval().requires_grad_(False)
     info = ModelInfo(
         name=source.name,
@@ -72,6 +82,7 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
             "model_type": model.config.model_type,
             "layer_indices": list(cache_layer_indices(model.config)),
             "key_bias": _has_key_bias(model),
+            **({"weights": _as_computed(model, weights)} if (weights := quantization(source)) else {}),
         },
     )
     return model, tokenizer, info, places
@@ -87,6 +98,30 @@ def _placed(source: ModelSource, model: Any, device: str) -> Places:
     places = divide(model, *devices_of(device))
     spread(model, places)
     return places
+
+
+def _as_computed(model: Any, method: str) -> str:
+    """How quantized weights are computed with: as they are stored, or expanded into plain numbers."""
+    from torch.nn import Parameter
+
+    weights = [getattr(one, "weight", None) for one in model.modules() if hasattr(one, "in_features")]
+    plain = all(type(weight) is Parameter and weight.dtype == model.dtype for weight in weights)
+    return f"{method}, expanded to {str(model.dtype).removeprefix('torch.')}" if plain else method
+
+
+def _check_quantized(name: str, model: Any, dtype: ComputeDtype, method: str) -> None:
+    """Calls a quantized model whole, once: what its library does at a first call is done before its parts are called.
+
+    Raises:
+        ModelError: it can't compute here, or does so in another dtype.
+    """
+    import torch
+
+    found = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    if found != dtype:
+        raise ModelError(f"model '{name}': its {method} weights compute in {found}: take compute_dtype: {found}")
+    with one_error(f"model '{name}': its {method} weights can't compute in {dtype} here"), torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def _has_key_bias(model: Any) -> bool:

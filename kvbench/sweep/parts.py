@@ -24,6 +24,7 @@ class ModelFacts:
     revision, layers, max_length, chat_template (whether it has one), key_bias (whether its keys get one): None where
     only the model itself could say.
     missing: what to do to have it here. parameters: None where only loading it would count them.
+    quantized: (how its weights are, bytes of their files), where they are not plain numbers.
     generation: as JSON, what its generation_config.json sets that changes answers. backend: what runs it, by its name.
     """
 
@@ -38,6 +39,7 @@ class ModelFacts:
     parameters: int | None = None
     backend: str = DEFAULT
     key_bias: bool | None = None
+    quantized: tuple[str, int] | None = None
 
     @property
     def runs_on(self) -> Backend:
@@ -98,7 +100,7 @@ def find_model(spec: ModelSpec) -> ModelFacts:
     Raises:
         ValueError: a name that can be no model.
     """
-    from kvbench.runners import facts, model_files
+    from kvbench.runners import catalog, facts, model_files
 
     source, backend = _source(spec), all_backends()[spec.backend]
     compute_dtype = spec.compute_dtype or default_compute_dtype()
@@ -122,6 +124,7 @@ def find_model(spec: ModelSpec) -> ModelFacts:
         facts.parameters(source),
         backend.name,
         facts.key_bias(source),
+        (method, catalog.weights_size(source)) if source.available and (method := facts.quantization(source)) else None,
     )
 
 

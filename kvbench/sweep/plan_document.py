@@ -135,6 +135,12 @@ def _memory(model: ModelFacts, shares: Sequence[Share]) -> list[str]:
             f"{one.free / 2**30:.1f} that are free"
             for one in shares
         ]
+    if model.quantized:
+        method, size = model.quantized
+        return [
+            f"memory: {size / 2**30:.1f} GiB of {method} weights as stored ({model.name}), more where its library "
+            f"expands them to {model.compute_dtype}, and the KV cache of the table"
+        ]
     if not model.parameters:
         return []
     size = model.parameters * getattr(torch, model.compute_dtype).itemsize
