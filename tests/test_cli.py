@@ -52,6 +52,31 @@ def test_help_lists_the_verbs(kvbench):
     assert all(verb in shown for verb in ("sweep", "plan", "report", "ls", "doctor", "130 interrupted"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sweep CONFIG --output",
+        "search CONFIG --budget 2.5 --output",
+        "kernel --output",
+        "export RUN --to eee --output",
+        "init smollm2-135m-instruct --output",
+        "report RUN --plot",
+        "check RUN --write",
+    ],
+)
+def test_an_object_store_is_no_place_to_write(kvbench, tmp_path, monkeypatch, command):
+    """
+    It is refused in a line that says what to do, wherever something is written; no folder of that name is made.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "CONFIG").touch()
+    result = kvbench(*command.split(), "s3://bucket/run")
+
+    assert "s3://bucket/run: kvbench writes to paths, mounted ones too" in one_error(result, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CONFIG", "RUN"]
+
+
 def test_the_version_is_the_packages(kvbench):
     """
     --version names the installed version.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, NOTHING_TO_COMPARE, Margin, fail, say
+from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, NOTHING_TO_COMPARE, Margin, fail, say, writable_path
 
 if TYPE_CHECKING:
     from kvbench.measured import Measured
@@ -37,7 +37,10 @@ def check(
     ] = None,
     margin: Margin = None,
     write: Annotated[
-        Path | None, typer.Option("--write", metavar="FILE", help="Instead: keep DIR as a baseline file to commit.")
+        Path | None,
+        typer.Option(
+            "--write", metavar="FILE", parser=writable_path, help="Instead: keep DIR as a baseline file to commit."
+        ),
     ] = None,
 ) -> None:
     """Fail where a run got worse than an earlier one: a gate for continuous integration.

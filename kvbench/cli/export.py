@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, UNUSABLE, fail, say
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, UNUSABLE, fail, say, writable_path
 
 EXAMPLES = """\
 kvbench export out/mine --to lm-eval                   # into out/mine/lm-eval
@@ -30,7 +30,8 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)],
     to: Annotated[Target, typer.Option("--to", help="Whose files to write.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Where to.  [default: a folder in DIR]")
+        Path | None,
+        typer.Option("--output", metavar="DIR", parser=writable_path, help="Where to.  [default: a folder in DIR]"),
     ] = None,
 ) -> None:
     """Write a run as other tools keep results.

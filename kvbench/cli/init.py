@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, fail, say
+from kvbench.cli.shared import BAD_INPUT, fail, say, writable_path
 
 EXAMPLES = """\
 kvbench init smollm2-135m-instruct
@@ -20,7 +20,10 @@ def init(
         str, typer.Argument(metavar="MODEL", help="A name, a hub id, a folder or a file.", show_default=False)
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="The YAML to write.  [default: MODEL.yaml]")
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE", parser=writable_path, help="The YAML to write.  [default: MODEL.yaml]"
+        ),
     ] = None,
 ) -> None:
     """Write a first sweep of MODEL, a commented YAML.

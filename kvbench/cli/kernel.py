@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, TABLE, UNUSABLE, Format, Wide, fail, say, show
+from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, TABLE, UNUSABLE, Format, Wide, fail, say, show, writable_path
 
 
 class Operation(StrEnum):
@@ -65,7 +65,10 @@ def kernel(
     as_format: Format = TABLE,
     wide: Wide = False,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Also keep the rows there, as cells of a run folder.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", parser=writable_path, help="Also keep the rows there, as cells of a run folder."
+        ),
     ] = None,
 ) -> None:
     """Check the attention kernels, and time them on a GPU.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, draw, fail, say, show
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, draw, fail, say, show, writable_path
 
 if TYPE_CHECKING:
     from kvbench.report.tables import Report
@@ -33,7 +33,10 @@ def report(
         typer.Option("--data", metavar="DIR", help="The data sets' rows: with html, prompts of answers that flipped."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw size against loss, as .svg or .png.")
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", parser=writable_path, help="Also draw size against loss, as .svg or .png."
+        ),
     ] = None,
     as_format: Format = TABLE,
     wide: Wide = False,

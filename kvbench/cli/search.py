@@ -23,6 +23,7 @@ from kvbench.cli.shared import (
     draw,
     fail,
     show,
+    writable_path,
 )
 from kvbench.cli.sweep import Devices, Executors, Fresh, RetryFailed, Workers
 
@@ -62,7 +63,10 @@ def search(
         bool, typer.Option("--dry-run", help="Show what would be measured, and measure nothing.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw bits against loss, as .svg or .png.")
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", parser=writable_path, help="Also draw bits against loss, as .svg or .png."
+        ),
     ] = None,
     as_format: Format = TABLE,
     wide: Wide = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from enum import StrEnum
@@ -40,8 +41,22 @@ Limit = Annotated[
         "--limit", min=1, max=MAX_COUNT, metavar="N", help="A quick look at N documents a task: NOT A REAL SCORE."
     ),
 ]
+
+
+def writable_path(text: str) -> Path:
+    """The path to write at; ends the command where it is in an object store, which is none."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        fail(
+            f"{text}: kvbench writes to paths, mounted ones too; object stores can't rename, so write to a folder here "
+            "and copy it there when it is done",
+            BAD_INPUT,
+        )
+    return Path(text)
+
+
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="The run folder.  [default: out/<sweep name>]")
+    Path | None,
+    typer.Option("--output", metavar="DIR", parser=writable_path, help="The run folder.  [default: out/<sweep name>]"),
 ]
 
 

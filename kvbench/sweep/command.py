@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,11 +118,6 @@ def run_folder(sweep: Sweep, options: Options) -> Store:
         ConfigError: it is no place for a run.
     """
     store = Store(options.output or DEFAULT_FOLDER / sweep.name)
-    if re.match(r"[a-z][a-z0-9+]*:/", str(store.folder)):
-        raise ConfigError(
-            f"--output {store.folder}: a run folder is a path, also a mounted one; object stores can't rename, so copy "
-            "the folder there when the sweep is done"
-        )
     if store.foreign:
         raise ConfigError(f"{store.folder} {store.foreign}; --output takes a run folder, or a new one")
     return store

@@ -54,7 +54,7 @@ def folder(tmp_path, cache):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_loaded_model_is_ready_to_be_measured(folder, dtype):
     """In the dtype asked for, in eval mode, without gradients, and named without its path."""
-    model, tokenizer, info = load.load(catalog.resolve(str(folder)), dtype)
+    model, tokenizer, info, _ = load.load(catalog.resolve(str(folder)), dtype)
 
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not model.training
@@ -148,7 +148,7 @@ def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, monkeypatch
     assert not (tmp_path / "ran").exists()
 
     trusted = replace(source, trusted=True)
-    _, tokenizer, info = load.load(trusted, "float32")
+    _, tokenizer, info, _ = load.load(trusted, "float32")
     assert (tmp_path / "ran").exists()
     assert type(tokenizer).__name__ == "Evil"
     (folder / "evil.py").write_text("# other code")

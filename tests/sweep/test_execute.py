@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 
@@ -170,14 +169,6 @@ def test_the_margin_stays_as_it_was_fixed(config, run, store):
     assert run(path, settings=["margin=1.0pp"]) == 0
     assert run(path, settings=["margin=90pp"], fresh=True) == 0
     assert store.run()["config"]["margin"] == "90pp"
-
-
-def test_an_object_store_is_no_run_folder(config, run, toy):
-    """
-    It is refused, not taken for a folder of that name.
-    """
-    with pytest.raises(ConfigError, match=r"--output s3:/bucket/run: a run folder is a path"):
-        run_sweep(config(), Options(output=Path("s3://bucket/run")), toy.PARTS)
 
 
 def test_a_broken_record_is_said_and_run_again(config, run, store, capsys):
