@@ -169,6 +169,25 @@ def test_a_model_over_two_devices_is_the_model_on_one(name, scheme):
     assert all(torch.equal(*pair) for i in (0, 2) for pair in zip(found[i], expected[i], strict=True))
 
 
+@pytest.mark.parametrize(("tokens_", "sequences", "pages"), [(64, 64, 400), (64, 2, 400), (64, 64, 14)])
+def test_prompts_go_before_answers_and_none_waits_for_good(tokens_, sequences, pages):
+    """
+    In many passes, with few rows or few pages at a time: the answers of one device. A pass has a part of its tokens.
+    """
+    requests = [GenerateRequest(tokens(20 + 7 * n, n), 3 + n % 4) for n in range(9)]
+    found = []
+    for loaded in (tiny("llama"), over(tiny("llama"), ONE, TWO)):
+        runner = loaded.runner(Scheme.parse("int8"))
+        assert runner.memory.limits.tokens == (256 if len(loaded.places.devices) == 2 else 2048)
+        runner.memory.limits = replace(runner.memory.limits, tokens=tokens_, sequences=sequences)
+        runner.memory.reserve(pages * 16 // 4 - tokens_, pages, pages)
+        assert runner.memory.caches[0].pages == pages
+        runner.memory.reserve = lambda *_: None
+        found.append(runner.generate(requests))
+
+    assert found[0] == found[1]
+
+
 def test_operands_of_two_devices_are_noticed():
     """
     What watches over the test above sees a tensor that was left behind.

@@ -33,6 +33,7 @@ class Generator:
         self._stopping = Stopping(tokenizer, self._forward.model.generation_config)
         self._processors = Processors(self._forward.model, self._forward.places.last)
         self._graphed = graphed
+        self._pipelined = len(self._forward.places.devices) > 1
         self._running: list[Decoding] = []  # of the next step, in the rows' order
 
     def generate(self, requests: Sequence[GenerateRequest], progress: Progress | None) -> list[Generation]:
@@ -61,11 +62,15 @@ class Generator:
         waiting: deque[tuple[int, int, Tensor]] = deque()  # computed prompts: index, segment, last hidden state
         pending: deque[Made] = deque()
         self._forward.end()
+        stuck = False  # no page is free for a prompt's next tokens
 
         with paged_attention(self._forward.model), memory.released_by_errors(), torch.inference_mode():
             while True:
                 idle = True
-                if waiting and batch.free and (admitted := self._admit(batch, waiting, requests, scheduler)):
+                # a pass with steps of running sequences waits for the last one: over several devices, prompts go first
+                full = stuck or scheduler.finished or batch.free <= len(waiting)
+                ready = waiting and batch.free and (full or not self._pipelined)
+                if ready and (admitted := self._admit(batch, waiting, requests, scheduler)):
                     pending.append(admitted)
                     idle = False
                 for gone in batch.retire():
@@ -75,6 +80,7 @@ class Generator:
                 room = batch.free - len(waiting)
                 if not scheduler.finished and room > 0:
                     chunks, copies = scheduler.take(room, others=len(batch.running))
+                    stuck = not len(chunks)
                     if not (len(chunks) or batch.running or waiting):
                         raise OutOfPages(f"the cache is too small for prompts and answers of {longest} tokens")
                     # a segment whose own pages must wait may have its parent's last one already
@@ -86,7 +92,10 @@ class Generator:
                     done = chunks.completes
                     lasts = (np.cumsum(chunks.counts) - 1)[done].tolist()
                     for segment, last in zip(chunks.segments[done].tolist(), lasts, strict=True):
-                        waiting.extend((i, segment, hidden[last : last + 1]) for i in tree.ending[segment])
+                        state = hidden[last : last + 1]
+                        # many passes may wait, of which nothing but this is kept
+                        state = state.clone() if self._pipelined else state
+                        waiting.extend((i, segment, state) for i in tree.ending[segment])
                     pending.extend(made)
                     idle = False
                 elif batch.running:

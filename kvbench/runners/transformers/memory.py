@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,7 @@ class Limits:
 
 
 CPU_LIMITS = Limits(tokens=2048, sequences=64, logits=2**24, memory=0.0)
+IN_FLIGHT = 4  # passes for each of several devices that what one device computes at once is cut into
 GPU_LIMITS = Limits(tokens=65536, sequences=LARGEST_GRAPH, logits=2**27, memory=0.6)
 
 
@@ -80,6 +81,9 @@ class Memory:
         self.device = devices[0]
         self.devices = tuple(devices)
         self.limits = GPU_LIMITS if self.device.type == "cuda" else CPU_LIMITS
+        if (count := len(set(self.devices))) > 1:
+            # the first device computes a pass while the others are at those before it
+            self.limits = replace(self.limits, tokens=self.limits.tokens // (IN_FLIGHT * count))
         self.page_size = page_size
         self._layers = layers
         self._model_dtype = model_dtype
