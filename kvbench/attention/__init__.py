@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvbench.attention import reference
 from kvbench.attention.batch import Batch, Near
 from kvbench.cache import PagedCache
+from kvbench.dtypes.trellis import computed_by
 from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
@@ -82,12 +84,26 @@ def append(
         from kvbench.attention import triton
 
         triton.append(cache, layer, k, v, slot_mapping, positions, exact)
-    else:
+        return
+    with _computing(k.device):
         cache.append(layer, k, v, slot_mapping, positions)
         if exact is not None:
             exact.append(layer, k, v, slot_mapping if near is None else near.slots, positions)
         if exact is not None and near is not None and near.seals is not None:
             cache.seal(layer, exact, *near.seals)
+
+
+@contextmanager
+def _computing(device: torch.device) -> Iterator[None]:
+    """Inside the block kernels write and read trellis rows where there is a GPU: the definition's bytes and values."""
+    if device.type != "cuda":
+        yield
+        return
+    # imported here, for Triton decides on import whether it interprets
+    from kvbench.attention import trellis
+
+    with computed_by(trellis):
+        yield
 
 
 def attend(
@@ -115,19 +131,17 @@ def attend(
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
     """
+    options: dict[str, Any] = {
+        "scaling": scaling,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "exact": exact,
+        "window": window,
+    }
     if impl == "triton":
         from kvbench.attention import triton
 
-    implementation = triton.attend if impl == "triton" else reference.attend
-    return implementation(
-        q,
-        cache,
-        layer,
-        batch,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        exact=exact,
-        window=window,
-    )
+        return triton.attend(q, cache, layer, batch, **options)
+    with _computing(q.device):
+        return reference.attend(q, cache, layer, batch, **options)

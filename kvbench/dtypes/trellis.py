@@ -10,8 +10,12 @@ docs/two-bits.md has the figures, benchmarks/trellis.py found the constants.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +36,29 @@ UNREACHED = 1 << 29  # the cost of a state that no path has come to
 CHUNK = {"cpu": 2**9, "cuda": 2**15}  # rows whose paths are sought at once; on a CPU, in its cache
 
 
+class Kernels(Protocol):
+    """What gives the same rows and values as the definition, sooner."""
+
+    def serves(self, dtype: TrellisPerTokenHead, computed: torch.dtype) -> bool: ...
+    def quantize(self, dtype: TrellisPerTokenHead, x: Tensor) -> Rows: ...
+    def dequantize(self, dtype: TrellisPerTokenHead, rows: Rows, head_dim: int) -> Tensor: ...
+
+
+_kernels: ContextVar[Kernels | None] = ContextVar("kvbench_trellis_kernels", default=None)
+
+
+@contextmanager
+def computed_by(kernels: Kernels) -> Iterator[None]:
+    """Inside the block these kernels write and read rows wherever they serve."""
+    token = _kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
+
+
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """A row in the order of its bits.
 
     channel: [D] int64, of each step. step: [D] int64, of each channel. part: [D] int64, of each step.
@@ -83,6 +108,11 @@ class TrellisPerTokenHead(Dtype):
         return self.trellis.state_bits - self.trellis.parts[0].bits if self.starts else 0
 
     @property
+    def scale_form(self) -> tuple[int, int]:
+        """Bits of a scale's mantissa, and its exponent's bias."""
+        return (WORD - self.start_bits - EXPONENT_BITS, BIAS) if self.starts else (3, e5m3.BIAS + UNIT_BITS)
+
+    @property
     def scale_storage(self) -> torch.dtype:
         return torch.int16 if self.starts else torch.uint8
 
@@ -100,18 +130,22 @@ class TrellisPerTokenHead(Dtype):
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         self.check_head_dim(x.shape[-1])
-        steps = _steps(self.trellis, x.shape[-1], x.device)
+        kernels = _kernels.get()
+        if kernels is not None and kernels.serves(self, x.dtype):
+            return kernels.quantize(self, x)
+        steps = steps_of(self.trellis, x.shape[-1], x.device)
         whole = (x.abs() < torch.inf).all(-1)
         x = x.to(torch.float32).clamp(-LARGEST, LARGEST).masked_fill(~whole.unsqueeze(-1), 0)
         # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
         norm = sum_of_squares(x).double().sqrt().float()
-        step = norm / (UNIT * FINE * math.sqrt(x.shape[-1]))
+        # by a tensor, since torch multiplies by the inverse of a number on GPUs
+        step = norm / torch.full_like(norm, UNIT * FINE * math.sqrt(x.shape[-1]))
         z = (x * torch.where(norm >= SMALLEST, 1 / step, 0).unsqueeze(-1)).round()[..., steps.channel]
         states = self._paths(z, steps)
         values = self._values(torch.int32, states, steps)
         weighted = values * steps.weight
         fit = (z.to(torch.int32) * weighted).sum(-1).float() / (values * weighted).sum(-1).float()
-        scale = torch.where(whole, self._scale_code(step * fit), self._broken)
+        scale = torch.where(whole, self._scale_code(step * fit), self.broken)
         if not self.starts:
             inverse = 1 / (e5m3.decode(scale) / (UNIT * FINE))
             z = (x * inverse.nan_to_num(0).unsqueeze(-1)).round()[..., steps.channel]
@@ -122,29 +156,32 @@ class TrellisPerTokenHead(Dtype):
             scale = (scale << self.start_bits) | first.masked_fill(~whole, 0)
         return Rows(self.pack(codes), scale.to(self.scale_storage))
 
-    def _paths(self, z: Tensor, steps: _Steps) -> Tensor:
+    def _paths(self, z: Tensor, steps: Steps) -> Tensor:
         """[..., D] int64 states of the cheapest path of each row z [..., D], in the order of its bits."""
         rows = z.clamp(-REACH, REACH).to(torch.int32).reshape(-1, z.shape[-1])
         return cheapest_paths(rows, self.trellis, self.starts).view(z.shape)
 
     @property
-    def _broken(self) -> int:
+    def broken(self) -> int:
         """The code of a scale that is NaN."""
         return (1 << (WORD - self.start_bits)) - 1 if self.starts else e5m3.NAN
 
     def _scale_code(self, scale: Tensor) -> Tensor:
         """[...] int32, the code of the nearest number that a scale can be; the nearest end beyond."""
-        mantissa, bias = (WORD - self.start_bits - EXPONENT_BITS, BIAS) if self.starts else (3, e5m3.BIAS + UNIT_BITS)
+        mantissa, bias = self.scale_form
         bits = scale.contiguous().view(torch.int32)
         code = ((bits + (1 << (22 - mantissa))) >> (23 - mantissa)) - ((127 - bias) << mantissa)
-        return torch.where(scale > 0, code.clamp(0, self._broken - 1), 0)
+        return torch.where(scale > 0, code.clamp(0, self.broken - 1), 0)
 
     # ---- reading
 
     def dequantize(self, rows: Rows, dtype: torch.dtype = torch.float32, tensor_scale: Tensor | None = None) -> Tensor:
         assert rows.scale is not None
         head_dim = self._head_dim(rows.codes.shape[-1])
-        steps = _steps(self.trellis, head_dim, rows.codes.device)
+        kernels = _kernels.get()
+        if kernels is not None and kernels.serves(self, dtype):
+            return kernels.dequantize(self, rows, head_dim).to(dtype)
+        steps = steps_of(self.trellis, head_dim, rows.codes.device)
         words = rows.codes.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
         start = rows.scale.to(torch.int32).unsqueeze(-1) & ((1 << self.start_bits) - 1)
         pairs = torch.cat([start, words[..., :-1]], -1) << WORD | words
@@ -155,12 +192,12 @@ class TrellisPerTokenHead(Dtype):
     def clean_scale(self, scale: Tensor) -> Tensor:
         if not self.starts:
             return e5m3.decode(scale) / UNIT
-        mantissa = WORD - self.start_bits - EXPONENT_BITS
+        mantissa, bias = self.scale_form
         code = (scale.to(torch.int32) & 0xFFFF) >> self.start_bits
-        bits = (code << (23 - mantissa)) + ((127 - BIAS) << 23)
-        return bits.view(torch.float32).masked_fill(code == 0, 0).masked_fill(code == self._broken, math.nan)
+        bits = (code << (23 - mantissa)) + ((127 - bias) << 23)
+        return bits.view(torch.float32).masked_fill(code == 0, 0).masked_fill(code == self.broken, math.nan)
 
-    def _values(self, dtype: torch.dtype, windows: Tensor, steps: _Steps) -> Tensor:
+    def _values(self, dtype: torch.dtype, windows: Tensor, steps: Steps) -> Tensor:
         """[..., D] of windows [..., D], both in the order of steps."""
         values = table(self.trellis, dtype, windows.device)
         return values.flatten()[windows + (steps.part << self.trellis.state_bits)]
@@ -172,7 +209,7 @@ class TrellisPerTokenHead(Dtype):
     # ---- packing
 
     def pack(self, codes: Tensor) -> Tensor:
-        steps = _steps(self.trellis, codes.shape[-1], codes.device)
+        steps = steps_of(self.trellis, codes.shape[-1], codes.device)
         string = []
         parts = codes[..., steps.channel].to(torch.int32)
         for part, own in zip(self.trellis.parts, self._split(parts), strict=True):
@@ -184,7 +221,7 @@ class TrellisPerTokenHead(Dtype):
 
     def unpack(self, packed: Tensor) -> Tensor:
         head_dim = self._head_dim(packed.shape[-1])
-        steps = _steps(self.trellis, head_dim, packed.device)
+        steps = steps_of(self.trellis, head_dim, packed.device)
         words = packed.contiguous().view(torch.int16).to(torch.int32)
         bits = ((words.unsqueeze(-1) >> _down(WORD, packed.device)) & 1).flatten(-2)
         codes, first = [], 0
@@ -261,7 +298,8 @@ def _terms(trellis: Trellis, part: int, after: int, device: torch.device) -> tup
 
 
 @lru_cache(maxsize=64)
-def _steps(trellis: Trellis, head_dim: int, device: torch.device) -> _Steps:
+def steps_of(trellis: Trellis, head_dim: int, device: torch.device) -> Steps:
+    """Of rows of so many channels."""
     channels: list[int] = []
     part_of: list[int] = []
     ends: list[int] = []
@@ -277,7 +315,7 @@ def _steps(trellis: Trellis, head_dim: int, device: torch.device) -> _Steps:
     channel, end = torch.tensor(channels), torch.tensor(ends)
     word = (end - 1) // WORD
     weight = torch.tensor([part.weight for part in trellis.parts])[part_of]
-    return _Steps(
+    return Steps(
         channel.to(device),
         channel.argsort().to(device),
         torch.tensor(part_of, device=device),
