@@ -19,7 +19,6 @@ from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_til
 from kvbench_kernels.unpack import (
     E4M3,
     FLOAT,
-    HALVES_BASES,
     SYMMETRIC4,
     TIERS,
     UNSIGNED,
@@ -29,7 +28,15 @@ from kvbench_kernels.unpack import (
     masked,
     masked_unit,
     unpack,
-    unpack_halves,
+)
+from kvbench_kernels.whole import (
+    WHOLE_ONE,
+    in_upper_bytes,
+    whole_halves,
+    whole_queries,
+    whole_scores,
+    whole_unit,
+    whole_words,
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -50,12 +57,23 @@ def _prefetch_tile(
     BLOCK_N: tl.constexpr,
 ):
     """Asks for BLOCK_N rows from the cache's row `base` on."""
-    prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
+    K_ROW: tl.constexpr = 2 * K_WORDS if k_ptr.dtype.element_ty == tl.int8 else K_WORDS
+    prefetch(k_ptr, base * K_ROW, BLOCK_N * K_ROW)
     prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
     if K_SCALES:
         prefetch(k_scale_ptr, base, BLOCK_N)
     if V_SCALES:
         prefetch(v_scale_ptr, base, BLOCK_N)
+
+
+@triton.jit
+def _signs(row, column, WORDS: tl.constexpr):
+    """[N, N] of +-1: words of one token by words of the same, Hadamard's matrix; of two tokens 0."""
+    sign = (row[:, None] & column[None, :]) % WORDS
+    sign ^= sign >> 4
+    sign ^= sign >> 2
+    sign ^= sign >> 1
+    return tl.where((row // WORDS)[:, None] == (column // WORDS)[None, :], 1 - 2 * (sign & 1), 0)
 
 
 @triton.jit
@@ -119,7 +137,7 @@ def _store_part(
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"])
 def _decode_kernel(
     q_ptr,  # [T, HQ, D] any float
-    k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16
+    k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; SYMMETRIC4: [P, HKV, S, bytes] int8
     k_scale_ptr,  # [P, HKV, S] float32, or one float32
     v_ptr,
     v_scale_ptr,
@@ -216,17 +234,24 @@ def _decode_kernel(
     V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
     # codes that are multiplied as they lie in their words, see `masked`, and what a value is more than its code
     K_MASKED: tl.constexpr = K_KIND == UNSIGNED
-    V_MASKED: tl.constexpr = V_KIND == UNSIGNED or V_KIND == SYMMETRIC4
-    K_OFFSET: tl.constexpr = K_STEP - 1.5 if K_KIND == SYMMETRIC4 else -(2.0 ** (K_BITS - 1))
+    # values as whole numbers too, where 16 columns make a second product dearer than the instructions it takes
+    V_WHOLE: tl.constexpr = (
+        V_KIND == SYMMETRIC4 and V_STEP != 0.0 and ABREAST == 1 and BLOCK_G > 8 and in_upper_bytes(V_CODEBOOK)
+    )
+    V_MASKED: tl.constexpr = (V_KIND == UNSIGNED or V_KIND == SYMMETRIC4) and not V_WHOLE
+    K_OFFSET: tl.constexpr = -(2.0 ** (K_BITS - 1))
+    K_WHOLE: tl.constexpr = K_KIND == SYMMETRIC4  # keys as whole numbers, see whole.py
+    K_ROW: tl.constexpr = 2 * K_WORDS if K_WHOLE else K_WORDS  # of k_ptr's elements
     V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
     ROWS: tl.constexpr = BLOCK_N // ABREAST
     COLUMNS: tl.constexpr = BLOCK_G * ABREAST
     # rows of a product with values. Products that add to the same sums wait for each other, so where a stream has few
     # channels, all streams take their turn with 16 rows before the next 16
-    SLICE: tl.constexpr = min(16, ROWS) if V_MASKED else ROWS
+    SLICE: tl.constexpr = min(16, ROWS) if V_MASKED or V_WHOLE else ROWS
 
     n = tl.arange(0, BLOCK_N)
     kw = tl.arange(0, BLOCK_KW)
+    kr = tl.arange(0, 2 * BLOCK_KW if K_WHOLE else BLOCK_KW)
     vw = tl.arange(0, BLOCK_VW)
     g = tl.arange(0, BLOCK_G)
     head_0 = kv_head * GROUP + first_head
@@ -331,24 +356,29 @@ def _decode_kernel(
         if ABREAST > 1:
             own_word = (kw // K_WORDS)[None, :] == (r % COLUMNS // BLOCK_G)[:, None]
             q_all = tl.where(own_word, q_all, 0.0)
-        sign = (kw[:, None] & kw[None, :]) % K_WORDS
-        sign ^= sign >> 4
-        sign ^= sign >> 2
-        sign ^= sign >> 1
-        hadamard = (1 - 2 * (sign & 1)).to(q_all.dtype)
-        if ABREAST > 1:
-            hadamard = tl.where((kw // K_WORDS)[:, None] == (kw // K_WORDS)[None, :], hadamard, 0.0)
         # rows are streams and heads: what a lane gets is what the next product asks of it
-        turned = butterfly_across(slices(tl.dot(q_all, hadamard), COLUMNS))
+        turned = butterfly_across(slices(tl.dot(q_all, _signs(kw, kw, K_WORDS).to(q_all.dtype)), COLUMNS))
+        if K_WHOLE:
+            ordered = _signs(kw, whole_words(kw), K_WORDS).to(q_all.dtype)
+            ordered = butterfly_across(slices(tl.dot(q_all, ordered), COLUMNS))
     else:
         turned = ()
         # a column's words are those of its own token
         is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == own[:, None])
         for stream in tl.static_range(K_STREAMS):
             turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
-    peak = tl.abs(turned[0])
-    for stream in tl.static_range(1, K_STREAMS):
-        peak = tl.maximum(peak, tl.abs(turned[stream]))
+        if K_WHOLE:
+            ordered = ()
+            word = whole_words(kw)
+            is_query = has_head[:, None] & ((word // K_WORDS)[None, :] == own[:, None])
+            for stream in tl.static_range(K_STREAMS):
+                channel = tl.minimum(channels(word % K_WORDS, stream, K_BITS, K_WORDS), D - 1)
+                q = _load_queries(q_at, channel, stride_qd, order_ptr, spread_ptr, kv_head * D)
+                ordered = ordered + (tl.where(is_query, q.to(tl.float32), 0.0),)
+    peak = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
+    for stream in tl.static_range(K_STREAMS):
+        # of the words in whichever order is needed anyway
+        peak = tl.maximum(peak, tl.abs(ordered[stream] if K_WHOLE else turned[stream]))
     peak = tl.max(tl.max(peak, axis=1), axis=0)
     exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
@@ -431,17 +461,20 @@ def _decode_kernel(
             packed_acc = ()
             for stream in tl.static_range(V_STREAMS):
                 unit = masked_unit(V_BITS, stream) if V_MASKED else 1.0
+                if V_WHOLE:
+                    unit = V_UNIT / whole_unit(V_CODEBOOK)
                 packed_acc = packed_acc + (acc[stream] * (unit * 2.0**HEADROOM / v_all),)
             acc = packed_acc
 
     q_sum = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     queries = ()
-    upper_queries = ()  # SYMMETRIC4: for the upper half of the codes
+    if K_WHOLE:
+        whole_q = whole_queries(ordered, q_inverse)
     if K_KIND == TIERS:
         queries, q_offset = tier_queries(turned, q_inverse, kw, K_CODEBOOK, K_WORDS)
         REST_WORDS: tl.constexpr = rest_count(K_CODEBOOK[0], K_WORDS)
-    for stream in tl.static_range(0 if K_KIND == TIERS else K_STREAMS):
+    for stream in tl.static_range(0 if K_KIND == TIERS or K_WHOLE else K_STREAMS):
         q = turned[stream] * q_inverse  # [COLUMNS, BLOCK_KW]
         if K_MASKED:
             # against the small units of the codes; all scores become 2^-10 of what they are
@@ -449,11 +482,7 @@ def _decode_kernel(
         q = q.to(k_type)
         q_sum += q.to(tl.float32) * (masked_unit(K_BITS, stream) if K_MASKED else 1.0)
         queries = queries + (tl.trans(q),)
-        if K_KIND == SYMMETRIC4:
-            q_offset += q.to(tl.float32) * -HALVES_BASES[stream]
-            q = (q.to(tl.float32) * (-2 * K_STEP)).to(tl.float16)
-            upper_queries = upper_queries + (tl.trans(q),)
-    if K_MASKED or K_KIND == SYMMETRIC4:
+    if K_MASKED:
         q_offset = tl.sum(q_offset + q_sum * K_OFFSET, axis=1)  # [COLUMNS]: a part of every score
     q_sum = tl.sum(q_sum, axis=1)  # [COLUMNS]
 
@@ -465,6 +494,8 @@ def _decode_kernel(
         score_scale *= 1024
     if K_KIND == TIERS:
         score_scale *= 1 / LOWERED
+    if K_WHOLE:
+        score_scale *= whole_unit(K_CODEBOOK) / (K_UNIT * WHOLE_ONE)
     if not HAS_SOFTCAP:
         score_scale *= _LOG2E
     if K_SCALE == 0:
@@ -487,21 +518,23 @@ def _decode_kernel(
         page = tl.load(table + tl.minimum(tile + BLOCK_N + at, last) // S)
         if S % BLOCK_N == 0:
             row = base + n
-            k_at = k_ptr + base * K_WORDS + (tl.arange(0, ROWS)[:, None] * (ABREAST * K_WORDS) + kw[None, :])
+            k_at = k_ptr + base * K_ROW + (tl.arange(0, ROWS)[:, None] * (ABREAST * K_ROW) + kr[None, :])
         else:
             row = base
             row_0 = tl.split(tl.reshape(row, [ROWS, 2]))[0] if ABREAST > 1 else row  # [ROWS], where each row begins
             row_1 = tl.split(tl.reshape(row, [ROWS, 2]))[1] if ABREAST > 1 else row
-            k_at = k_ptr + (row_0 * K_WORDS)[:, None] + kw[None, :]
+            k_at = k_ptr + (row_0 * K_ROW)[:, None] + kr[None, :]
 
         # scores
         if BLOCK_KW == ABREAST * K_WORDS:
             k_words = tl.load(k_at)  # [ROWS, BLOCK_KW]
         else:
-            k_words = tl.load(k_at, mask=(kw < K_WORDS)[None, :], other=0.0)
+            k_words = tl.load(k_at, mask=(kr < K_ROW)[None, :], other=0.0)
         score = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if K_MASKED or K_KIND == SYMMETRIC4 or K_KIND == TIERS:
+        if K_MASKED or K_KIND == TIERS:
             score += q_offset[None, :]
+        if K_WHOLE:
+            score = whole_scores(k_words, whole_q, K_CODEBOOK, ASSEMBLY)
         if K_KIND == TIERS:
             # the rest of a token's channels, each beside its word
             if S % BLOCK_N == 0:
@@ -513,14 +546,10 @@ def _decode_kernel(
             for i in tl.static_range(fields(K_CODEBOOK[0])):
                 k = tier_field(k_words, k_rest, kw, i, K_CODEBOOK[0], K_WORDS, ASSEMBLY)
                 score = tl.dot(k, queries[i], score)
-        for stream in tl.static_range(0 if K_KIND == TIERS else K_STREAMS):
+        for stream in tl.static_range(0 if K_KIND == TIERS or K_WHOLE else K_STREAMS):
             if K_MASKED:
                 k = masked(k_words, stream, K_BITS, False, ASSEMBLY)
                 score = tl.dot(k, queries[stream], score)
-            elif K_KIND == SYMMETRIC4:
-                lower, upper = unpack_halves(k_words, stream, ASSEMBLY)
-                score = tl.dot(lower, queries[stream], score)
-                score = tl.dot(upper, upper_queries[stream], score)
             else:
                 k = unpack(k_words, None, stream, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
                 score = tl.dot(k, queries[stream], score)
@@ -604,13 +633,15 @@ def _decode_kernel(
                 upper_weights = weights[i] * -v_step
             new_acc = ()
             for stream in tl.static_range(V_STREAMS):
-                if V_MASKED:
+                if V_WHOLE:
+                    v = whole_halves(v_words, stream, V_CODEBOOK, ASSEMBLY)
+                elif V_MASKED:
                     v = masked(v_words, stream, V_BITS, False, ASSEMBLY)
                 else:
                     v = unpack(v_words, None, stream, V_KIND, V_BITS, V_CODEBOOK, ASSEMBLY)
                 new_acc = new_acc + (tl.dot(v, weights[i], acc[stream]),)
             acc = new_acc
-            if V_KIND == SYMMETRIC4 and V_STEP != 0.0:
+            if V_MASKED and V_KIND == SYMMETRIC4 and V_STEP != 0.0:
                 new_acc = ()
                 for stream in tl.static_range(V_STREAMS):
                     upper = masked(v_words, stream, V_BITS, True, ASSEMBLY)
@@ -628,6 +659,8 @@ def _decode_kernel(
         o = acc[stream]
         if V_MASKED:
             o *= 1 / masked_unit(V_BITS, stream)
+        if V_WHOLE:
+            o *= whole_unit(V_CODEBOOK) / V_UNIT
         streams = streams + (o,)
     _store_part(
         part_o_ptr, part_m_ptr, part_l_ptr, part, is_head, own, m, l, shift, streams,
@@ -720,7 +753,7 @@ def decode(
     center_room = torch.empty(pairs, center_pages, block_g * abreast, dtype=torch.float32, device=q.device)
     _decode_kernel[(pairs, splits)](
         q,
-        k.words,
+        k.codes.view(torch.int8) if k.layout.kind == SYMMETRIC4.value else k.words,
         k.scale,
         v.words,
         v.scale,

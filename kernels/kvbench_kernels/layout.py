@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvbench_kernels import unpack
 from kvbench_kernels.tiers import rest_words
+from kvbench_kernels.whole import whole_values
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Layout:
     def of_codebook(cls, values: tuple[float, ...]) -> Layout:
         """The layout of a codebook dtype: SYMMETRIC4 where the values allow it."""
         bits = (len(values) - 1).bit_length()
-        symmetric = len(values) == 4 and values[0] == -values[3] and values[1] == -values[2]
-        return cls((unpack.SYMMETRIC4 if symmetric else unpack.TABLE).value, bits, values)
+        return cls((unpack.SYMMETRIC4 if whole_values(values) else unpack.TABLE).value, bits, values)
 
     @property
     def in_blocks(self) -> bool:

@@ -75,13 +75,6 @@ def _symmetric(stream: int) -> str:
     return _field(2, stream, "$1", steps)
 
 
-def _halves(stream: int) -> str:
-    """2^n + code, and 1 where code >= 2, else 0, by saturation."""
-    base = _place(2, stream)[2]
-    steps = ["mov.b32 $0, t;", f"mov.b32 k, {_pair(-base - 1)};", "add.sat.f16x2 $1, t, k;"]
-    return _field(2, stream, "$2", steps)
-
-
 def _e4m3(stream: int) -> str:
     return (
         "{\n.reg .b32 t;\n.reg .b16 pair, none;\n"
@@ -120,9 +113,6 @@ _SIGNED = tl.constexpr(tuple(map(_signed, range(2))))
 _UNSIGNED4 = tl.constexpr(tuple(_centred(4, stream, 8.0) for stream in range(4)))
 _UNSIGNED2 = tl.constexpr(tuple(_centred(2, stream, 2.0) for stream in range(8)))
 _SYMMETRIC4 = tl.constexpr(tuple(map(_symmetric, range(8))))
-_HALVES = tl.constexpr(tuple(map(_halves, range(8))))
-# the 2^n around the codes of each 2-bit stream
-HALVES_BASES = tl.constexpr(tuple(_place(2, stream)[2] for stream in range(8)))
 
 
 @triton.jit
@@ -233,19 +223,6 @@ def masked(words, STREAM: tl.constexpr, BITS: tl.constexpr, UPPER: tl.constexpr,
     else:
         bits = (words.to(tl.int32) >> _masked_shift(BITS, STREAM)) & _masked_bits(BITS, STREAM, UPPER)
         return bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def unpack_halves(words, STREAM: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """SYMMETRIC4 in two instructions for two values: `HALVES_BASES[STREAM] + code`, and 1 where code >= 2, else 0.
-
-    What `unpack` gives is `first - base - 1.5 + step - 2 step * second`: keys leave that sum to the matrix product.
-    """
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(_HALVES[STREAM], "=&r,=&r,r", [words], (tl.float16, tl.float16), True, 2)
-    else:
-        code = (words.to(tl.int32) >> (STREAM * 2)) & 3
-        return (code.to(tl.float32) + HALVES_BASES[STREAM]).to(tl.float16), (code >> 1).to(tl.float16)
 
 
 @triton.jit

@@ -3,7 +3,8 @@ import torch
 import triton
 import triton.language as tl
 from kvbench_kernels.layout import Layout
-from kvbench_kernels.unpack import HALVES_BASES, UNSIGNED, masked, masked_unit, unpack, unpack_halves
+from kvbench_kernels.unpack import SYMMETRIC4, TABLE, UNSIGNED, masked, masked_unit, unpack
+from kvbench_kernels.whole import in_upper_bytes, whole, whole_halves, whole_unit, whole_values
 
 from kvbench.attention import triton as kernels
 from kvbench.dtypes import Affine, Codebook, Rows, all_dtypes, e5m3
@@ -24,15 +25,14 @@ def _unpack_kernel(
     ASSEMBLY: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One program per N words: their streams, in one of the forms; "halves" put together, without the constant."""
+    """One program per N words: their streams, in one of the forms."""
     at = tl.program_id(0) * N + tl.arange(0, N)
     words = tl.load(words_ptr + at)
     for stream in tl.static_range(16 // BITS):
-        if FORM == "masked" or FORM == "upper":
+        if FORM == "whole":
+            value = whole_halves(words, stream, CODEBOOK, ASSEMBLY)
+        elif FORM == "masked" or FORM == "upper":
             value = masked(words, stream, BITS, FORM == "upper", ASSEMBLY)
-        elif FORM == "halves":
-            lower, upper = unpack_halves(words, stream, ASSEMBLY)
-            value = (lower.to(tl.float32) - HALVES_BASES[stream] + 16 * upper.to(tl.float32)).to(tl.float16)
         else:
             value = unpack(words, tl.full([1], step, tl.float16), stream, KIND, BITS, CODEBOOK, ASSEMBLY)
         tl.store(out_ptr + stream * N * tl.num_programs(0) + at, value)
@@ -74,16 +74,51 @@ def test_streams_are_the_dtype_s_values(dtype, device):
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
-def test_halves_hold_the_code_and_its_upper_bit(device):
+@triton.jit
+def _whole_kernel(rows_ptr, out_ptr, CODEBOOK: tl.constexpr, ASSEMBLY: tl.constexpr, N: tl.constexpr):
+    """One program: rows [N, 32] of bytes as whole numbers [N, 8, 16 words], stream by stream."""
+    at = (tl.program_id(0) * N + tl.arange(0, N))[:, None]
+    k = tl.arange(0, 32)[None, :]
+    tiles = whole(tl.load(rows_ptr + at * 32 + k), CODEBOOK, ASSEMBLY)
+    for i in tl.static_range(4):
+        word, stream = k // 4 * 2 + i // 2, k % 4 * 2 + i % 2
+        tl.store(out_ptr + at * 128 + stream * 16 + word, tiles[i])
+
+
+def whole_numbers(layout, device, *, assembly):
+    """Those of every word there is, in rows of 16: [4096, 8 streams, 16]."""
+    rows = torch.arange(65536, dtype=torch.int32, device=device).to(torch.int16).view(torch.int8).view(4096, 32)
+    out = torch.zeros(4096, 8, 16, dtype=torch.int8, device=device)
+    block = 64 if GPU else 4096
+    _whole_kernel[(4096 // block,)](rows, out, layout.codebook, assembly, block, num_warps=1)
+    return out.cpu()
+
+
+def test_whole_numbers_are_the_values_to_fp16_s_rounding(device):
     """
-    The two-instruction form for keys: 2^n + code, and whether the code is 2 or 3.
+    Every word there is: as numbers of 8 bits int2's are in the ratio of its centroids, each to 2^-11 of itself.
     """
     layout = kernels.layout(all_dtypes()["int2_per_token_head"])
-    got = streams(layout, device, assembly=False, form="halves")
-    words = torch.arange(65536, dtype=torch.int32)
-    for stream in range(8):
-        code = (words >> (2 * stream)) & 3
-        assert torch.equal(got[stream].to(torch.int32), code + 16 * (code >> 1))
+    got = whole_numbers(layout, device, assembly=False)
+    words = torch.arange(65536, dtype=torch.int32).view(4096, 1, 16)
+    code = (words >> (2 * torch.arange(8))[None, :, None]) & 3
+    want = torch.tensor(layout.codebook, dtype=torch.float64)[code]
+
+    assert whole_values(layout.codebook) == (10, 3)
+    assert bool(((got * whole_unit(layout.codebook) - want).abs() <= 2.0**-11 * want.abs()).all())
+    in_halves = streams(layout, device, assembly=False, form="whole").view(8, 4096, 16).transpose(0, 1)
+    assert torch.equal(in_halves, got.half())
+
+
+def test_values_without_a_ratio_of_small_whole_numbers_have_none():
+    """
+    1 to 127.5, and what is not symmetric, are left to a table.
+    """
+    assert whole_values((-127.5, -1.0, 1.0, 127.5)) is None
+    assert Layout.of_codebook((-127.5, -1.0, 1.0, 127.5)).kind == TABLE.value
+    assert whole_values((-3.0, -1.0, 1.0, 2.0)) is None
+    assert whole_values((-1.5, -0.5, 0.5, 1.5)) == (3, 1)
+    assert not in_upper_bytes((-9.0, -1.0, 1.0, 9.0))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -111,11 +146,17 @@ def test_assembly_gives_the_plain_bits(dtype, device):
     if dtype.code_bits in (2, 4):
         forms.add("masked")
     if isinstance(dtype.decode, Codebook):
-        forms |= {"upper", "halves"}
+        forms.add("upper")
     for form in forms:
         plain, fast = (streams(layout, device, assembly=on, form=form) for on in (False, True))
         assert torch.equal(plain.isnan(), fast.isnan())
         assert torch.equal(plain.nan_to_num().view(torch.int16), fast.nan_to_num().view(torch.int16))
+    if layout.kind == SYMMETRIC4.value:
+        assert in_upper_bytes(layout.codebook)
+        plain, fast = (streams(layout, device, assembly=on, form="whole") for on in (False, True))
+        assert torch.equal(plain, fast)
+        plain, fast = (whole_numbers(layout, device, assembly=on) for on in (False, True))
+        assert torch.equal(plain, fast)
 
 
 def test_any_codebook_is_decoded(device):
