@@ -19,8 +19,9 @@ from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, exact_bo
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side
 from kvbench_kernels.merge import merge_kernel
+from kvbench_kernels.three import lowest, lowest_bits, lowest_place, power, stream_count, stream_words
 from kvbench_kernels.tiles import every_eighth, prefetch
-from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile
+from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_block_tuning, exact_tile
 from kvbench_kernels.unpack import (
     BLOCK_E2M1,
     E2M1_UNIT,
@@ -28,29 +29,46 @@ from kvbench_kernels.unpack import (
     SCALE_E4M3,
     SCALE_E8M0,
     SCALE_F16,
+    SCALE_ROW,
+    THREE,
     channels,
     exp2,
     log2,
+    masked,
+    masked_unit,
     unpack,
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEADS = 16  # query heads a program
+_MIDDLE = tl.constexpr(3.5)  # of codes of 3 bits
 # a token's largest scale is taken for this at least, so that its logarithm is a number
 _SMALLEST = tl.constexpr(2.0**-60)
 
 
 @triton.constexpr_function
 def part_words(words, bits, group):
-    """Words of a part."""
+    """Words of a part; of the one of a row with codes of 3 bits, as many as a product takes."""
+    if bits == 3:
+        return max(16, triton.next_power_of_2(words))
     return math.gcd(words, group * bits // 16 if bits == 8 else group)
 
 
 @triton.constexpr_function
 def piece_block(part, stream, words, bits, group):
     """Which block's channels a piece has."""
+    if bits == 3:
+        return 0
     first = part * part_words(words, bits, group)
     return first * 2 // group if bits == 8 else (stream * words + first) // group
+
+
+@triton.constexpr_function
+def piece_unit(kind, stream):
+    """What a value of 1 is in a piece, before its scale; of codes of 3 bits, in their upper ones."""
+    if kind == THREE:
+        return masked_unit(2, stream) / 2
+    return E2M1_UNIT.value if kind == BLOCK_E2M1 else 1.0
 
 
 # four e4m3 numbers to float32
@@ -69,6 +87,7 @@ def block_scales(words, COUNT: tl.constexpr, FORMAT: tl.constexpr, ASSEMBLY: tl.
     """
     SIZE: tl.constexpr = 16 if FORMAT == SCALE_F16 else 8
     PER_WORD: tl.constexpr = words[0].dtype.primitive_bitwidth // SIZE
+    tl.static_assert(FORMAT != SCALE_ROW or COUNT == 1)
     scales = ()
     if FORMAT == SCALE_E4M3 and ASSEMBLY and PER_WORD % 4 == 0:
         for b in tl.static_range(0, COUNT, 4):
@@ -76,6 +95,8 @@ def block_scales(words, COUNT: tl.constexpr, FORMAT: tl.constexpr, ASSEMBLY: tl.
             scales = scales + tl.inline_asm_elementwise(
                 _E4M3_SCALES, "=f,=f,=f,=f,r", [four], (tl.float32, tl.float32, tl.float32, tl.float32), True, 1
             )
+    elif FORMAT == SCALE_ROW:
+        scales = ((words[0] & ~7).to(tl.float32, bitcast=True),)
     else:
         for b in tl.static_range(COUNT):
             bits = ((words[b // PER_WORD] >> (b % PER_WORD * SIZE)) & ((1 << SIZE) - 1)).to(tl.int32)
@@ -128,6 +149,7 @@ def _decode_blocks_kernel(
     center_ptr,  # [pairs, stride_center, BLOCK_G] float32: room for their part of the scores; or None
     center_last,  # N - 1
     stride_center,  # pages
+    bits_ptr,  # int16, of `lowest_bits`; or None
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -170,14 +192,18 @@ def _decode_blocks_kernel(
     b = pair // (HKV * GROUPS)
     kv_head = (pair // GROUPS % HKV).to(tl.int32)
     first_head = (pair % GROUPS * HEADS).to(tl.int32)  # of the group
-    K_WORDS: tl.constexpr = D * K_BITS // 16
-    V_WORDS: tl.constexpr = D * V_BITS // 16
-    K_STREAMS: tl.constexpr = 16 // K_BITS
-    V_STREAMS: tl.constexpr = 16 // V_BITS
+    K_WORDS: tl.constexpr = stream_words(D, K_BITS)
+    V_WORDS: tl.constexpr = stream_words(D, V_BITS)
+    K_ROW: tl.constexpr = D * K_BITS // 16
+    V_ROW: tl.constexpr = D * V_BITS // 16
+    K_STREAMS: tl.constexpr = stream_count(K_BITS)
+    V_STREAMS: tl.constexpr = stream_count(V_BITS)
     K_PART: tl.constexpr = part_words(K_WORDS, K_BITS, K_BLOCK)
     V_PART: tl.constexpr = part_words(V_WORDS, V_BITS, V_BLOCK)
-    K_PARTS: tl.constexpr = K_WORDS // K_PART
-    V_PARTS: tl.constexpr = V_WORDS // V_PART
+    K_PARTS: tl.constexpr = (K_WORDS + K_PART - 1) // K_PART
+    V_PARTS: tl.constexpr = (V_WORDS + V_PART - 1) // V_PART
+    # all scores become so many times smaller, so that queries fit into 16 bits
+    K_LOWERED: tl.constexpr = 2.0**-12 if K_KIND == THREE else 1.0
 
     n = tl.arange(0, BLOCK_N)
     kw = tl.arange(0, K_PART)
@@ -201,7 +227,11 @@ def _decode_blocks_kernel(
     for p in tl.static_range(K_PARTS):
         for stream in tl.static_range(K_STREAMS):
             channel = channels(p * K_PART + kw, stream, K_BITS, K_WORDS)
-            loaded = loaded + (tl.load(q_at + (channel * stride_qd)[None, :]).to(tl.float32),)  # [BLOCK_G, K_PART]
+            if K_PARTS * K_PART == K_WORDS:
+                q = tl.load(q_at + (channel * stride_qd)[None, :]).to(tl.float32)  # [BLOCK_G, K_PART]
+            else:
+                q = tl.load(q_at + (channel * stride_qd)[None, :], mask=(kw < K_WORDS)[None, :], other=0.0)
+            loaded = loaded + (q.to(tl.float32),)
 
     # the split's tokens: whole tiles
     first = 0
@@ -241,8 +271,8 @@ def _decode_blocks_kernel(
     if ASSEMBLY and S % BLOCK_N == 0:
         # the first tile is on its way before the loop asks for it
         base = (page.to(tl.int64) * HKV + kv_head) * S + start % S
-        prefetch(k_ptr, base * K_WORDS, BLOCK_N * K_WORDS)
-        prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
+        prefetch(k_ptr, base * K_ROW, BLOCK_N * K_ROW)
+        prefetch(v_ptr, base * V_ROW, BLOCK_N * V_ROW)
         prefetch(k_scale_ptr, base * K_SCALE_WORDS, BLOCK_N * K_SCALE_WORDS)
         prefetch(v_scale_ptr, base * V_SCALE_WORDS, BLOCK_N * V_SCALE_WORDS)
 
@@ -303,7 +333,12 @@ def _decode_blocks_kernel(
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     # sums over tokens go as far as a lane's own, every eighth; the rest is left for the end
     l = tl.zeros([8, BLOCK_G], tl.float32)
+    shift = tl.zeros([8, BLOCK_G], tl.float32)  # the zero-points' share of the output
+    ones = tl.full([V_PART, BLOCK_N], 1.0, tl.float16)
     acc = ()
+    lowest_acc = ()  # of the lowest bits of codes of 3
+    for _ in tl.static_range(V_STREAMS if V_KIND == THREE else 0):
+        lowest_acc = lowest_acc + (tl.zeros([V_PART, BLOCK_G], tl.float32),)
     for _ in tl.static_range(V_PARTS * V_STREAMS):
         acc = acc + (tl.zeros([V_PART, BLOCK_G], tl.float32),)
 
@@ -322,25 +357,34 @@ def _decode_blocks_kernel(
             m = tl.where(tl.sum(l, axis=0) == 0.0, float("-inf"), m - HEADROOM)
             l *= 2.0**HEADROOM
             unit = 2.0**HEADROOM
-            if V_KIND == BLOCK_E2M1:
-                unit *= E2M1_UNIT
             if v_all_ptr is not None:
                 # the merge multiplies all splits by the one scale
                 unit /= tl.load(v_all_ptr)
             packed_acc = ()
             for i in tl.static_range(V_PARTS * V_STREAMS):
-                packed_acc = packed_acc + (acc[i] * unit,)
+                packed_acc = packed_acc + (acc[i] * (unit * piece_unit(V_KIND, i % V_STREAMS)),)
             acc = packed_acc
 
     queries = ()
+    q_sum = tl.zeros([BLOCK_G, K_PART], tl.float32)
     for i in tl.static_range(K_PARTS * K_STREAMS):
-        q = loaded[i] * q_inverse
-        if K_KIND == BLOCK_E2M1:
-            q *= 1 / E2M1_UNIT
-        queries = queries + (tl.trans(q.to(tl.float16)),)
-    score_scale = exact_scale
+        q = (loaded[i] * (q_inverse * (K_LOWERED / piece_unit(K_KIND, i % K_STREAMS)))).to(tl.float16)
+        q_sum += q.to(tl.float32) * piece_unit(K_KIND, i % K_STREAMS)
+        queries = queries + (tl.trans(q),)
+    lowest_queries = ()
+    for stream in tl.static_range(K_STREAMS if K_KIND == THREE else 0):
+        enlarged = power(24 - lowest_place(kw, stream, K_WORDS))[None, :]
+        q = (loaded[stream] * (q_inverse * K_LOWERED) * enlarged).to(tl.float16)
+        lowest_queries = lowest_queries + (tl.trans(q),)
+    q_sum = tl.sum(q_sum, axis=1)  # [BLOCK_G]
+    score_scale = exact_scale * (1 / K_LOWERED)
     if k_all_ptr is not None:
         score_scale *= tl.load(k_all_ptr)
+
+    if K_KIND == THREE:
+        k_bit = tl.load(bits_ptr + kw)[None, :]
+    if V_KIND == THREE:
+        v_bit = tl.load(bits_ptr + vw)[:, None]
 
     for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         token = tile + n
@@ -355,32 +399,44 @@ def _decode_blocks_kernel(
         row = (page.to(tl.int64) * HKV + kv_head) * S + (tile + at) % S
         page = tl.load(table + tl.minimum(tile + BLOCK_N + at, last) // S)
         if S % BLOCK_N == 0:
-            k_at = k_ptr + row * K_WORDS + (n[:, None] * K_WORDS + kw[None, :])
-            v_at = v_ptr + row * V_WORDS + (n[None, :] * V_WORDS + vw[:, None])
+            k_at = k_ptr + row * K_ROW + n[:, None] * K_ROW
+            v_at = v_ptr + row * V_ROW + n[None, :] * V_ROW
             row += n
         else:
-            k_at = k_ptr + (row * K_WORDS)[:, None] + kw[None, :]
-            v_at = v_ptr + (row * V_WORDS)[None, :] + vw[:, None]
+            k_at = k_ptr + (row * K_ROW)[:, None]
+            v_at = v_ptr + (row * V_ROW)[None, :]
 
         # scores
         k_words = ()
         for p in tl.static_range(K_PARTS):
-            k_words = k_words + (tl.load(k_at + p * K_PART),)  # [BLOCK_N, K_PART]
-        k_scales = load_scales(k_scale_ptr, row, visible, K_SCALE_WORDS)
-        k_scales = block_scales(k_scales, D // K_BLOCK, K_SCALES, ASSEMBLY)
+            k_words = k_words + (tl.load(k_at + (p * K_PART + kw % K_WORDS)[None, :]),)  # [BLOCK_N, K_PART]
+        if K_KIND == THREE:
+            k_rest = tl.load(k_at + (K_WORDS + kw % (K_WORDS // 2))[None, :])
+        k_stored = load_scales(k_scale_ptr, row, visible, K_SCALE_WORDS)
+        k_scales = block_scales(k_stored, D // K_BLOCK, K_SCALES, ASSEMBLY)
         score = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
         for block in tl.static_range(D // K_BLOCK):
             of_block = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
             for p in tl.static_range(K_PARTS):
                 for stream in tl.static_range(K_STREAMS):
                     if piece_block(p, stream, K_WORDS, K_BITS, K_BLOCK) == block:
-                        k = unpack(k_words[p], None, stream, K_KIND, K_BITS, (), ASSEMBLY)
+                        if K_KIND == THREE:
+                            k = lowest(k_rest, k_bit, stream, ASSEMBLY)
+                            of_block = tl.dot(k, lowest_queries[stream], of_block)
+                            k = masked(k_words[p], stream, 2, False, ASSEMBLY)
+                        else:
+                            k = unpack(k_words[p], None, stream, K_KIND, K_BITS, (), ASSEMBLY)
                         of_block = tl.dot(k, queries[p * K_STREAMS + stream], of_block)
+            if K_KIND == THREE:
+                of_block -= (k_stored[0] & 7).to(tl.float32)[:, None] * q_sum[None, :]
             score += of_block * k_scales[block][:, None]
-        v_scales = load_scales(v_scale_ptr, row, visible, V_SCALE_WORDS)
-        v_scales = block_scales(v_scales, D // V_BLOCK, V_SCALES, ASSEMBLY)
+        v_stored = load_scales(v_scale_ptr, row, visible, V_SCALE_WORDS)
+        v_scales = block_scales(v_stored, D // V_BLOCK, V_SCALES, ASSEMBLY)
         v_top = tl.full([BLOCK_N], _SMALLEST, tl.float32)
-        for block in tl.static_range(D // V_BLOCK):
+        if V_KIND == THREE:
+            v_top = tl.where(visible, v_scales[0], 1.0)  # or NaN
+            v_zero = (v_stored[0] & 7).to(tl.float32)
+        for block in tl.static_range(0 if V_KIND == THREE else D // V_BLOCK):
             size = tl.abs(v_scales[block])
             if V_SCALES == SCALE_E8M0:
                 size = tl.where(size < float("inf"), size, 0.0)
@@ -415,29 +471,50 @@ def _decode_blocks_kernel(
         weights = weight.to(tl.float16)
         v_words = ()
         for p in tl.static_range(V_PARTS):
+            of_part = (p * V_PART + vw % V_WORDS)[:, None]
             if V_KIND == E4M3:
-                v_words = v_words + (tl.load(v_at + p * V_PART, mask=visible[None, :], other=0),)
+                v_words = v_words + (tl.load(v_at + of_part, mask=visible[None, :], other=0),)
             else:
-                v_words = v_words + (tl.load(v_at + p * V_PART),)  # [V_PART, BLOCK_N]
+                v_words = v_words + (tl.load(v_at + of_part),)  # [V_PART, BLOCK_N]
+        if V_KIND == THREE:
+            v_rest = tl.load(v_at + (V_WORDS + vw % (V_WORDS // 2))[:, None])
+            # codes that stand above 0 must not add up over a long context: see decode
+            w_sum = tl.dot(ones, weights)
+            lowest_w_sum = w_sum * power(lowest_place(vw, 0, V_WORDS) - 25)[:, None]
+            shift = shift * decay + every_eighth(weight * (v_zero - _MIDDLE)[:, None])
         inverse_top = exp2(-v_log, ASSEMBLY)
         new_acc = ()
         for p in tl.static_range(V_PARTS):
             for stream in tl.static_range(V_STREAMS):
-                v_scale = v_scales[piece_block(p, stream, V_WORDS, V_BITS, V_BLOCK)]
-                share = (v_scale * inverse_top).to(tl.float16)
-                v = unpack(v_words[p], None, stream, V_KIND, V_BITS, (), ASSEMBLY)
-                new_acc = new_acc + (tl.dot(v, weights * share[:, None], acc[p * V_STREAMS + stream]),)
+                if V_KIND == THREE:
+                    v = masked(v_words[p], stream, 2, False, ASSEMBLY)
+                    o = tl.dot(v, weights, acc[stream]) - w_sum * (1.5 * masked_unit(2, stream))
+                else:
+                    v_scale = v_scales[piece_block(p, stream, V_WORDS, V_BITS, V_BLOCK)]
+                    share = (v_scale * inverse_top).to(tl.float16)
+                    v = unpack(v_words[p], None, stream, V_KIND, V_BITS, (), ASSEMBLY)
+                    o = tl.dot(v, weights * share[:, None], acc[p * V_STREAMS + stream])
+                new_acc = new_acc + (o,)
         acc = new_acc
+        if V_KIND == THREE:
+            new_acc = ()
+            for stream in tl.static_range(V_STREAMS):
+                v = lowest(v_rest, v_bit, stream, ASSEMBLY)
+                o = tl.dot(v, weights, lowest_acc[stream] * decay) - lowest_w_sum * 4.0 ** (stream % 4)
+                new_acc = new_acc + (o,)
+            lowest_acc = new_acc
 
     tl.store(part_m_ptr + part, m, mask=is_head)
     tl.store(part_l_ptr + part, tl.sum(l, axis=0), mask=is_head)
     for p in tl.static_range(V_PARTS):
         for stream in tl.static_range(V_STREAMS):
             channel = channels(p * V_PART + vw, stream, V_BITS, V_WORDS)
-            o = acc[p * V_STREAMS + stream]
-            if V_KIND == BLOCK_E2M1:
-                o *= 1 / E2M1_UNIT
-            tl.store(part_o_ptr + part[None, :] * D + channel[:, None], o, mask=is_head[None, :])
+            o = acc[p * V_STREAMS + stream] * (1 / piece_unit(V_KIND, stream))
+            if V_KIND == THREE:
+                o += lowest_acc[stream] * power(24 - lowest_place(vw, stream, V_WORDS))[:, None]
+                o -= tl.sum(shift, axis=0)[None, :]
+            is_row = is_head[None, :] & (vw < V_WORDS)[:, None]
+            tl.store(part_o_ptr + part[None, :] * D + channel[:, None], o, mask=is_row)
 
 
 def decode_blocks(
@@ -470,7 +547,7 @@ def decode_blocks(
     group = query_heads // kv_heads
     heads = min(group, MAX_HEADS)
     pairs = seq_lens.shape[0] * kv_heads * -(-group // heads)
-    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
+    tuning = tuning or choose_block_tuning(k.layout, v.layout, head_dim)
     tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
     bits = max(k.layout.bits, v.layout.bits)
     block_x, exact_weight = exact_tile(bits, tuning.block_n)
@@ -518,6 +595,7 @@ def decode_blocks(
         center_room if center_pages else None,
         0 if center is None else center.last,
         center_pages,
+        lowest_bits(head_dim, q.device) if THREE.value in (k.layout.kind, v.layout.kind) else None,
         kv_heads,
         group,
         heads,

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kvbench_kernels.hadamard import Turn, rotate
 from kvbench_kernels.layout import Side
+from kvbench_kernels.three import stream_count, stream_words
 from kvbench_kernels.tiers import Rank
 from kvbench_kernels.tuning import INTERPRETED
+from kvbench_kernels.unpack import channels
 
 # what a query keeps beyond its first 16 bits, times this: neither part is then a subnormal number
 LOWER = tl.constexpr(2048.0)
@@ -181,7 +183,9 @@ def center_scores(
 
     PARTS: that a row's words are cut into, each of BLOCK_KW; the streams of the first come first.
     """
-    WORDS: tl.constexpr = D * BITS // 16
+    WORDS: tl.constexpr = stream_words(D, BITS)
+    STREAMS: tl.constexpr = stream_count(BITS)
+    STEP: tl.constexpr = WORDS // 2 if BITS == 3 else WORDS  # channels from a stream to the next
     # beyond a row's words queries are 0
     word = (kw if kw.shape[0] == WORDS else kw % WORDS)[None, :]
     score = tl.zeros([page.shape[0], q_upper[0].shape[1]], tl.float32)
@@ -193,17 +197,17 @@ def center_scores(
             first_words = tl.load(at)
             second_words = tl.load(at + D // 2)
         else:
-            at = parts_ptr + (page * HKV + kv_head) * (2 * D) + of_part
-        for stream in tl.static_range(16 // BITS):
+            at = parts_ptr + (page * HKV + kv_head) * (2 * D) + channels(of_part, 0, BITS, WORDS)
+        for stream in tl.static_range(STREAMS):
             if BITS == 8:
                 first = (first_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
                 second = (second_words >> (16 * stream)).to(tl.int16).to(tl.float16, bitcast=True)
             else:
-                first = tl.load(at + stream * WORDS)
-                second = tl.load(at + (stream * WORDS + D))
-            score = tl.dot(first, q_upper[part * (16 // BITS) + stream], score)
-            rest = tl.dot(first, q_lower[part * (16 // BITS) + stream], rest)
-            rest = tl.dot(second, q_upper[part * (16 // BITS) + stream], rest)
+                first = tl.load(at + stream * STEP)
+                second = tl.load(at + (stream * STEP + D))
+            score = tl.dot(first, q_upper[part * STREAMS + stream], score)
+            rest = tl.dot(first, q_lower[part * STREAMS + stream], rest)
+            rest = tl.dot(second, q_upper[part * STREAMS + stream], rest)
     return score + rest * (1 / LOWER)
 
 

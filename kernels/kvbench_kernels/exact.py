@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbench_kernels.layout import Layout, Side
+from kvbench_kernels.three import stream_count, stream_words
 from kvbench_kernels.tiles import by_column, every_eighth
-from kvbench_kernels.unpack import FLOAT, exp2
+from kvbench_kernels.unpack import FLOAT, channels, exp2
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -145,8 +146,10 @@ def attend_exact(
     Every stream of a packed row is a slice of an exact one, or at 8 bits every other channel. Where a row's words are
     cut into parts, so are the streams: those of the first part come first.
     """
-    K_WORDS: tl.constexpr = D * K_BITS // 16
-    V_WORDS: tl.constexpr = D * V_BITS // 16
+    K_WORDS: tl.constexpr = stream_words(D, K_BITS)
+    V_WORDS: tl.constexpr = stream_words(D, V_BITS)
+    K_STREAMS: tl.constexpr = stream_count(K_BITS)
+    V_STREAMS: tl.constexpr = stream_count(V_BITS)
     ROWS: tl.constexpr = BLOCK_X // ABREAST
     COLUMNS: tl.constexpr = BLOCK_G * ABREAST
     x = tl.arange(0, BLOCK_X)
@@ -184,9 +187,10 @@ def attend_exact(
                     k = (k_words >> (16 * stream)).to(tl.int16).to(K_TYPE, bitcast=True)
                     score = tl.dot(k, queries[part * 2 + stream], score)
             else:
-                for stream in tl.static_range(16 // K_BITS):
-                    k = tl.load(k_ptr + k_row * D + (kw % K_WORDS + part * BLOCK_KW + stream * K_WORDS)[None, :])
-                    score = tl.dot(k, queries[part * (16 // K_BITS) + stream], score)
+                for stream in tl.static_range(K_STREAMS):
+                    channel = channels(kw % K_WORDS + part * BLOCK_KW, stream, K_BITS, K_WORDS)
+                    k = tl.load(k_ptr + k_row * D + channel[None, :])
+                    score = tl.dot(k, queries[part * K_STREAMS + stream], score)
         score *= score_scale
         if center_at is not None:
             score += tl.load(center_at[None, :] + by_column(token // CENTER_PAGE, ABREAST, BLOCK_G) * COLUMNS)
@@ -217,9 +221,10 @@ def attend_exact(
                     v = (v_words >> (16 * stream)).to(tl.int16).to(V_TYPE, bitcast=True)
                     new_acc = new_acc + (tl.dot(v, weights, acc[part * 2 + stream] * decay),)
             else:
-                for stream in tl.static_range(16 // V_BITS):
-                    v = tl.load(v_ptr + v_row * D + (vw % V_WORDS + part * BLOCK_VW + stream * V_WORDS)[:, None])
-                    new_acc = new_acc + (tl.dot(v, weights, acc[part * (16 // V_BITS) + stream] * decay),)
+                for stream in tl.static_range(V_STREAMS):
+                    channel = channels(vw % V_WORDS + part * BLOCK_VW, stream, V_BITS, V_WORDS)
+                    v = tl.load(v_ptr + v_row * D + channel[:, None])
+                    new_acc = new_acc + (tl.dot(v, weights, acc[part * V_STREAMS + stream] * decay),)
         acc = new_acc
     return m, l, acc
 

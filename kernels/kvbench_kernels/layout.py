@@ -43,6 +43,7 @@ class Layout:
             unpack.TIERS.value: (2,),
             unpack.BLOCK_E2M1.value: (4,),
             unpack.BLOCK_MIDDLE.value: (4,),
+            unpack.THREE.value: (3,),
         }
         if self.bits not in allowed.get(self.kind, ()):
             raise ValueError(
@@ -60,10 +61,12 @@ class Layout:
     @property
     def in_blocks(self) -> bool:
         """Whether blocks.py reads it."""
-        return self.block > 0
+        return self.block > 0 or self.kind == unpack.THREE.value
 
     def words(self, head_dim: int) -> int:
         """16-bit words of a row's codes."""
+        if self.kind == unpack.THREE.value and (head_dim < 32 or head_dim & (head_dim - 1)):
+            raise ValueError(f"kernels read codes of 3 bits in rows of 32, 64, 128, 256, ... channels, not {head_dim}")
         if head_dim * self.bits % 16:
             raise ValueError(f"head_dim {head_dim} does not fill 16-bit words at {self.bits} bits")
         words = head_dim * self.bits // 16
@@ -132,6 +135,8 @@ class Side:
     def scale_words(self) -> Tensor:
         """[P, HKV, S, N]: a row's blocks' scales, as the largest integers that they fill."""
         assert self.scale is not None, "`check` refuses it"
+        if not self.layout.block:
+            return self.scale.view(torch.int32).unsqueeze(-1)
         size = self.scale.shape[-1] * self.scale.element_size()
         widest = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         return self.scale.view(widest[min(8, size & -size)])
@@ -140,7 +145,8 @@ class Side:
     def block_constants(self) -> tuple[int, ...]:
         """The constants KIND, BITS, BLOCK, SCALES and SCALE_WORDS of blocks.py."""
         layout = self.layout
-        return layout.kind, layout.bits, layout.block, layout.scales, self.scale_words.shape[-1]
+        head_dim = self.codes.shape[-1] * 8 // layout.bits
+        return layout.kind, layout.bits, layout.block or head_dim, layout.scales, self.scale_words.shape[-1]
 
     @property
     def constants(self) -> tuple[object, ...]:
@@ -166,7 +172,7 @@ def check(q: Tensor, k: Side, v: Side) -> None:
         found = None if side.rest is None else list(side.rest.shape)
         if found != ([*shape[:3], 2 * rest] if rest else None):
             raise ValueError(f"{name}.rest is {found}, not the {2 * rest} bytes a row that follow its words")
-        if side.layout.kind == unpack.UNSIGNED.value and side.scale_dims != 1:
+        if side.layout.kind in (unpack.UNSIGNED.value, unpack.THREE.value) and side.scale_dims != 1:
             raise ValueError(f"{name}: unsigned codes hide their zero-point in a scale a row, which is missing")
     if v.layout.kind == unpack.TIERS.value:
         raise ValueError("no kernel reads values in tiers, which are for keys")

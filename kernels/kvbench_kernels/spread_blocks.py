@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench_kernels.blocks import block_scales, load_scales, part_words, piece_block
+from kvbench_kernels.blocks import block_scales, load_scales, part_words, piece_block, piece_unit
 from kvbench_kernels.center import LOWER, Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.layout import Side
+from kvbench_kernels.three import stream_count, stream_words, three_codes
 from kvbench_kernels.tuning import INTERPRETED
-from kvbench_kernels.unpack import BLOCK_E2M1, E2M1_UNIT, channels, unpack
+from kvbench_kernels.unpack import THREE, channels, unpack
 
 
 @triton.jit
@@ -44,28 +45,39 @@ def _spread_side(
     BLOCK_N: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    WORDS: tl.constexpr = D * BITS // 16
+    WORDS: tl.constexpr = stream_words(D, BITS)
+    ROW: tl.constexpr = D * BITS // 16
     PART: tl.constexpr = part_words(WORDS, BITS, CHANNELS)
-    STREAMS: tl.constexpr = 16 // BITS
+    PARTS: tl.constexpr = (WORDS + PART - 1) // PART
+    STREAMS: tl.constexpr = stream_count(BITS)
     token = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = token < seq_len
     page = tl.load(page_table_ptr + b * stride_table + token // S, mask=inside, other=0)
     row = (page.to(tl.int64) * HKV + head) * S + token % S
     w = tl.arange(0, PART)
-    scales = block_scales(load_scales(scale_ptr, row, inside, SCALE_WORDS), D // CHANNELS, SCALES, ASSEMBLY)
+    stored = load_scales(scale_ptr, row, inside, SCALE_WORDS)
+    scales = block_scales(stored, D // CHANNELS, SCALES, ASSEMBLY)
     unit = 1.0
-    if KIND == BLOCK_E2M1:
-        unit = 1 / E2M1_UNIT
     if all_ptr is not None:
         unit *= tl.load(all_ptr)
     pieces = ()
     largest = tl.zeros([BLOCK_N, PART], tl.float32)
-    for p in tl.static_range(WORDS // PART):
-        at = words_ptr + row[:, None] * WORDS + (p * PART + w)[None, :]
+    bit = (1 + w % WORDS // (WORDS // 2)).to(tl.int16)
+    is_word = (w < WORDS)[None, :]
+    for p in tl.static_range(PARTS):
+        at = words_ptr + row[:, None] * ROW + (p * PART + w % WORDS)[None, :]
         words = tl.load(at, mask=inside[:, None], other=0)
+        if KIND == THREE:
+            at = words_ptr + row[:, None] * ROW + (WORDS + w % (WORDS // 2))[None, :]
+            rest = tl.load(at, mask=inside[:, None], other=0)
         for stream in tl.static_range(STREAMS):
             own = scales[piece_block(p, stream, WORDS, BITS, CHANNELS)]
-            value = unpack(words, None, stream, KIND, BITS, (), ASSEMBLY).to(tl.float32) * own[:, None] * unit
+            if KIND == THREE:
+                code = three_codes(words, rest, bit[None, :], stream, ASSEMBLY)
+                value = (code - (stored[0] & 7).to(tl.float32)[:, None]) * own[:, None]
+            else:
+                value = unpack(words, None, stream, KIND, BITS, (), ASSEMBLY).to(tl.float32) * own[:, None]
+                value *= unit * (1 / piece_unit(KIND, stream))
             channel = channels(p * PART + w, stream, BITS, WORDS)
             if exact_ptr is not None:  # noqa: SIM102 - a constant, and one that is none
                 if block * BLOCK_N < SINKS:
@@ -86,11 +98,11 @@ def _spread_side(
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     pair = b * HKV + head
     tl.store(unit_ptr + pair * (length // BLOCK_N) + block, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
-    for p in tl.static_range(WORDS // PART):
+    for p in tl.static_range(PARTS):
         for stream in tl.static_range(STREAMS):
             channel = channels(p * PART + w, stream, BITS, WORDS)
             at = values_ptr + ((pair * length + token) * D)[:, None] + channel[None, :]
-            tl.store(at, (pieces[p * STREAMS + stream] * inverse).to(tl.float16))
+            tl.store(at, (pieces[p * STREAMS + stream] * inverse).to(tl.float16), mask=is_word)
 
 
 @triton.jit(do_not_specialize=["length", "stride_table", "center_last"])

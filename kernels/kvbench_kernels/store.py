@@ -15,6 +15,7 @@ from kvbench_kernels.hadamard import Turn, span
 from kvbench_kernels.layout import Side
 from kvbench_kernels.rows import clamp, half_away, store_words, to_e4m3, turned_rows
 from kvbench_kernels.store_blocks import store_blocks
+from kvbench_kernels.three import store_three
 from kvbench_kernels.tiers import Rank, search, store_tiers
 from kvbench_kernels.tiles import sum_by_halves
 from kvbench_kernels.tuning import INTERPRETED
@@ -198,6 +199,8 @@ def _store_side(
         if BITS == 8:
             for i in tl.static_range(COUNT):
                 tl.store(codes_ptr + (to * D)[:, None] + i * SPAN + d, codes[i].to(tl.int8), mask=inside[:, None])
+        elif BITS == 3:
+            store_three(codes, codes_ptr, to, D)
         else:
             store_words(codes, codes_ptr, to, D, BITS)
         if ROUND != ROUND_E4M3:
@@ -319,7 +322,7 @@ def store(
         center.check(k_side, head_dim)
     if exact is not None:
         exact.check(k_side, head_dim)
-    if k_side.layout.in_blocks:
+    if k_side.layout.block:
         store_blocks(
             k, v, k_side, v_side, k_rounding.kind, v_rounding.kind, slot_mapping, k_turn, v_turn, center,
             positions if by_page else None, exact,
@@ -366,11 +369,12 @@ def store(
 
 
 def _codes(side: Side) -> Tensor:
-    return side.codes.view(torch.int8) if side.layout.bits == 8 else side.words
+    given = {8: torch.int8, 3: torch.int32}.get(side.layout.bits)
+    return side.words if given is None else side.codes.view(given)
 
 
 def _constants(side: Side, rounding: Rounding, turn: Turn, head_dim: int) -> tuple[object, ...]:
     """The kernel's constants BLOCK, SPAN, ROUND, BITS, THRESHOLD, HAS_SCALE and TIERS."""
     bits = side.layout.bits
-    tile = span(side.layout.words(head_dim) if bits < 8 else head_dim)
+    tile = 16 if bits == 3 else span(side.layout.words(head_dim) if bits < 8 else head_dim)
     return turn.block, tile, rounding.kind, bits, rounding.threshold, side.scale is not None, rounding.tiers

@@ -62,6 +62,15 @@ def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
     return Tuning(block_n, 3, 4 if bits == 4 else 8, registers=255)
 
 
+def choose_block_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
+    """The same for rows in blocks: short tiles and a second warp on a scheduler below 8 bits, where more is decoded."""
+    if INTERPRETED:
+        return Tuning(32, 3, 4, least=32)
+    narrow = max(k.bits, v.bits) < 8
+    block_n = max(16, (32 if narrow else 64) * 128 // max(128, triton.next_power_of_2(head_dim)))
+    return Tuning(block_n, 3, 8 if narrow else 4, registers=255)
+
+
 def exact_tile(packed_bits: int, block_n: int) -> tuple[int, int]:
     """(tokens of a tile in 16 bits, packed tiles of block_n tokens that it counts for).
 

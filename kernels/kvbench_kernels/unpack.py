@@ -26,11 +26,13 @@ TABLE = tl.constexpr(5)  # indices of any other codebook
 TIERS = tl.constexpr(6)  # slices of channels with codes of their own width: see tiers.py
 BLOCK_E2M1 = tl.constexpr(7)  # 4-bit floats, a scale a block: see blocks.py
 BLOCK_MIDDLE = tl.constexpr(8)  # unsigned codes of 4 bits less 8, a scale a block
+THREE = tl.constexpr(9)  # unsigned codes of 3 bits, each row with a zero-point: see three.py
 
 # how the scale of a block becomes a number
 SCALE_F16 = tl.constexpr(0)
 SCALE_E4M3 = tl.constexpr(1)
 SCALE_E8M0 = tl.constexpr(2)
+SCALE_ROW = tl.constexpr(3)  # float32, one a row, whose low bits are its zero-point
 E2M1_UNIT = tl.constexpr(2.0**-14)  # what a stream of BLOCK_E2M1 has for 1
 
 
@@ -117,9 +119,14 @@ _SYMMETRIC4 = tl.constexpr(tuple(map(_symmetric, range(8))))
 
 @triton.jit
 def channels(words, STREAM: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """The channels whose codes are stream STREAM: bytes lie one after the other, smaller codes WORDS channels apart."""
+    """The channels whose codes are stream STREAM: bytes lie one after the other, smaller codes WORDS channels apart.
+
+    Codes of 3 bits lie as three.py says.
+    """
     if BITS == 8:
         return words * 2 + STREAM
+    elif BITS == 3:
+        return words // 2 + (words % 2 * 8 + STREAM) * (WORDS // 2)
     return words + STREAM * WORDS
 
 

@@ -44,6 +44,8 @@ _ROUNDINGS = {
     "int2_per_token_head": store.Rounding(store.ROUND_NORM4_ROW.value, THRESHOLD),
     "midrise2_per_token_head": store.Rounding(store.ROUND_SEARCH_ROW.value, tiers=(22222222, 1.0, 1.0, 1.0, 1.0)),
 }
+# these are not of any head_dim: codes in two planes
+_PLANES = {"int3_per_token_head": store.Rounding(store.ROUND_UNSIGNED_ROW.value)}
 # and these lie in blocks: (kind of the codes, format of the scales, rounding)
 _BLOCKS = {
     "q8_0": (unpack.SIGNED, unpack.SCALE_F16, store_blocks.BLOCK_Q8),
@@ -148,7 +150,8 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
                 raise ValueError(f"no kernel reads values as {value.dtype.name}, which is for keys; the reference does")
         own = [(one.key or scheme.key, one.value or scheme.value) for one in scheme.layers]
         for key, value in ((scheme.key, scheme.value), *own):
-            if layout(key.dtype).in_blocks != layout(value.dtype).in_blocks:
+            a, b = layout(key.dtype), layout(value.dtype)
+            if a.in_blocks != b.in_blocks or (a.block > 0) != (b.block > 0):
                 raise ValueError(f"no kernel reads {key.dtype.name} beside {value.dtype.name}; the reference does")
     except ValueError as error:
         return str(error)
@@ -196,6 +199,8 @@ def layout(dtype: Dtype) -> Layout:
         return Layout(unpack.E4M3.value, 8)
     if decode == Affine("none") and dtype.code_bits == 8:
         return Layout(unpack.SIGNED.value, 8)
+    if dtype.name in _PLANES:
+        return Layout(unpack.THREE.value, 3, scales=unpack.SCALE_ROW.value)
     if isinstance(decode, Tiers):
         return Layout(unpack.TIERS.value, 2, _tiers(decode.widths))
     if dtype.code_bits < 8 and dtype.word_bits == 16 and len(dtype.planes) == 1:
@@ -216,9 +221,9 @@ def rounding(dtype: Dtype) -> store.Rounding:
         return store.Rounding(store.ROUND_SEARCH_ROW.value, tiers=_tiers(dtype.decode.widths))
     if dtype.name in _BLOCKS:
         return store.Rounding(_BLOCKS[dtype.name][2].value)
-    if dtype.name not in _ROUNDINGS:
-        raise ValueError(f"no kernel rounds to {dtype.name}: append through PagedCache.append")
-    return _ROUNDINGS[dtype.name]
+    if found := (_ROUNDINGS | _PLANES).get(dtype.name):
+        return found
+    raise ValueError(f"no kernel rounds to {dtype.name}: append through PagedCache.append")
 
 
 def _tiers(widths: tuple[int, ...], steps: Mapping[int, float] = STEPS) -> tuple[float, ...]:

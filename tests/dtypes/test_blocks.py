@@ -326,7 +326,6 @@ def test_a_constant_block_comes_back(name, value):
     [
         *((name, f"no kernel decodes {name}, which has a scale every") for name in ("q5_1", "q4_1", "iq4_nl")),
         ("uint4_per_group_64", "no kernel decodes uint4_per_group_64, which has a scale every 64 channels"),
-        ("int3_per_token_head", "no kernel decodes int3_per_token_head; the reference does"),
     ],
 )
 def test_the_reference_computes_them_and_says_why(monkeypatch, name, reason):

@@ -1,4 +1,4 @@
-"""Rows in blocks: written as their definitions say, and read as any other rows."""
+"""Rows in blocks, and of 3 bits: written as their definitions say, and read as any other rows."""
 
 import importlib.util
 import math
@@ -24,9 +24,9 @@ def beside(name):
 
 Case, streams = beside("test_attention").Case, beside("test_unpack").streams
 GPU = torch.cuda.is_available()
-NAMES = list(kernels._BLOCKS)
+NAMES = [*kernels._BLOCKS, *kernels._PLANES]
 # in the interpreter each name once
-READ = [*NAMES, "q8_0:q4_0"] if GPU else ["q8_0:q4_0", "nvfp4:mxfp4", "mxfp8"]
+READ = [*NAMES, "q8_0:q4_0"] if GPU else ["q8_0:q4_0", "nvfp4:mxfp4", "mxfp8", "int3_per_token_head"]
 
 
 def hard_rows(name, tokens, heads, head_dim):
@@ -94,7 +94,7 @@ def test_prompts_chunks_and_single_tokens_mix(name, device):
 @pytest.mark.parametrize("name", READ if GPU else ["nvfp4:q4_0"])
 def test_every_shape(name, device):
     """
-    Rows of several parts, pages smaller than a tile, one query head and many, a sliding window, a softcap and sinks.
+    Rows of several parts or of half a product, small pages, one query head and many, a window, a softcap and sinks.
     """
     seqs = ((75, 1), (1, 1), (22, 1))
     for heads, head_dim, page_size in (((2, 1), 256, 64), ((3, 1), 128, 16), ((24, 1), 64, 32))[: 3 if GPU else 2]:
@@ -153,6 +153,7 @@ def test_e2m1_streams_are_its_values(device):
     ("pair", "head_dim", "reason"),
     [
         ("q8_0:int8", 64, "no kernel reads q8_0 beside int8_per_token_head"),
+        ("int3_per_token_head", 96, "no kernel reads int3_per_token_head of head_dim 96"),
         ("q4_0", 96, "no kernel reads q4_0 of head_dim 96"),
         ("q5_1", 64, "no kernel decodes q5_1, which has a scale every 32 channels"),
     ],

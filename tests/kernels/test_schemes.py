@@ -10,6 +10,7 @@ from kvbench.cache import PagedCache
 from kvbench.schemes import Scheme
 from kvbench.transforms import Rope, Sample, Transform
 
+GPU = torch.cuda.is_available()
 HEAD_DIM, HKV, HQ, PAGE = 64, 2, 6, 64
 ROPE = Rope(10000.0 ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64) / (HEAD_DIM // 2)))
 
@@ -51,6 +52,7 @@ def caches(scheme, pages, device):
         ("int8+s4", "center_constant:none"),
         ("int4:int2+w0s2", "hadamard"),
         ("q8_0:nvfp4+w64s4", "center:none"),
+        *([("int3+w64s4", "none"), ("q4_0:mxfp8+s4", "center_constant:none")] if GPU else []),
     ],
     ids=str,
 )
