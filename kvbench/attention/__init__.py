@@ -71,13 +71,14 @@ def append(
     positions: Tensor | None = None,
     exact: PagedCache | None = None,
     near: Near | None = None,
+    skips: bool | None = None,
 ) -> None:
     """Transform and quantize new tokens and write them to their slots: the same bytes by either implementation.
 
     k, v: [T, HKV, D], any floating dtype. slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
     positions: [T] int64 within their sequences; needed where a transform goes by position.
     exact: gets the same rows, transformed alike, in 16 bits. near: where, if not in the same slots; and which pages are
-    full now, and quantized whole.
+    full now, and quantized whole. skips: whether a slot is -1, where that is known.
     """
     if impl == "triton":
         assert near is None, "kernels read both copies in the same slots"
@@ -86,9 +87,11 @@ def append(
         triton.append(cache, layer, k, v, slot_mapping, positions, exact)
         return
     with _computing(k.device):
-        cache.append(layer, k, v, slot_mapping, positions)
-        if exact is not None:
-            exact.append(layer, k, v, slot_mapping if near is None else near.slots, positions)
+        cache.append(layer, k, v, slot_mapping, positions, skips)
+        if exact is not None and near is None:
+            exact.append(layer, k, v, slot_mapping, positions, skips)
+        elif exact is not None and near is not None:
+            exact.append(layer, k, v, near.slots, positions, skips=False)
         if exact is not None and near is not None and near.seals is not None:
             cache.seal(layer, exact, *near.seals)
 

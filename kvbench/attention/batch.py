@@ -132,6 +132,11 @@ class Batch:
         return replace(self, **moved, near=None if self.near is None else self.near.to(device))
 
     @cached_property
+    def skips(self) -> bool:
+        """Whether a new token is written nowhere."""
+        return bool((self.slot_mapping < 0).any())
+
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """For each sequence: its first new token, the end of its new tokens, its length."""
         starts = self.query_starts.tolist()

@@ -21,21 +21,33 @@ FREE_SCORES = 2**16  # padded scores that cost no more than another call
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences computed together: B of them, padded to T new tokens and to N pages. A padded entry repeats a real one.
+    """Sequences computed together: B of them, padded to N pages.
 
-    tokens: [B, T] int64, which of the batch's tokens. real: [B, T] bool, false where padded.
-    pages: [B, N] int64, which of the batch's distinct pages. positions: [B, T] int64 of the new tokens.
-    first_key: [B] int64, the position of the first key read. lengths: [B] int64.
+    chunks: of their new tokens. pages: [B, N] int64, which of the batch's distinct pages.
+    first_key: [B] int64, the position of the first key read. lengths: [B] int64. keys: most that one has from there on.
     near: [B, blocks] int64, which of the pages in 16 bits, from the first key's on; None where they lie as the others.
     """
 
-    tokens: Tensor
-    real: Tensor
+    chunks: list[_Chunk]
     pages: Tensor
-    positions: Tensor
     first_key: Tensor
     lengths: Tensor
+    keys: int
     near: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some new tokens of each sequence of a group, padded to T. A padded entry repeats a real one.
+
+    tokens: [B, T] int64, which of the batch's tokens. positions: [B, T] int64, of them.
+    real: [n] int64, which of the B·T entries are not padded. seen: keys of the group after which no query sees one.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    real: Tensor
+    seen: int
 
 
 def attend(
@@ -59,34 +71,24 @@ def attend(
     if lacking is not None and lacking.shape[-1] == 1 and softcap is None and sinks is None:
         lacking = None  # softmax does not see it
     lift = keys_as.side.lift(queries, keys_as.params)  # [T, HQ]
-    read: list[Sequence[Tensor]] = [cache.read(layer, batch.pages_read[0], dtype)]  # [pages, HKV, S, D]
-    if exact is not None and batch.near is None:
-        read.append(exact.read(layer, batch.pages_read[0], dtype))
-    elif exact is not None and batch.near is not None:
-        # and a page of zeros, which stands where there is none
-        both = exact.read(layer, batch.near.pages, dtype)
-        read.append(tuple(functional.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in both))
+    read = [_with_zeros(cache, layer, batch.pages_read[0], dtype)]
+    if exact is not None:
+        read.append(_with_zeros(exact, layer, batch.pages_read[0] if batch.near is None else batch.near.pages, dtype))
     by_page = [bool(plane.dtype.page_tokens) for plane in (keys_as, values_as)]
     out = torch.empty_like(queries)
     for group in _groups(batch, sliding_window):
-        length = int((group.lengths - group.first_key).max())
-        keys = group.first_key[:, None] + torch.arange(length, device=q.device)  # [B, L] positions
+        keys = group.first_key[:, None] + torch.arange(group.keys, device=q.device)  # [B, L] positions
         unwritten = keys >= group.lengths[:, None]
-        # [B, HKV, L, D] of k and v, packed and exact
         # what is quantized by page is not there before its page is full
         unsealed = keys >= group.lengths[:, None] // cache.page_size * cache.page_size
         absent = [unsealed if paged else unwritten for paged in by_page]
-        rows = [[_in_order(x, group.pages, length, gone) for x, gone in zip(read[0], absent, strict=True)]]
+        # [B, HKV, L, D] of k and v, packed and exact
+        rows = [[_in_order(x, group.pages, gone) for x, gone in zip(read[0], absent, strict=True)]]
         if len(read) > 1:
             pages = group.pages if group.near is None else group.near
-            rows.append([_in_order(x, pages, length, unwritten) for x in read[1]])
-        for tokens, real, positions in zip(
-            group.tokens.split(QUERY_CHUNK, 1),
-            group.real.split(QUERY_CHUNK, 1),
-            group.positions.split(QUERY_CHUNK, 1),
-            strict=True,
-        ):
-            seen = int((positions - group.first_key[:, None]).max()) + 1  # the keys after these no query sees
+            rows.append([_in_order(x, pages, unwritten) for x in read[1]])
+        for chunk in group.chunks:
+            tokens, positions, seen = chunk.tokens, chunk.positions, chunk.seen
             visible = keys[:, None, :seen] <= positions[:, :, None]  # [B, T, L]
             if sliding_window is not None:
                 visible &= keys[:, None, :seen] > positions[:, :, None] - sliding_window
@@ -105,14 +107,28 @@ def attend(
                 softcap,
                 sinks,
             )
-            out[tokens[real]] = mixed.transpose(1, 2)[real]
+            out[tokens.flatten()[chunk.real]] = mixed.transpose(1, 2).flatten(0, 1)[chunk.real]
     return values_as.side.undo(out, values_as.params).to(q.dtype)
 
 
-def _in_order(x: Tensor, pages: Tensor, length: int, unwritten: Tensor) -> Tensor:
-    """[B, HKV, L, D] of x [pages, HKV, S, D]: each sequence's rows, zeros where none was written."""
-    rows = x[pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
-    return rows.masked_fill(unwritten[:, None, :, None], 0) if bool(unwritten.any()) else rows
+def _with_zeros(cache: PagedCache, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """k and v [pages + 1, HKV, S, D] of these pages, and a page of zeros, which stands where there is none."""
+    k, v = cache.read(layer, functional.pad(pages, (0, 1)), dtype)
+    k[-1], v[-1] = 0, 0
+    return k, v
+
+
+def _in_order(x: Tensor, pages: Tensor, absent: Tensor) -> Tensor:
+    """[B, HKV, L, D] of x [pages + 1, HKV, S, D]: the rows of each sequence's pages, zeros where absent: [B, L].
+
+    One copy, which at long contexts is most of what a decode step takes.
+    """
+    heads, size = x.shape[1:3]
+    place = torch.arange(absent.shape[1], device=x.device)
+    page = pages[:, place // size].masked_fill(absent, len(x) - 1)
+    head = torch.arange(heads, device=x.device)[:, None]
+    rows = (page[:, None] * heads + head) * size + place % size  # [B, HKV, L]
+    return x.reshape(-1, x.shape[-1])[rows]
 
 
 def _by_key(lacking: Tensor, keys: Tensor) -> Tensor:
@@ -146,13 +162,12 @@ def _softmax_attention(
             q, k, v, attn_mask=visible, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         return out
-    group = q.shape[1] // k.shape[1]
-    per_query = [[x.repeat_interleave(group, dim=1) for x in both] for both in rows]
-    scores = q @ per_query[0][0].mT  # [B, HQ, T, L]
+    scores = _per_query(q, k.mT)  # [B, HQ, T, L]
     if lift is not None:
-        scores = scores + lift * per_query[0][0].square().sum(-1)[:, :, None]
+        squares = k.square().sum(-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = scores + lift * squares[:, :, None]
     if near is not None:
-        scores = torch.where(near, q @ per_query[1][0].mT, scores)
+        scores = torch.where(near, _per_query(q, rows[1][0].mT), scores)
     if lacking is not None:
         scores = scores + lacking
     scores = scores * scaling
@@ -164,8 +179,17 @@ def _softmax_attention(
         scores = torch.cat([scores, sink], dim=-1)
     p = scores.softmax(-1)[..., : k.shape[2]]
     if near is None:
-        return p @ per_query[0][1]
-    return p.masked_fill(near, 0) @ per_query[0][1] + p.masked_fill(~near, 0) @ per_query[1][1]
+        return _per_query(p, v)
+    return _per_query(p.masked_fill(near, 0), v) + _per_query(p.masked_fill(~near, 0), rows[1][1])
+
+
+def _per_query(x: Tensor, y: Tensor) -> Tensor:
+    """[B, HQ, T, N] of x [B, HQ, T, M] and y [B, HKV, M, N]: each query head's product with its KV head's.
+
+    One query head of each KV head at a time, so that y is not copied for each.
+    """
+    heads = x.unflatten(1, (y.shape[1], -1)).unbind(2)
+    return torch.stack([head @ y for head in heads], 2).flatten(1, 2)
 
 
 # a pass asks for the same groups in every layer, and at most two windows alternate
@@ -190,14 +214,23 @@ def _groups(batch: Batch, sliding_window: int | None) -> list[_Group]:
             pages.append(own_pages[i][skipped:])
             first_keys.append(skipped * batch.page_size)
             lengths.append(length)
+        each = zip(*(torch.stack(x).split(QUERY_CHUNK, 1) for x in (tokens, positions, real)), strict=True)
+        chunks = [
+            _Chunk(
+                rows.to(device),
+                places.to(device),
+                kept.flatten().nonzero()[:, 0].to(device),
+                int((places - torch.tensor(first_keys)[:, None]).max()) + 1,
+            )
+            for rows, places, kept in each
+        ]
         groups.append(
             _Group(
-                torch.stack(tokens).to(device),
-                torch.stack(real).to(device),
+                chunks,
                 torch.nn.utils.rnn.pad_sequence(pages, batch_first=True).to(device),
-                torch.stack(positions).to(device),
                 torch.tensor(first_keys, device=device),
                 torch.tensor(lengths, device=device),
+                max(length - first for length, first in zip(lengths, first_keys, strict=True)),
                 None if batch.near is None else batch.near.rows(members, first_keys, max(lengths)),
             )
         )

@@ -191,17 +191,28 @@ class PagedCache:
         pages = sum(t.nbytes for plane in planes for t in (plane.codes, plane.rest, plane.scale) if t is not None)
         return pages / (self.pages * self.page_size)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor, positions: Tensor | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        slot_mapping: Tensor,
+        positions: Tensor | None = None,
+        skips: bool | None = None,
+    ) -> None:
         """Transform and quantize new tokens, and write them to their slots; what is quantized by page, `seal` writes.
 
         k, v: [T, HKV, D], any floating dtype.
         slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
         positions: [T] int64 within their sequences; needed where a transform goes by position.
+        skips: whether a token is skipped, for who knows: to look waits for the device.
         """
         if self.destroyed:
             k, v = torch.zeros_like(k), torch.zeros_like(v)
-        kept = slot_mapping >= 0
-        if not bool(kept.all()):
+        if skips is None:
+            skips = bool((slot_mapping < 0).any())
+        if skips:
+            kept = slot_mapping >= 0
             k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
             positions = None if positions is None else positions[kept]
         page, offset = slot_mapping // self.page_size, slot_mapping % self.page_size

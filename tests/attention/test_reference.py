@@ -1,11 +1,13 @@
 """Attention over the packed cache against a plain float64 computation written apart from it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvbench.attention import Batch, attend
+from kvbench.attention.reference import _per_query
 from kvbench.cache import PagedCache, PagePool, PageTable
 from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
@@ -204,3 +206,38 @@ def test_half_precision_queries_are_computed_in_float32(dtype):
     full = attend(q.float(), cache, 0, batch, impl="reference", scaling=0.2)
     assert half.dtype == dtype
     assert torch.equal(half, full.to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_query_heads_share_what_they_read(tokens):
+    """
+    No key is copied for a query head, and products are those of copies, to the bit: numbers that were committed stay.
+    """
+    q, k, p = torch.randn(3, 12, tokens, 64), torch.randn(3, 2, 90, 64), torch.rand(3, 12, tokens, 90)
+    copied = k.repeat_interleave(6, dim=1)
+
+    assert torch.equal(_per_query(q, k.mT), q @ copied.mT)
+    assert torch.equal(_per_query(p, k), p @ copied)
+
+
+def test_a_pass_looks_once_whether_tokens_are_skipped():
+    """
+    On a GPU to look waits for all that runs there, so a layer that is told does not.
+    """
+    cache = PagedCache([(2, 32)], Scheme.parse("int4"), pages=4, page_size=4)
+    k = torch.randn(3, 2, 32)
+    batch = Batch.make([PageTable([0], 3)], [3], 4)
+    told, found = (replace(batch, slot_mapping=torch.tensor(slots)) for slots in ([0, 1, 2], [0, -1, 2]))
+
+    assert (told.skips, found.skips) == (False, True)
+    cache.append(0, k, k, told.slot_mapping, skips=told.skips)
+    with pytest.raises(RuntimeError, match="look"):
+        cache.append(0, k, k, _Unread(told.slot_mapping))
+    cache.append(0, k, k, _Unread(told.slot_mapping), skips=False)
+
+
+class _Unread(torch.Tensor):
+    """A tensor that can't be asked for a truth."""
+
+    def __bool__(self):
+        raise RuntimeError("to look waits")

@@ -124,10 +124,23 @@ def _attended(
     rows = (x.split(sizes) for x in (queries, keys, values, positions))
     for part, q, k, v, own in zip(parts, *rows, strict=True):
         batch = part.batch
-        options: dict[str, Any] = {"impl": step.impl, "positions": own if part.packed.scheme.learns else None}
-        append(part.packed, layer, k, v, batch.slot_mapping, exact=part.window, near=batch.near, **options)
+        # looked up once a pass; kernels skip by themselves
+        skips = batch.skips if step.impl == "reference" else None
+        options: dict[str, Any] = {"impl": step.impl, "skips": skips}
+        learned = own if part.packed.scheme.learns else None
+        append(
+            part.packed,
+            layer,
+            k,
+            v,
+            batch.slot_mapping,
+            positions=learned,
+            exact=part.window,
+            near=batch.near,
+            **options,
+        )
         if part.whole is not None:
-            append(part.whole, layer, k, v, batch.slot_mapping, impl=step.impl)
+            append(part.whole, layer, k, v, batch.slot_mapping, **options)
         outs.append(
             attend(
                 q,
