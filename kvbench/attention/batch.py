@@ -153,11 +153,10 @@ class Batch:
         return shifts + torch.arange(tokens, device=shifts.device)
 
     @cached_property
-    def pages_read(self) -> tuple[Tensor, list[Tensor]]:
-        """Distinct pages [N] int64 that the sequences hold, and for each sequence the indices of its own among them."""
-        used = [
-            pages[: -(-length // self.page_size)]
-            for pages, (_, _, length) in zip(self.page_table, self.spans, strict=True)
-        ]
-        distinct, index = torch.unique(torch.cat(used).to(torch.int64), return_inverse=True)
-        return distinct, list(index.split([len(pages) for pages in used]))
+    def pages_read(self) -> tuple[Tensor, Tensor]:
+        """Distinct pages [N] int64 that the sequences hold, and each one's among them, one after another."""
+        counts = [-(-length // self.page_size) for _, _, length in self.spans]
+        held = torch.arange(self.page_table.shape[1]) < torch.tensor(counts)[:, None]
+        used = self.page_table[held.to(self.page_table.device)].to(torch.int64)
+        distinct, index = torch.unique(used, return_inverse=True)
+        return distinct, index

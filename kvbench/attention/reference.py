@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kvbench.attention.batch import Batch
-from kvbench.cache import PagedCache
+from kvbench.cache import PagedCache, on_device
 from kvbench.schemes import Window
 from kvbench.transforms.base import POSITIONS
 
@@ -197,43 +198,38 @@ def _per_query(x: Tensor, y: Tensor) -> Tensor:
 def _groups(batch: Batch, sliding_window: int | None) -> list[_Group]:
     """The batch's sequences, those of similar shape together."""
     device = batch.page_table.device
-    own_pages = [own.to("cpu") for own in batch.pages_read[1]]
+    spans = np.array(batch.spans).reshape(-1, 3)
+    pages, counts = batch.pages_read[1].cpu().numpy(), -(-spans[:, 2] // batch.page_size)
+    first_pages = np.cumsum(counts) - counts  # of each sequence, in `pages`
     groups = []
     for members in _similar(batch.spans):
-        most_new = max(end - start for start, end, _ in (batch.spans[i] for i in members))
-        tokens, real, positions, pages, first_keys, lengths = [], [], [], [], [], []
-        for i in members:
-            start, end, length = batch.spans[i]
-            new = end - start
-            padded = torch.arange(most_new).clamp_max(new - 1)
-            tokens.append(start + padded)
-            real.append(torch.arange(most_new) < new)
-            positions.append(length - new + padded)
-            first = 0 if sliding_window is None else max(0, length - new + 1 - sliding_window)
-            skipped = first // batch.page_size  # whole pages that no query sees
-            pages.append(own_pages[i][skipped:])
-            first_keys.append(skipped * batch.page_size)
-            lengths.append(length)
-        each = zip(*(torch.stack(x).split(QUERY_CHUNK, 1) for x in (tokens, positions, real)), strict=True)
+        start, end, length = spans[members].T
+        new = end - start
+        padded = np.arange(new.max())
+        real = padded < new[:, None]
+        padded = np.minimum(padded, new[:, None] - 1)
+        positions = (length - new)[:, None] + padded
+        first = np.zeros_like(new) if sliding_window is None else np.maximum(0, length - new + 1 - sliding_window)
+        skipped = first // batch.page_size  # whole pages that no query sees
+        first_keys = skipped * batch.page_size
+        own = np.arange((counts[members] - skipped).max()) + skipped[:, None]
+        there = own < counts[members][:, None]
+        own = np.where(there, pages[np.where(there, first_pages[members][:, None] + own, 0)], 0)
+        seen = positions - first_keys[:, None] + 1
+        cuts = range(0, real.shape[1], QUERY_CHUNK)
+        kept = [np.flatnonzero(real[:, cut : cut + QUERY_CHUNK]) for cut in cuts]
+        arrays = [start[:, None] + padded, positions, own, first_keys, length, *kept]
+        tokens, places, own_pages, firsts, lengths, *entries = on_device(arrays, device)
         chunks = [
-            _Chunk(
-                rows.to(device),
-                places.to(device),
-                kept.flatten().nonzero()[:, 0].to(device),
-                int((places - torch.tensor(first_keys)[:, None]).max()) + 1,
+            _Chunk(rows, at, entry, int(seen[:, cut : cut + QUERY_CHUNK].max()))
+            for rows, at, entry, cut in zip(
+                tokens.split(QUERY_CHUNK, 1), places.split(QUERY_CHUNK, 1), entries, cuts, strict=True
             )
-            for rows, places, kept in each
         ]
-        groups.append(
-            _Group(
-                chunks,
-                torch.nn.utils.rnn.pad_sequence(pages, batch_first=True).to(device),
-                torch.tensor(first_keys, device=device),
-                torch.tensor(lengths, device=device),
-                max(length - first for length, first in zip(lengths, first_keys, strict=True)),
-                None if batch.near is None else batch.near.rows(members, first_keys, max(lengths)),
-            )
-        )
+        near = None
+        if batch.near is not None:
+            near = batch.near.rows(members, first_keys.tolist(), int(length.max()))
+        groups.append(_Group(chunks, own_pages, firsts, lengths, int((length - first_keys).max()), near))
     return groups
 
 
