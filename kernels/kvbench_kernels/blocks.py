@@ -16,18 +16,17 @@ from torch import Tensor
 
 from kvbench_kernels.center import Center, center_scores, two_parts
 from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, exact_bounds
-from kvbench_kernels.hadamard import Turn, rotate
+from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side
 from kvbench_kernels.merge import merge_kernel
 from kvbench_kernels.three import lowest, lowest_bits, lowest_place, power, stream_count, stream_words
-from kvbench_kernels.tiles import every_eighth, prefetch
+from kvbench_kernels.tiles import every_eighth, prefetch, slices
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_block_tuning, exact_tile
 from kvbench_kernels.unpack import (
     BLOCK_E2M1,
     E2M1_UNIT,
     E4M3,
     SCALE_E4M3,
-    SCALE_E8M0,
     SCALE_F16,
     SCALE_ROW,
     THREE,
@@ -110,6 +109,45 @@ def block_scales(words, COUNT: tl.constexpr, FORMAT: tl.constexpr, ASSEMBLY: tl.
     return scales
 
 
+# of two rows, four e4m3 numbers each, or two fp16 numbers: as fp16, each of both rows side by side
+_E4M3_SHARES = tl.constexpr(
+    "{\n.reg .b16 a, b, c, d;\n.reg .b32 p, q;\nmov.b32 {a, b}, $4;\nmov.b32 {c, d}, $5;\n"
+    "cvt.rn.f16x2.e4m3x2 p, a;\ncvt.rn.f16x2.e4m3x2 q, c;\nprmt.b32 $0, p, q, 0x5410;\nprmt.b32 $1, p, q, 0x7632;\n"
+    "cvt.rn.f16x2.e4m3x2 p, b;\ncvt.rn.f16x2.e4m3x2 q, d;\nprmt.b32 $2, p, q, 0x5410;\nprmt.b32 $3, p, q, 0x7632;\n}"
+)
+_F16_SHARES = tl.constexpr("{\nprmt.b32 $0, $2, $3, 0x5410;\nprmt.b32 $1, $2, $3, 0x7632;\n}")
+
+
+@triton.jit
+def _block_shares(words, COUNT: tl.constexpr, FORMAT: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """What `block_scales` gives of SCALE_F16 and SCALE_E4M3, in fp16, which holds them."""
+    SIZE: tl.constexpr = 16 if FORMAT == SCALE_F16 else 8
+    PER_WORD: tl.constexpr = words[0].dtype.primitive_bitwidth // SIZE
+    EACH: tl.constexpr = 32 // SIZE
+    shares = ()
+    if ASSEMBLY and PER_WORD % EACH == 0:
+        for b in tl.static_range(0, COUNT, EACH):
+            some = (words[b // PER_WORD] >> (b % PER_WORD * SIZE)).to(tl.int32)
+            if FORMAT == SCALE_F16:
+                shares = shares + tl.inline_asm_elementwise(
+                    _F16_SHARES, "=&r,=&r,r,r", [some], (tl.float16, tl.float16), True, 2
+                )
+            else:
+                shares = shares + tl.inline_asm_elementwise(
+                    _E4M3_SHARES,
+                    "=&r,=&r,=&r,=&r,r,r",
+                    [some],
+                    (tl.float16, tl.float16, tl.float16, tl.float16),
+                    True,
+                    2,
+                )
+    else:
+        scales = block_scales(words, COUNT, FORMAT, False)
+        for b in tl.static_range(COUNT):
+            shares = shares + (scales[b].to(tl.float16),)
+    return shares
+
+
 @triton.jit
 def load_scales(ptr, row, mask, COUNT: tl.constexpr):
     """A tuple of [N] words: the scales of these rows, zeros where masked."""
@@ -121,7 +159,7 @@ def load_scales(ptr, row, mask, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"])
 def _decode_blocks_kernel(
-    q_ptr,  # [T, HQ, D] any float, turned
+    q_ptr,  # [T, HQ, D] any float
     k_ptr,  # [P, HKV, S, words] int16
     k_scale_ptr,  # [P, HKV, S, K_SCALE_WORDS] integers
     k_all_ptr,  # one float32, or None
@@ -132,12 +170,14 @@ def _decode_blocks_kernel(
     seq_lens_ptr,  # [B] int32
     query_starts_ptr,  # [B + 1] int32, or None, as in decode
     slopes_ptr,  # [HQ] float32, or None
+    k_signs_ptr,  # [D] float32, or None: the queries' signs, where they are turned here
     part_o_ptr,  # [pairs, SPLITS, HEADS, D] float32: sums of weight * value
     part_m_ptr,  # [pairs, SPLITS, HEADS] float32: what the weights' exponents are relative to, base 2
     part_l_ptr,  # [pairs, SPLITS, HEADS] float32: sums of weights
     scale,  # of the softmax
     softcap,
     window,  # tokens that a query sees, itself included
+    k_factor,  # of the queries' turn
     stride_qt,
     stride_qh,
     stride_qd,
@@ -167,6 +207,7 @@ def _decode_blocks_kernel(
     V_SCALE_WORDS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    TURN_QUERIES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -202,6 +243,7 @@ def _decode_blocks_kernel(
     V_PART: tl.constexpr = part_words(V_WORDS, V_BITS, V_BLOCK)
     K_PARTS: tl.constexpr = (K_WORDS + K_PART - 1) // K_PART
     V_PARTS: tl.constexpr = (V_WORDS + V_PART - 1) // V_PART
+    V_RAW: tl.constexpr = V_SCALES == SCALE_F16 or V_SCALES == SCALE_E4M3
     # all scores become so many times smaller, so that queries fit into 16 bits
     K_LOWERED: tl.constexpr = 2.0**-12 if K_KIND == THREE else 1.0
 
@@ -222,16 +264,34 @@ def _decode_blocks_kernel(
         query = tl.load(query_starts_ptr + b).to(tl.int64)
         has_query = tl.load(query_starts_ptr + b + 1) - query == 1
     length = tl.load(seq_lens_ptr + b)
-    loaded = ()  # pieces, part after part
-    q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, head_0) * stride_qh)[:, None]
-    for p in tl.static_range(K_PARTS):
-        for stream in tl.static_range(K_STREAMS):
-            channel = channels(p * K_PART + kw, stream, K_BITS, K_WORDS)
-            if K_PARTS * K_PART == K_WORDS:
-                q = tl.load(q_at + (channel * stride_qd)[None, :]).to(tl.float32)  # [BLOCK_G, K_PART]
-            else:
-                q = tl.load(q_at + (channel * stride_qd)[None, :], mask=(kw < K_WORDS)[None, :], other=0.0)
-            loaded = loaded + (q.to(tl.float32),)
+    loaded = ()  # pieces, part after part: tiles [BLOCK_G, K_PART]; rows that are no head's repeat the first head
+    if TURN_QUERIES:
+        # all pieces as one tile, to be turned by one product
+        r = tl.arange(0, K_PARTS * K_STREAMS * BLOCK_G)
+        r_head = r % BLOCK_G
+        r_head = head_0 + tl.where((r_head < HEADS) & (first_head + r_head < GROUP), r_head, 0)
+        r_words = (r // (BLOCK_G * K_STREAMS) * K_PART)[:, None] + kw[None, :]
+        channel = channels(r_words, (r // BLOCK_G % K_STREAMS)[:, None], K_BITS, K_WORDS)
+        q_all = tl.load(q_ptr + query * stride_qt + (r_head * stride_qh)[:, None] + channel * stride_qd)
+        if k_signs_ptr is not None:
+            q_all = (q_all.to(tl.float32) * tl.load(k_signs_ptr + channel)).to(q_all.dtype)
+        sign = kw[:, None] & kw[None, :]
+        sign ^= sign >> 4
+        sign ^= sign >> 2
+        sign ^= sign >> 1
+        hadamard = (1 - 2 * (sign & 1)).to(q_all.dtype)
+        # a piece is some bits of its channels' numbers, and a word the others
+        loaded = butterfly_across(slices(tl.dot(q_all, hadamard), BLOCK_G))
+    else:
+        q_at = q_ptr + query * stride_qt + (tl.where(is_head, head, head_0) * stride_qh)[:, None]
+        for p in tl.static_range(K_PARTS):
+            for stream in tl.static_range(K_STREAMS):
+                channel = channels(p * K_PART + kw, stream, K_BITS, K_WORDS)
+                if K_PARTS * K_PART == K_WORDS:
+                    q = tl.load(q_at + (channel * stride_qd)[None, :])
+                else:
+                    q = tl.load(q_at + (channel * stride_qd)[None, :], mask=(kw < K_WORDS)[None, :], other=0.0)
+                loaded = loaded + (q.to(tl.float32),)
 
     # the split's tokens: whole tiles
     first = 0
@@ -290,6 +350,8 @@ def _decode_blocks_kernel(
         slope = None
     # scores are in base 2, except where the softcap needs them as they are
     exact_scale = scale * q_unit  # of products with 16-bit rows
+    if TURN_QUERIES:
+        exact_scale *= k_factor
     if not HAS_SOFTCAP:
         exact_scale *= _LOG2E
     center = None
@@ -431,18 +493,28 @@ def _decode_blocks_kernel(
                 of_block -= (k_stored[0] & 7).to(tl.float32)[:, None] * q_sum[None, :]
             score += of_block * k_scales[block][:, None]
         v_stored = load_scales(v_scale_ptr, row, visible, V_SCALE_WORDS)
-        v_scales = block_scales(v_stored, D // V_BLOCK, V_SCALES, ASSEMBLY)
-        v_top = tl.full([BLOCK_N], _SMALLEST, tl.float32)
-        if V_KIND == THREE:
-            v_top = tl.where(visible, v_scales[0], 1.0)  # or NaN
-            v_zero = (v_stored[0] & 7).to(tl.float32)
-        for block in tl.static_range(0 if V_KIND == THREE else D // V_BLOCK):
-            size = tl.abs(v_scales[block])
-            if V_SCALES == SCALE_E8M0:
-                size = tl.where(size < float("inf"), size, 0.0)
-            v_top = tl.maximum(v_top, size)
-        v_log = log2(v_top, ASSEMBLY)
-        bias = tl.where(visible, v_log, float("-inf"))[:, None]
+        room = 0.0
+        if V_RAW:
+            v_shares = _block_shares(v_stored, D // V_BLOCK, V_SCALES, ASSEMBLY)
+            bias = tl.where(visible, 0.0, float("-inf"))[:, None]
+            room = 6.0
+            if V_SCALES == SCALE_F16:
+                v_top = tl.abs(v_shares[0])
+                for block in tl.static_range(1, D // V_BLOCK):
+                    v_top = tl.maximum(v_top, tl.abs(v_shares[block]))
+                exponent = tl.max(v_top.to(tl.float32), axis=0).to(tl.int32, bitcast=True) >> 23
+                room = tl.minimum(15, 14 + 126 - exponent).to(tl.float32)
+        else:
+            v_scales = block_scales(v_stored, D // V_BLOCK, V_SCALES, ASSEMBLY)
+            if V_KIND == THREE:
+                v_top = tl.where(visible, v_scales[0], 1.0)  # or NaN
+                v_zero = (v_stored[0] & 7).to(tl.float32)
+            else:
+                v_top = tl.full([BLOCK_N], _SMALLEST, tl.float32)
+                for block in tl.static_range(D // V_BLOCK):
+                    v_top = tl.maximum(v_top, tl.where(v_scales[block] < float("inf"), v_scales[block], 0.0))
+            v_log = log2(v_top, ASSEMBLY)
+            bias = tl.where(visible, v_log, float("-inf"))[:, None]
         score *= score_scale
         if CENTER > 0:
             score += tile_center[None, :]
@@ -456,12 +528,16 @@ def _decode_blocks_kernel(
             score = tl.where(visible[:, None], score, float("-inf"))
 
         # weights
-        new_m = tl.maximum(m, tl.max(score, axis=0))  # [BLOCK_G]
+        new_m = tl.maximum(m, tl.max(score, axis=0) - room)  # [BLOCK_G]
         new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
         decay = exp2(m - new_m, ASSEMBLY)[None, :]
         m = new_m
         weight = exp2(score - m[None, :], ASSEMBLY)
-        l = l * decay + every_eighth(weight * exp2(-v_log, ASSEMBLY)[:, None])
+        if V_RAW:
+            l = l * decay + every_eighth(weight)
+        else:
+            inverse_top = exp2(-v_log, ASSEMBLY)
+            l = l * decay + every_eighth(weight * inverse_top[:, None])
 
         # outputs
         new_acc = ()
@@ -482,7 +558,6 @@ def _decode_blocks_kernel(
             w_sum = tl.dot(ones, weights)
             lowest_w_sum = w_sum * power(lowest_place(vw, 0, V_WORDS) - 25)[:, None]
             shift = shift * decay + every_eighth(weight * (v_zero - _MIDDLE)[:, None])
-        inverse_top = exp2(-v_log, ASSEMBLY)
         new_acc = ()
         for p in tl.static_range(V_PARTS):
             for stream in tl.static_range(V_STREAMS):
@@ -490,8 +565,11 @@ def _decode_blocks_kernel(
                     v = masked(v_words[p], stream, 2, False, ASSEMBLY)
                     o = tl.dot(v, weights, acc[stream]) - w_sum * (1.5 * masked_unit(2, stream))
                 else:
-                    v_scale = v_scales[piece_block(p, stream, V_WORDS, V_BITS, V_BLOCK)]
-                    share = (v_scale * inverse_top).to(tl.float16)
+                    if V_RAW:
+                        share = v_shares[piece_block(p, stream, V_WORDS, V_BITS, V_BLOCK)]
+                    else:
+                        v_scale = v_scales[piece_block(p, stream, V_WORDS, V_BITS, V_BLOCK)]
+                        share = (v_scale * inverse_top).to(tl.float16)
                     v = unpack(v_words[p], None, stream, V_KIND, V_BITS, (), ASSEMBLY)
                     o = tl.dot(v, weights * share[:, None], acc[p * V_STREAMS + stream])
                 new_acc = new_acc + (o,)
@@ -562,7 +640,12 @@ def decode_blocks(
             center = None
     part_o = torch.empty(pairs, splits, heads, head_dim, dtype=torch.float32, device=q.device)
     part_m, part_l = torch.empty(2, pairs, splits, heads, dtype=torch.float32, device=q.device)
-    if k_turn.block > 1:
+    # as a product with the matrix of +-1, which is exact for 16-bit queries; see decode
+    words = stream_words(head_dim, k.layout.bits)
+    pieces = head_dim // part_words(words, k.layout.bits, k.layout.block or head_dim)
+    whole = head_dim & (head_dim - 1) == 0 and pieces <= 16 and words >= 16
+    turn_here = k_turn.block == head_dim and q.element_size() == 2 and whole
+    if k_turn.block > 1 and not turn_here:
         q = rotate(q, k_turn, dtype=torch.float32)
     assembly = q.is_cuda and not INTERPRETED
     block_g = max(8, triton.next_power_of_2(heads))
@@ -580,12 +663,14 @@ def decode_blocks(
         seq_lens,
         query_starts,
         alibi_slopes,
+        k_turn.signs if turn_here else None,
         part_o,
         part_m,
         part_l,
         scale,
         softcap,
         window,
+        k_turn.read_factor,
         *q.stride(),
         page_table.stride(0),
         splits,
@@ -605,6 +690,7 @@ def decode_blocks(
         *v.block_constants,
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
+        TURN_QUERIES=turn_here,
         BLOCK_G=block_g,
         BLOCK_N=tuning.block_n,
         STAGES=tuning.stages,
