@@ -182,7 +182,7 @@ def divide(spec: ModelSpec, compute_dtype: ComputeDtype) -> list[Share]:
     """
     import torch
 
-    from kvbench.runners import facts, placement
+    from kvbench.runners import catalog, facts, placement
 
     source = _source(spec)
     if default_device() == "cpu" or source.kind == "embedded":  # one of packages, which any GPU holds
@@ -191,6 +191,9 @@ def divide(spec: ModelSpec, compute_dtype: ComputeDtype) -> list[Share]:
     devices, room = placement.devices_of("cuda")
     places = placement.divide(model, devices, room)
     sizes, free = placement.weight_bytes(model, places), dict(zip(devices, room, strict=True))
+    if facts.quantization(source):  # as stored, each layer about alike
+        stored = catalog.weights_size(source) / sum(sizes.values())
+        sizes = {device: int(size * stored) for device, size in sizes.items()}
     at = [places.layers[i] for i in facts.cache_layer_indices(model.config)]
     return [
         Share(number, range(at.index(device), at.index(device) + at.count(device)), sizes[device], int(free[device]))

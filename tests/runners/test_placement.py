@@ -21,6 +21,8 @@ from kvbench.runners.model_files import RefusedError
 from kvbench.runners.placement import Places, divide, spread, weight_bytes
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
+from kvbench.sweep.parts import REAL
+from kvbench.sweep.spec import ModelSpec
 
 ONE, TWO, THREE = (torch.device("cpu", number) for number in range(3))
 COMMON = {
@@ -262,3 +264,20 @@ def test_the_fullest_device_decides_what_fits(monkeypatch):
     monkeypatch.setattr("kvbench.runners.transformers.memory.free_memory", lambda device: free[device])
     runner.memory.reserve(32, 100, 3)
     assert runner.memory.caches[0].pages == 9
+
+
+def test_a_plan_divides_a_model_as_loading_does(tmp_path, monkeypatch):
+    """
+    By its configuration alone: each GPU's layers and bytes are those of the model that is then made.
+    """
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps({"model_type": "llama", **COMMON}))
+    monkeypatch.setattr(placement, "devices_of", lambda _: ([ONE, TWO], [3e6, 1e6]))
+    monkeypatch.setattr("kvbench.sweep.parts.default_device", lambda: "cuda")
+    shares = REAL.divide(ModelSpec(name=str(shape), device_map="auto"), "float32")
+    loaded = TransformersModel.load(replace(catalog.resolve(str(shape)), spread=True))
+
+    assert [len(share.layers) for share in shares] == [3, 1]
+    assert [share.weights for share in shares] == list(weight_bytes(loaded.model, loaded.places).values())
+    assert [share.free for share in shares] == [3e6, 1e6]
+    assert loaded.places.layers == (ONE,) * 3 + (TWO,)
