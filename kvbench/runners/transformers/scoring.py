@@ -50,16 +50,17 @@ def hidden_states(
     sequences = Flat.of(documents)
     tree = passes.tree(sequences, min_shared=1) if shared else unshared(sequences)
     found: list[list[Tensor]] = [[] for _ in range(len(tree))]
+    # over several devices no pass waits for a copy of the last one, which takes memory that the host can't page out
+    several = len(passes.forward.places.devices) > 1
     done = 0
     for chunks, hidden in passes.prefill(tree):
-        # no pass waits for the one before to be copied
-        rows = hidden.to("cpu", non_blocking=True).split(chunks.counts.tolist())
+        rows = hidden.to("cpu", non_blocking=several).split(chunks.counts.tolist())
         for segment, own in zip(chunks.segments.tolist(), rows, strict=True):
             found[segment].append(own)
         done += int(tree.ending.counts[chunks.segments[chunks.completes]].sum())
         if progress is not None:
             progress(done, len(documents))
-    if passes.forward.places.last.type == "cuda":
+    if several and passes.forward.places.last.type == "cuda":
         torch.cuda.synchronize(passes.forward.places.last)
     return [torch.cat([own for segment in tree.path(leaf) for own in found[segment]]) for leaf in tree.leaf.tolist()]
 
