@@ -47,12 +47,13 @@ def parity(loaded: TransformersModel, tokens: list[int]) -> Iterator[Parity]:
         [x.transpose(1, 2).flatten(0, 1)[: len(tokens)] for x in runner.stored.read(layer, pages, dtype)]
         for layer in range(len(loaded.info.layers))
     ]
+    head_dims = {head_dim for _, head_dim in loaded.info.layers}
     for name in all_dtypes():
         for rotation in all_rotations():
             scheme = Scheme.parse(name, rotation)
             # Triton's interpreter gets bf16 wrong
             wrong_here = name == "auto" or (name == "bf16" and loaded.model.device.type == "cpu")
-            if not wrong_here and not kernels_lack(scheme, dtype, loaded.model.device):
+            if not wrong_here and not kernels_lack(scheme, dtype, loaded.model.device, head_dims):
                 yield _compare(loaded, scheme, exact, len(pages))
 
 

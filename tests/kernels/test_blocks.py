@@ -136,6 +136,21 @@ def test_values_of_zero_take_their_weight(device):
     case.check()
 
 
+@pytest.mark.parametrize("name", ["q4_0", "nvfp4", *(["q8_0"] if GPU else [])])
+def test_rows_of_magnitudes_far_apart_keep_their_digits(name, device):
+    """
+    Scales as large as their type holds beside small ones, in a tile: nothing overflows, and the small ones count.
+    """
+    case = Case(name, device, seqs=((70, 1), (40, 20)), page_size=64)
+    for plane in (*case.cache.keys, *case.cache.values):
+        scale = plane.scale.view(plane.dtype.scale_type)
+        for of, factor in enumerate((1e4, 1e-3)):
+            much = (scale[:, :, of::2].float() * factor).clamp(max=torch.finfo(scale.dtype).max)
+            scale[:, :, of::2] = much.to(scale.dtype)
+    # outputs in float32, which has room for all of them
+    case.check(case.q.float(), budget=8e-4, scaling=case.q.shape[-1] ** -0.5 / 1e4)
+
+
 def test_e2m1_streams_are_its_values(device):
     """
     Every word there is: exact, by assembly as in plain Triton.
