@@ -87,22 +87,22 @@ def _of_lanes(x, BITS: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def _places(index, BITS: tl.constexpr, TURNED: tl.constexpr):
+def _places(flat, BITS: tl.constexpr, TURNED: tl.constexpr):
     """Where a choice is kept: by how much it is shifted in its word, and which word of the step that is.
 
-    index: [1, 2, ...], of a state's place in registers. The first has an axis a bit that stays, the second a lane's.
+    flat: [256], indices in registers. The first has an axis a bit that stays, the second a lane's.
     """
-    shift = index * 0
-    word = index * 0
+    shift = flat * 0
+    word = flat * 0
     for place in tl.static_range(8):
         if not _leaves(place, BITS, TURNED):
-            bit = (index >> place) & 1
+            bit = (flat >> place) & 1
             if place >= 5:
                 shift += bit * (BITS << _rank(place, BITS, TURNED))
             else:
                 word += bit << _rank(place, BITS, TURNED)
-    shift = _least(shift, BITS, TURNED)
-    word = _least(word, BITS, TURNED)
+    shift = _least(_spread(shift), BITS, TURNED)
+    word = _least(_spread(word), BITS, TURNED)
     for upside_down in tl.static_range(3):
         word = tl.min(word, axis=1 + upside_down, keep_dims=True)
     return shift, word
@@ -167,8 +167,7 @@ def _forward(
     """The costs after the steps of one part, whose choices are kept."""
     PERIOD: tl.constexpr = _period(K)
     FULL: tl.constexpr = STEPS // PERIOD * PERIOD
-    index = _spread(flat)
-    cost = (cost << K) | (_state(index, TURNED) >> (8 - K))
+    cost = (cost << K) | _spread(_state(flat, TURNED) >> (8 - K))
     fixed = ()
     slope = ()
     shift = ()
@@ -179,7 +178,7 @@ def _forward(
         rise = (own * WEIGHT) << K
         slope = slope + (_spread(rise),)
         fixed = fixed + (_spread((HALF * own * rise) | (state >> (8 - K))),)
-        by, which = _places(index, K, TURNED + p * K)
+        by, which = _places(flat, K, TURNED + p * K)
         shift = shift + (by,)
         word = word + (which,)
     for first in range(BEGIN, BEGIN + FULL, PERIOD):
@@ -271,7 +270,7 @@ def _path_kernel(
                 HALF,
                 LOWERED,
             )
-        state = _state(_spread(flat), TURNED[len(BITS)])
+        state = _spread(_state(flat, TURNED[len(BITS)]))
         at = tl.reshape(_row_least(tl.where(cost == _row_least(cost), state, 256)), [R])
         # the walk reads what other lanes wrote
         tl.debug_barrier()
