@@ -15,8 +15,10 @@ import pytest
 
 from kvbench.results import Store
 from kvbench.sweep.command import Options, make_executor, run_sweep
-from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences, room_for
+from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences, nowhere
 from kvbench.sweep.executors.ray_worker import Needs, look
+from kvbench.sweep.parts import ModelFacts
+from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError
 from kvbench.yaml_text import ConfigError
 
@@ -246,8 +248,16 @@ def test_a_large_model_takes_several_gpus_of_a_node():
     four, two = Node("a", "a", 4.0, 16.0), Node("b", "b", 2.0, 16.0)
 
     assert [[capacity(node, share) for share in (2.0, 3.0, 4.0)] for node in (four, two)] == [[2, 1, 1], [1, 0, 0]]
-    assert room_for([four, two], 4.0)
-    assert not room_for([two], 3.0)
+    models = [
+        (ModelSpec(name=name, device_map="auto", gpus=gpus), ModelFacts(name, "bfloat16"))
+        for name, gpus in (("a", 4), ("b", 2), ("c", 1))
+    ]
+    assert nowhere(models[:2], [four, two]) == []
+    spread = "device_map: auto goes over the GPUs of its worker"
+    assert nowhere(models, [two]) == [
+        f"model a: {spread}, and no node has 4: gpus: 2 at most",
+        f"model c: {spread}: say gpus: N, two at least, or leave it out",
+    ]
 
 
 def test_a_worker_with_a_share_of_a_gpu_plans_for_that(monkeypatch):

@@ -17,7 +17,7 @@ from kvbench.results import Store
 from kvbench.sweep.executors import ray_worker
 from kvbench.sweep.executors.pool import Died, Queue, Seat, share_out
 from kvbench.sweep.job import Event, Finished, Job, Tell
-from kvbench.sweep.parts import Parts
+from kvbench.sweep.parts import ModelFacts, Parts
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError
@@ -226,9 +226,7 @@ class Ray:
         has = sum(node.gpus if what == "GPU" else node.cpus for node in nodes)
         if self.workers is not None and self.workers > room:
             return [f"--workers {self.workers}: the cluster has {has:g} {what}s on {len(nodes)} nodes, room for {room}"]
-        needy = [(planned.name, spec.gpus) for spec, planned in models if not room_for(nodes, spec.gpus)]
-        lines = [f"model {name}: gpus: {share:g}: no node of the cluster has so many" for name, share in needy]
-        return lines + self.cluster.survey()
+        return nowhere(models, nodes) + self.cluster.survey()
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor. The cluster may grow and shrink while it runs."""
@@ -250,9 +248,17 @@ def capacity(node: Node, share: float) -> int:
     return int(node.gpus / share) if share > 1 else int(node.gpus) * int(1 / share + 1e-9)
 
 
-def room_for(nodes: Sequence[Node], share: float) -> bool:
-    """Whether a worker that takes so much fits somewhere, or may once the cluster has grown."""
-    return not nodes or any(capacity(node, share) for node in nodes)
+def nowhere(models: Sequence[tuple[ModelSpec, ModelFacts]], nodes: Sequence[Node]) -> list[str]:
+    """A line for each model of several GPUs that no node has, or that asks for one alone."""
+    lines = []
+    for spec, planned in models:
+        what = f"model {planned.name}: device_map: auto goes over the GPUs of its worker"
+        if spec.device_map and spec.gpus == 1 and any(node.gpus for node in nodes):
+            lines.append(f"{what}: say gpus: N, two at least, or leave it out")
+        elif spec.gpus > 1 and not any(capacity(node, spec.gpus) for node in nodes):
+            most = max((node.gpus for node in nodes), default=0)
+            lines.append(f"{what}, and no node has {spec.gpus:g}: gpus: {most:g} at most")
+    return lines
 
 
 @dataclass
