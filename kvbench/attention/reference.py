@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class _Group:
     chunks: of their new tokens. pages: [B, N] int64, which of the batch's distinct pages.
     first_key: [B] int64, the position of the first key read. lengths: [B] int64. keys: most that one has from there on.
     near: [B, blocks] int64, which of the pages in 16 bits, from the first key's on; None where they lie as the others.
+    places: what `place` found, for the next layer.
     """
 
     chunks: list[_Chunk]
@@ -35,6 +37,23 @@ class _Group:
     lengths: Tensor
     keys: int
     near: Tensor | None
+    places: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def place(self, shape: tuple[int, int, int], sealed: int = 1, exact: bool = False) -> Tensor:
+        """[B, HKV, L] int64: which of rows [pages, HKV, S] of this shape each key's is, the last page's where none is.
+
+        sealed: so many tokens are written at once. exact: of the rows in 16 bits.
+        """
+        key = (shape, sealed, exact)
+        if key not in self.places:
+            count, heads, size = shape
+            place = torch.arange(self.keys, device=self.lengths.device)
+            pages = self.near if exact and self.near is not None else self.pages
+            absent = self.first_key[:, None] + place >= self.lengths[:, None] // sealed * sealed
+            page = pages[:, place // size].masked_fill(absent, count - 1)
+            head = torch.arange(heads, device=page.device)[:, None]
+            self.places[key] = (page[:, None] * heads + head) * size + place % size
+        return self.places[key]
 
 
 @dataclass(frozen=True)
@@ -75,19 +94,14 @@ def attend(
     read = [_with_zeros(cache, layer, batch.pages_read[0], dtype)]
     if exact is not None:
         read.append(_with_zeros(exact, layer, batch.pages_read[0] if batch.near is None else batch.near.pages, dtype))
-    by_page = [bool(plane.dtype.page_tokens) for plane in (keys_as, values_as)]
+    # what is quantized by page is not there before its page is full
+    sealed = [cache.page_size if plane.dtype.page_tokens else 1 for plane in (keys_as, values_as)]
     out = torch.empty_like(queries)
     for group in _groups(batch, sliding_window):
         keys = group.first_key[:, None] + torch.arange(group.keys, device=q.device)  # [B, L] positions
-        unwritten = keys >= group.lengths[:, None]
-        # what is quantized by page is not there before its page is full
-        unsealed = keys >= group.lengths[:, None] // cache.page_size * cache.page_size
-        absent = [unsealed if paged else unwritten for paged in by_page]
-        # [B, HKV, L, D] of k and v, packed and exact
-        rows = [[_in_order(x, group.pages, gone) for x, gone in zip(read[0], absent, strict=True)]]
-        if len(read) > 1:
-            pages = group.pages if group.near is None else group.near
-            rows.append([_in_order(x, pages, unwritten) for x in read[1]])
+        # [B, HKV, L, D] of k and v, packed and exact: copied once, which at long contexts is most of a decode step
+        rows = [[_flat(x)[group.place(_shape(x), each)] for x, each in zip(read[0], sealed, strict=True)]]
+        rows += [[_flat(x)[group.place(_shape(x), exact=True)] for x in both] for both in read[1:]]
         for chunk in group.chunks:
             tokens, positions, seen = chunk.tokens, chunk.positions, chunk.seen
             visible = keys[:, None, :seen] <= positions[:, :, None]  # [B, T, L]
@@ -119,17 +133,14 @@ def _with_zeros(cache: PagedCache, layer: int, pages: Tensor, dtype: torch.dtype
     return k, v
 
 
-def _in_order(x: Tensor, pages: Tensor, absent: Tensor) -> Tensor:
-    """[B, HKV, L, D] of x [pages + 1, HKV, S, D]: the rows of each sequence's pages, zeros where absent: [B, L].
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """All dimensions of rows but the last."""
+    return x.shape[0], x.shape[1], x.shape[2]
 
-    One copy, which at long contexts is most of what a decode step takes.
-    """
-    heads, size = x.shape[1:3]
-    place = torch.arange(absent.shape[1], device=x.device)
-    page = pages[:, place // size].masked_fill(absent, len(x) - 1)
-    head = torch.arange(heads, device=x.device)[:, None]
-    rows = (page[:, None] * heads + head) * size + place % size  # [B, HKV, L]
-    return x.reshape(-1, x.shape[-1])[rows]
+
+def _flat(x: Tensor) -> Tensor:
+    """Rows one after another."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _by_key(lacking: Tensor, keys: Tensor) -> Tensor:
