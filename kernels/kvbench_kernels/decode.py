@@ -367,14 +367,8 @@ def _decode_kernel(
         is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == own[:, None])
         for stream in tl.static_range(K_STREAMS):
             turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
-        if K_WHOLE:
-            ordered = ()
-            word = whole_words(kw)
-            is_query = has_head[:, None] & ((word // K_WORDS)[None, :] == own[:, None])
-            for stream in tl.static_range(K_STREAMS):
-                channel = tl.minimum(channels(word % K_WORDS, stream, K_BITS, K_WORDS), D - 1)
-                q = _load_queries(q_at, channel, stride_qd, order_ptr, spread_ptr, kv_head * D)
-                ordered = ordered + (tl.where(is_query, q.to(tl.float32), 0.0),)
+        # words are not loaded in the other order: Triton takes such addresses for aligned ones that follow each other
+        ordered = turned
     peak = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     for stream in tl.static_range(K_STREAMS):
         # of the words in whichever order is needed anyway
@@ -470,7 +464,7 @@ def _decode_kernel(
     q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     queries = ()
     if K_WHOLE:
-        whole_q = whole_queries(ordered, q_inverse)
+        whole_q = whole_queries(ordered, q_inverse, TURN_QUERIES)
     if K_KIND == TIERS:
         queries, q_offset = tier_queries(turned, q_inverse, kw, K_CODEBOOK, K_WORDS)
         REST_WORDS: tl.constexpr = rest_count(K_CODEBOOK[0], K_WORDS)

@@ -147,13 +147,14 @@ def whole_words(word):
 
 
 @triton.jit
-def whole_queries(turned, q_inverse):
+def whole_queries(turned, q_inverse, LANES: tl.constexpr):
     """Four pairs of tiles [K, COLUMNS] int8, upper and lower part, as `whole` has the keys.
 
-    turned: eight streams [COLUMNS, W] of queries, their words in the order of `whole_words`; times q_inverse below 2.
+    turned: eight streams [COLUMNS, W] of queries, times q_inverse below 2; LANES: their words in the order of
+        `whole_words`.
     """
-    even = _in_order(together((turned[0], turned[2], turned[4], turned[6])))
-    odd = _in_order(together((turned[1], turned[3], turned[5], turned[7])))
+    even = _in_order(together((turned[0], turned[2], turned[4], turned[6])), LANES)
+    odd = _in_order(together((turned[1], turned[3], turned[5], turned[7])), LANES)
     return (
         _two_bytes(even[0], q_inverse),
         _two_bytes(odd[0], q_inverse),
@@ -163,11 +164,14 @@ def whole_queries(turned, q_inverse):
 
 
 @triton.jit
-def _in_order(x):
+def _in_order(x, LANES: tl.constexpr):
     """[COLUMNS, W, 4] to the even words' and the odd words' [COLUMNS, W / 2, 4]."""
     COLUMNS: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    x = tl.permute(tl.reshape(x, [COLUMNS, W // 16, 2, 4, 2, 4]), (0, 1, 3, 2, 5, 4))
+    if LANES:
+        x = tl.permute(tl.reshape(x, [COLUMNS, W // 16, 2, 4, 2, 4]), (0, 1, 3, 2, 5, 4))
+    else:
+        x = tl.permute(tl.reshape(x, [COLUMNS, W // 2, 2, 4]), (0, 1, 3, 2))
     return tl.split(tl.reshape(x, [COLUMNS, W // 2, 4, 2]))
 
 
