@@ -151,14 +151,24 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token(drawn, window):
     torch.testing.assert_close(run(scheme, known, *drawn, [100, 1, 63, 46]), whole, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("int4_centered_window", "reference"), ("int4+w64s4", "triton")])
-def test_an_unproven_kernel_is_taken_only_by_name(monkeypatch, preset, expected):
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "expected"),
+    [
+        ("int4_centered_window", 128, "reference"),
+        ("int4+w64s4", 128, "triton"),
+        ("int2_per_token_head", 128, "triton"),
+        ("int2_per_token_head", 96, "reference"),
+        ("int2 none", 128, "reference"),
+    ],
+)
+def test_an_unproven_kernel_is_taken_only_by_name(monkeypatch, preset, head_dim, expected):
     """
-    On a GPU "auto" computes keys centred by page by the reference, and what kernels were proven on by them.
+    On a GPU "auto" computes keys centred by page by the reference, int2 too but where decode turns the queries itself,
+    and what kernels were proven on by them.
     """
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("kvbench.attention.triton.turn", lambda *_: None)
-    scheme, device = Scheme.parse(preset), torch.device("cuda")
+    scheme, device = Scheme.parse(*preset.split()), torch.device("cuda")
 
-    assert choose("auto", scheme, torch.bfloat16, device) == expected
-    assert choose("triton", scheme, torch.bfloat16, device) == "triton"
+    assert choose("auto", scheme, torch.bfloat16, device, {head_dim}) == expected
+    assert choose("triton", scheme, torch.bfloat16, device, {head_dim}) == "triton"
