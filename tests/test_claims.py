@@ -266,12 +266,18 @@ SCHEMES = {
     ),
     "int2_per_token_head, hadamard": ("int2_per_token_head", "hadamard"),
     "`int2_centered_window`": ("int2_per_token_head+w64s4", "center+randomized_hadamard:randomized_hadamard"),
+    "`tiers421_centered_window`": (
+        "tiers421_per_token_head:midrise2_per_token_head+w64s4",
+        "center+rank:randomized_hadamard",
+    ),
+    "`tcq4321_centered_window`": ("tcq4321:tcq2+w64s4", "center+rank:randomized_hadamard"),
 }
 
 
 def test_the_schemes_that_survive_are_those_of_the_records():
-    """README's bits are Scheme.nbytes' over 8192 tokens, its divergences and scores those of results/schemes-qwen."""
-    values = {(row.task, row.metric, row.dtype, row.rotation): row.value for row in comparisons("schemes-qwen").rows}
+    """README's bits are Scheme.nbytes' over 8192 tokens, its divergences and scores those of results/schemes."""
+    rows = [row for row in comparisons("schemes").rows if row.model.startswith("qwen")]
+    values = {(row.task, row.metric, row.dtype, row.rotation): row.value for row in rows}
     layers = ((2, 128),) * 28
     rows = table("README.md", "| scheme | bits, at 8k tokens |")[1:]
     assert [row[0] for row in rows] == list(SCHEMES)
@@ -379,6 +385,34 @@ def test_what_claims_are_read_by_is_measured():
         columns = of_field(label).columns()
         metrics = field()[columns["dtype"], columns["rotation"]]
         assert agrees(figure, metrics["ppl_ratio" if times else "kld"]["value"]), (label, figure)
+
+
+def of_model(folder):
+    """By model, dtype and rotation: the divergence of the records of results/FOLDER."""
+    found = {}
+    for path in (ROOT / "results" / folder / "cells").glob("*/record.json"):
+        row = json.loads(path.read_text())
+        if row["task"] == "divergence":
+            metrics = {one["name"]: one["value"] for one in row["metrics"]}
+            found[row["model"]["name"], row["dtype"], row["rotation"]] = metrics
+    return found
+
+
+def test_the_field_on_three_models_is_that_of_the_records():
+    """Bits over 8192 tokens of the 1.5B, each model's divergence and ratio of perplexities; a dash has no record."""
+    models = ("smollm2-135m-instruct", "gemma3-270m", "qwen2.5-coder-1.5b-instruct")
+    found, layers = of_model("field"), ((2, 128),) * 28
+    rows = table("docs/field.md", "| scheme | bits, D=128 |")[1:]
+    assert len(rows) == 47
+    for label, bits, *shown in rows:
+        scheme = of_field(label)
+        columns = scheme.columns()
+        assert agrees(bits, 8 * scheme.nbytes(layers, 8192, torch.bfloat16) / (8192 * 28 * 2 * 2 * 128)), label
+        places = [(model, metric) for metric in ("kld@1536-2048", "ppl_ratio") for model in models]
+        for cell, (model, metric) in zip(shown, places, strict=True):
+            metrics = found.get((model, columns["dtype"], columns["rotation"]))
+            assert (metrics is None) == (cell == "–"), (label, model)
+            assert metrics is None or agrees(cell, metrics[metric]), (label, model, metric)
 
 
 # ---- docs/two-bits.md
