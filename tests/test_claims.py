@@ -13,6 +13,7 @@ import torch
 from kvbench.dtypes import all_dtypes
 from kvbench.measured import read
 from kvbench.report.compare import compare
+from kvbench.results import Store
 from kvbench.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
@@ -631,3 +632,18 @@ def test_the_table_beside_llama_cpp_is_that_of_the_record():
     assert "the 16-bit cache itself is 0.0038 away (2.4e-07 on float32 weights)" in words
     assert "keys come out 5.2 nats away, where the definition's cost 0.014" in words
     assert round(ours["q5_1:fp16", "none"]["kld"], 3) == 0.014
+
+
+def test_a_model_over_two_gpus_is_as_fast_as_its_records_say():
+    """
+    Prefill, decoding and the longest context, of each dtype that was measured, on two GPUs that were held to agree.
+    """
+    cells = {one.dtype: one for one in Store(ROOT / "results" / "throughput-70b").load().records.values()}
+    rows = table("docs/method.md", "| two H100 |")[1:]
+
+    assert [row[0] for row in rows] == ["fp16", "int8_per_token_head", "int4_per_token_head"]
+    for dtype, *said in rows:
+        values = {metric.name: metric.value for metric in cells[dtype].metrics}
+        assert said == [f"{values['prefill']:,.0f}", f"{values['decode']:.1f}", f"{values['longest_context']:,.0f}"]
+        assert len(cells[dtype].environment["gpus"]) == 2
+        assert cells[dtype].facts["agreement"]["typical"] < cells[dtype].facts["agreement"]["tolerance"]
