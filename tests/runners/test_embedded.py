@@ -20,7 +20,7 @@ def embedded():
 
 def test_the_facts_of_the_embedded_model_are_true(embedded):
     """What listings say without weights is what the weights say."""
-    model, _, info = embedded
+    model, _, info, _ = embedded
     known = catalog.EMBEDDED["smollm2-135m-instruct"]
 
     assert known.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -32,7 +32,7 @@ def test_the_facts_of_the_embedded_model_are_true(embedded):
 
 def test_the_embedded_model_knows_english(embedded):
     """Its weights and its tokenizer belong together."""
-    model, tokenizer, _ = embedded
+    model, tokenizer, _, _ = embedded
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
@@ -60,14 +60,14 @@ def logits(model, ids=tuple(range(20, 60))):
 )
 def test_the_embedded_tokenizer_loses_nothing(embedded, text):
     """Tokens decode to the text they were made from, and no token is put before it."""
-    _, tokenizer, _ = embedded
+    _, tokenizer, _, _ = embedded
 
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_the_embedded_tokenizer_cuts_at_digits(embedded):
     """Spaces before a number belong together, as in SmolLM2's own tokenizer.json and in llama.cpp."""
-    _, tokenizer, _ = embedded
+    _, tokenizer, _, _ = embedded
 
     assert tokenizer.convert_ids_to_tokens(tokenizer(":\n\n10  25").input_ids) == [":", "ĊĊ", "1", "0", "ĠĠ", "2", "5"]
 
@@ -75,7 +75,7 @@ def test_the_embedded_tokenizer_cuts_at_digits(embedded):
 @pytest.mark.slow
 def test_the_embedded_model_is_the_one_of_transformers_loader(embedded):
     """Weights and logits equal those of `from_pretrained(gguf_file=…)` to the bit, and, digits apart, the tokens."""
-    model, tokenizer, _ = embedded
+    model, tokenizer, _, _ = embedded
     file = catalog.resolve("smollm2-135m-instruct").path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -181,7 +181,7 @@ def test_a_converted_model_computes_what_the_original_did(architecture, quantiza
     original = small_model(architecture, quantization)
     file = write_gguf(tmp_path / "small.gguf", original, architecture, quantization)
 
-    model, _, info = load.load(catalog.resolve(str(file)), "float32")
+    model, _, info, _ = load.load(catalog.resolve(str(file)), "float32")
 
     assert torch.equal(logits(model), logits(original))
     assert logits(original).std() > 0.1
@@ -206,7 +206,7 @@ def test_conversion_agrees_with_the_loader_of_transformers(architecture, quantiz
         tmp_path, gguf_file=file.name, dtype=getattr(torch, dtype)
     ).eval()
 
-    ours, _, info = load.load(catalog.resolve(str(file)), dtype)
+    ours, _, info, _ = load.load(catalog.resolve(str(file)), dtype)
 
     assert ours.dtype == getattr(torch, dtype)
     assert info.compute_dtype == dtype
@@ -218,11 +218,11 @@ def test_a_16_bit_model_is_stored_in_16_bits(tmp_path, cache):
     file = write_gguf(tmp_path / "small.gguf", small_model("qwen2"), "qwen2", GGMLQuantizationType.Q8_0)
     source = catalog.resolve(str(file))
 
-    half, _, _ = load.load(source, "bfloat16")
+    half, _, _, _ = load.load(source, "bfloat16")
     (stored,) = (cache / "models").glob("small-*/model-*.safetensors")
     size = stored.stat().st_size
     load.prepare(source, "float32")
-    whole, _, _ = load.load(source, "bfloat16")
+    whole, _, _, _ = load.load(source, "bfloat16")
 
     assert size < 2.1 * sum(parameter.numel() for parameter in half.parameters())
     assert all(torch.equal(a, b) for a, b in zip(half.parameters(), whole.parameters(), strict=True))
@@ -244,7 +244,7 @@ TEXTS = (
 def test_tokens_are_those_of_transformers(architecture, pre, tmp_path, cache):
     """But for what transformers' conversion leaves out: SmolLM's cuts at digits, Qwen's NFC, Llama 3's bos."""
     file = write_gguf(tmp_path / "small.gguf", small_model(architecture), architecture, pre=pre)
-    _, ours, _ = load.load(catalog.resolve(str(file)), "float32")
+    _, ours, _, _ = load.load(catalog.resolve(str(file)), "float32")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
 
     for text in TEXTS:
@@ -264,7 +264,7 @@ def test_tokens_are_those_of_transformers(architecture, pre, tmp_path, cache):
 def test_each_kind_cuts_in_its_own_way(pre, expected, tmp_path, cache):
     """Digits alone, or in threes; a contraction in capitals or not; bos first where the kind has it."""
     file = write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama", pre=pre)
-    _, tokenizer, _ = load.load(catalog.resolve(str(file)), "float32")
+    _, tokenizer, _, _ = load.load(catalog.resolve(str(file)), "float32")
 
     assert tokenizer.convert_ids_to_tokens(tokenizer("he\n\n1234'll  he'LL!\n").input_ids) == expected
 
@@ -272,7 +272,7 @@ def test_each_kind_cuts_in_its_own_way(pre, expected, tmp_path, cache):
 def test_gemmas_tokens_are_those_of_transformers(tmp_path, cache):
     """Pieces, runs of spaces, bytes of unknown letters, bos: as transformers 5.23 reads the file."""
     file = write_gguf(tmp_path / "small.gguf", small_model("gemma3"), "gemma3")
-    _, ours, _ = load.load(catalog.resolve(str(file)), "float32")
+    _, ours, _, _ = load.load(catalog.resolve(str(file)), "float32")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
 
     assert ours.convert_ids_to_tokens(ours("abc a").input_ids)[-2:] == ["abc", "▁a"]
@@ -284,7 +284,7 @@ def test_gemmas_tokens_are_those_of_transformers(tmp_path, cache):
 def test_a_model_is_converted_once(tmp_path, cache, monkeypatch):
     """The second load reads what the first one wrote, and a copy of the file elsewhere is the same model."""
     file = write_gguf(tmp_path / "small.gguf", small_model("llama"), "llama")
-    first, _, info = load.load(catalog.resolve(str(file)), "float32")
+    first, _, info, _ = load.load(catalog.resolve(str(file)), "float32")
 
     def fail(*args):
         raise AssertionError("converted again")
@@ -292,7 +292,7 @@ def test_a_model_is_converted_once(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(conversion, "_write_folder", fail)
     (tmp_path / "elsewhere").mkdir()
     copy = file.rename(tmp_path / "elsewhere" / file.name)
-    second, _, again = load.load(catalog.resolve(str(copy)), "float32")
+    second, _, again, _ = load.load(catalog.resolve(str(copy)), "float32")
 
     assert torch.equal(logits(first), logits(second))
     assert info == again
@@ -330,7 +330,7 @@ def test_a_damaged_conversion_is_made_again(tmp_path, cache, caplog, damage, why
     caplog.clear()
     damage(folder)
 
-    model, _, _ = load.load(source, "float32")
+    model, _, _, _ = load.load(source, "float32")
 
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("kvbench")]
     assert line.startswith(f"{folder}: ")
@@ -366,7 +366,7 @@ def test_a_conversion_that_ended_early_leaves_nothing(tmp_path, cache, monkeypat
     abandoned.mkdir()
     (abandoned / "config.json").write_text("{")
 
-    model, _, _ = load.load(catalog.resolve(str(file)), "float32")
+    model, _, _, _ = load.load(catalog.resolve(str(file)), "float32")
 
     assert torch.equal(logits(model), logits(original))
     assert [path.name for path in (cache / "models").iterdir() if path.is_dir()] == [name]
@@ -416,8 +416,8 @@ def test_slices_are_joined_and_nothing_of_them_is_left(tmp_path, cache, monkeypa
     model = replace(model, slices=tuple(slices), sha256=hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(catalog.EMBEDDED, model.name, model)
 
-    ours, _, _ = load.load(catalog.resolve(model.name), "float32")
-    theirs, _, _ = load.load(catalog.resolve(str(whole)), "float32")
+    ours, _, _, _ = load.load(catalog.resolve(model.name), "float32")
+    theirs, _, _, _ = load.load(catalog.resolve(str(whole)), "float32")
 
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert not [path for path in cache.rglob("*") if path.suffix == ".gguf" or path.name.startswith(".draft")]
@@ -447,7 +447,7 @@ def test_other_architectures_go_through_transformers(tmp_path, cache):
     file = write_gguf(tmp_path / "small.gguf", original, "phi3")
     source = catalog.resolve(str(file))
 
-    model, _, info = load.load(source, "float32")
+    model, _, info, _ = load.load(source, "float32")
 
     torch.testing.assert_close(logits(model), logits(original))
     assert info.layers == ((2, 16),) * 2
