@@ -466,6 +466,49 @@ def test_what_a_trellis_is_worth_is_that_of_the_records():
             assert agrees(cell, row[metric]), (dtype, metric, row[metric])
 
 
+def test_the_ablation_on_a_larger_model_is_that_of_the_records():
+    """Bits, divergences and ratio of perplexities of each row of docs/two-bits.md's second table; none is left out."""
+    found = {key[1:]: metrics for key, metrics in of_model("two-bits").items()}
+    rows, layers = table("docs/two-bits.md", "| dtype | transforms of keys |")[1:], ((2, 128),) * 28
+    seen = set()
+    for dtype, keys, bits, *shown in rows:
+        dtype, keys = dtype.strip("`"), keys.strip("`")
+        (place,) = [at for at in found if at[0] == dtype and at[1].split(":")[0] == keys]
+        scheme = Scheme.parse(*place)
+        assert agrees(bits, 8 * scheme.nbytes(layers, 8192, torch.bfloat16) / (8192 * 28 * 2 * 2 * 128)), place
+        for cell, metric in zip(shown, ("kld", "kld@1536-2048", "ppl_ratio"), strict=True):
+            assert agrees(cell, found[place][metric]), (place, metric)
+        seen.add(place)
+    assert {at for at in found if at != ("fp16", "none") and not at[0].startswith(("canary", "again"))} <= seen
+
+
+def test_what_readme_says_of_gsm8k_is_measured():
+    """The answers of two presets beside 16 bits, with their intervals, and the needles of the one at two bits."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = [row for row in comparisons("schemes").rows if row.model.startswith("qwen")]
+    place = {(row.task, row.metric, row.dtype, row.rotation): row for row in rows}
+    gsm8k = "gsm8k", "exact_match,strict-match"
+
+    window = place[*gsm8k, *SCHEMES["`int4_centered_window`"]]
+    share, low, high = re.search(
+        r"a value answer ([\d.]+) %, what 16 bits did in that run \(95 % interval (−[\d.]+) to \+([\d.]+)", text
+    ).groups()
+    assert agrees(share, 100 * window.value)
+    assert agrees(share, 100 * window.baseline)
+    assert agrees(low, 100 * window.ci_low)
+    assert agrees(high, 100 * window.ci_high)
+
+    tiers = place[*gsm8k, *SCHEMES["`tiers421_centered_window`"]]
+    less, low, high = re.search(
+        r"keys in tiers answer ([\d.]+) points less \(95 % interval (−[\d.]+) to \+([\d.]+)\) and find all 80 needles",
+        text,
+    ).groups()
+    assert agrees(less, 100 * (tiers.baseline - tiers.value))
+    assert agrees(low, 100 * tiers.ci_low)
+    assert agrees(high, 100 * tiers.ci_high)
+    assert place["needle", "acc", *SCHEMES["`tiers421_centered_window`"]].value == 1
+
+
 def test_the_trellis_s_constants_are_those_that_were_found():
     """
     The search's record has the multipliers and curves of the dtypes.
