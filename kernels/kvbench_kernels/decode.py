@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kvbench_kernels.blocks import decode_blocks
 from kvbench_kernels.center import Center, center_scores, two_parts
-from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, exact_bounds
+from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, split_bounds
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
-from kvbench_kernels.merge import merge_kernel
+from kvbench_kernels.merge import merge
 from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_count, tier_field, tier_queries
 from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, together
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile
@@ -303,29 +303,10 @@ def _decode_kernel(
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
-    if EXACT == 0:
-        first_tile = first // BLOCK_N
-        tiles = tl.cdiv(length, BLOCK_N) - first_tile
-        tiles_each = tl.cdiv(tiles, SPLITS)
-        start = (first_tile + split * tiles_each) * BLOCK_N
-        end = tl.minimum(start + tiles_each * BLOCK_N, length)
-        nothing = start >= end
-    else:
-        # exact tiles come first, then packed ones; a split has its share of their bytes, whichever they are
-        first_exact = first
-        first, newest = exact_bounds(length, first_exact, SINKS, RECENT, WINDOW_PAGE)
-        exact_tokens = first - first_exact + length - newest
-        exact_tiles = tl.cdiv(exact_tokens, BLOCK_X)
-        first_tile = first // BLOCK_N
-        tiles = tl.where(first < newest, tl.cdiv(newest, BLOCK_N) - first_tile, 0)
-        each = tl.cdiv(exact_tiles * EXACT + tiles, SPLITS)
-        exact_start = tl.minimum(tl.cdiv(split * each, EXACT), exact_tiles) * BLOCK_X  # counted in exact tokens
-        exact_end = tl.minimum(tl.cdiv((split + 1) * each, EXACT) * BLOCK_X, exact_tokens)
-        tile_0 = tl.maximum(split * each - exact_tiles * EXACT, 0)
-        start = (first_tile + tile_0) * BLOCK_N
-        end = first_tile + tl.maximum((split + 1) * each - exact_tiles * EXACT, 0)
-        end = tl.minimum(end * BLOCK_N, newest)
-        nothing = (start >= end) & (exact_start >= exact_end)
+    first_exact = first
+    start, end, nothing, first, newest, exact_start, exact_end = split_bounds(
+        length, first, split, SPLITS, BLOCK_N, EXACT, SINKS, RECENT, WINDOW_PAGE, BLOCK_X
+    )
     part = (pair * SPLITS + split) * HEADS + g
     if nothing or not has_query:
         tl.store(part_m_ptr + part, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
@@ -803,31 +784,8 @@ def decode(
         maxnreg=tuning.registers,
         launch_pdl=assembly,
     )
-    block_d = triton.next_power_of_2(head_dim)
-    # heads that one program merges, a warp each, or one: a warp then takes every eighth split
-    together = 4 if splits <= 16 and query_heads % 4 == 0 else 1
-    merge_kernel[(batch * query_heads // together,)](
-        part_o,
-        part_m,
-        part_l,
-        sinks,
-        v.scale if v.scale_dims == 0 else None,
-        query_starts,
-        v_turn.signs,
-        out,
-        splits,
-        v_turn.read_factor,
-        kv_heads,
-        group,
-        heads,
-        head_dim,
-        v_turn.block,
-        BLOCK_D=block_d,
-        TOGETHER=together,
-        CHUNK=min(32, max(8 // together, triton.next_power_of_2(splits))),
-        CHUNKS=triton.cdiv(splits, 32),
-        ASSEMBLY=assembly,
-        num_warps=max(1, (8 if together == 1 else together) * min(block_d, 128) // 128),
-        launch_pdl=assembly,
-    )
+    merge(
+        part_o, part_m, part_l, out, v_turn, kv_heads=kv_heads, group=group, sinks=sinks,
+        v_scale=v.scale if v.scale_dims == 0 else None, query_starts=query_starts,
+    )  # fmt: skip
     return out

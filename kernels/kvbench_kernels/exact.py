@@ -93,6 +93,48 @@ def exact_bounds(length, first, SINKS: tl.constexpr, RECENT: tl.constexpr, PAGE:
 
 
 @triton.jit
+def split_bounds(
+    length,
+    first,
+    split,
+    SPLITS,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+    SINKS: tl.constexpr,
+    RECENT: tl.constexpr,
+    WINDOW_PAGE: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """Which tokens a split of decode reads, in whole tiles; first: the first that the query sees.
+
+    A tuple: packed ones from start to end; whether there are none at all; the first packed one and the first of the
+    newest, as `exact_bounds` has them; and the exact ones from start to end, counted among themselves.
+    """
+    if EXACT == 0:
+        first_tile = first // BLOCK_N
+        tiles_each = tl.cdiv(tl.cdiv(length, BLOCK_N) - first_tile, SPLITS)
+        start = (first_tile + split * tiles_each) * BLOCK_N
+        end = tl.minimum(start + tiles_each * BLOCK_N, length)
+        return start, end, start >= end, first, length, 0, 0
+    else:
+        # exact tiles come first, then packed ones; a split has its share of their bytes, whichever they are
+        first_packed, newest = exact_bounds(length, first, SINKS, RECENT, WINDOW_PAGE)
+        exact_tokens = first_packed - first + length - newest
+        exact_tiles = tl.cdiv(exact_tokens, BLOCK_X)
+        first_tile = first_packed // BLOCK_N
+        tiles = tl.where(first_packed < newest, tl.cdiv(newest, BLOCK_N) - first_tile, 0)
+        each = tl.cdiv(exact_tiles * EXACT + tiles, SPLITS)
+        exact_start = tl.minimum(tl.cdiv(split * each, EXACT), exact_tiles) * BLOCK_X
+        exact_end = tl.minimum(tl.cdiv((split + 1) * each, EXACT) * BLOCK_X, exact_tokens)
+        tile_0 = tl.maximum(split * each - exact_tiles * EXACT, 0)
+        start = (first_tile + tile_0) * BLOCK_N
+        end = first_tile + tl.maximum((split + 1) * each - exact_tiles * EXACT, 0)
+        end = tl.minimum(end * BLOCK_N, newest)
+        nothing = (start >= end) & (exact_start >= exact_end)
+        return start, end, nothing, first_packed, newest, exact_start, exact_end
+
+
+@triton.jit
 def _pick(even, odd, own, ABREAST: tl.constexpr):
     """What belongs to tokens, by row and word: of a row's two tokens the one that the word is of."""
     if ABREAST == 1:

@@ -1,9 +1,13 @@
 """One result out of the splits' partial results."""
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kvbench_kernels.hadamard import butterfly
+from kvbench_kernels.hadamard import Turn, butterfly
+from kvbench_kernels.tuning import INTERPRETED
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -112,3 +116,53 @@ def merge_kernel(
             o *= signs[None, :]
     at = out_ptr + (query * HKV * GROUP + head) * D + d[None, :]
     tl.store(at, o.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])
+
+
+def merge(
+    part_o: Tensor,
+    part_m: Tensor,
+    part_l: Tensor,
+    out: Tensor,
+    v_turn: Turn,
+    *,
+    kv_heads: int,
+    group: int,
+    sinks: Tensor | None,
+    v_scale: Tensor | None,
+    query_starts: Tensor | None,
+) -> None:
+    """Writes out [T, HQ, D]: the splits' results as one, turned back where values were turned.
+
+    part_o, part_m, part_l: [pairs, splits, heads, ...], as decode leaves them. v_scale: of all values, or None.
+    """
+    pairs, splits, heads, head_dim = part_o.shape
+    query_heads = kv_heads * group
+    batch = pairs // (kv_heads * -(-group // heads))
+    block_d = triton.next_power_of_2(head_dim)
+    # heads that one program merges, a warp each, or one: a warp then takes every eighth split
+    together = 4 if splits <= 16 and query_heads % 4 == 0 else 1
+    assembly = out.is_cuda and not INTERPRETED
+    merge_kernel[(batch * query_heads // together,)](
+        part_o,
+        part_m,
+        part_l,
+        sinks,
+        v_scale,
+        query_starts,
+        v_turn.signs,
+        out,
+        splits,
+        v_turn.read_factor,
+        kv_heads,
+        group,
+        heads,
+        head_dim,
+        v_turn.block,
+        BLOCK_D=block_d,
+        TOGETHER=together,
+        CHUNK=min(32, max(8 // together, triton.next_power_of_2(splits))),
+        CHUNKS=triton.cdiv(splits, 32),
+        ASSEMBLY=assembly,
+        num_warps=max(1, (8 if together == 1 else together) * min(block_d, 128) // 128),
+        launch_pdl=assembly,
+    )

@@ -7,6 +7,26 @@ from kvbench_kernels.hadamard import butterfly
 
 
 @triton.jit
+def own_rows(HKV: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program's head and its tokens [BLOCK_R] int64."""
+    return tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
+def offset_pages(positions_ptr, token, tokens, last, PAGE: tl.constexpr):
+    """[BLOCK_R] int32, which offset each token's key is centred by; loaded beside the slots, or later loads wait."""
+    page = tl.load(positions_ptr + token, mask=token < tokens, other=0) // PAGE
+    return tl.minimum(page, last).to(tl.int32)
+
+
+@triton.jit
+def cache_rows(slots_ptr, token, tokens, head, HKV: tl.constexpr, S: tl.constexpr):
+    """[BLOCK_R] int64, the cache's row of each token and this head, -1 where it goes nowhere."""
+    slot = tl.load(slots_ptr + token, mask=token < tokens, other=-1)
+    return tl.where(slot >= 0, (slot // S * HKV + head) * S + slot % S, -1)
+
+
+@triton.jit
 def turned_rows(
     x_ptr,
     signs_ptr,

@@ -13,7 +13,16 @@ from kvbench_kernels.center import Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn, span
 from kvbench_kernels.layout import Side
-from kvbench_kernels.rows import clamp, half_away, store_words, to_e4m3, turned_rows
+from kvbench_kernels.rows import (
+    cache_rows,
+    clamp,
+    half_away,
+    offset_pages,
+    own_rows,
+    store_words,
+    to_e4m3,
+    turned_rows,
+)
 from kvbench_kernels.store_blocks import store_blocks
 from kvbench_kernels.three import store_three
 from kvbench_kernels.tiers import Rank, search, store_tiers
@@ -263,15 +272,11 @@ def _store_kernel(
     OFFSET_PAGE: tl.constexpr = 64,
 ):
     """One program: BLOCK_R tokens' rows of one head; the grid's second axis is keys, values."""
-    head = tl.program_id(0) % HKV
-    token = (tl.program_id(0) // HKV).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    head, token = own_rows(HKV, BLOCK_R)
     page = None
     if positions_ptr is not None:
-        # beside the slots: what is loaded later waits for these first
-        page = tl.load(positions_ptr + token, mask=token < tokens, other=0) // OFFSET_PAGE
-        page = tl.minimum(page, offset_last).to(tl.int32)
-    slot = tl.load(slots_ptr + token, mask=token < tokens, other=-1)
-    to = tl.where(slot >= 0, (slot // S * HKV + head) * S + slot % S, -1)
+        page = offset_pages(positions_ptr, token, tokens, offset_last, OFFSET_PAGE)
+    to = cache_rows(slots_ptr, token, tokens, head, HKV, S)
     if tl.program_id(1) == 0:
         _store_side(
             k_ptr, k_signs_ptr, k_codes_ptr, k_rest_ptr, k_scale_ptr, offset_ptr, order_ptr, inverse_ptr, page,

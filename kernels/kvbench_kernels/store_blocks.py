@@ -11,7 +11,17 @@ from kvbench_kernels.center import Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Side
-from kvbench_kernels.rows import clamp, half_away, store_words, to_e4m3, turned_rows
+from kvbench_kernels.rows import (
+    cache_rows,
+    clamp,
+    half_away,
+    offset_pages,
+    own_rows,
+    store_words,
+    to_e4m3,
+    turned_rows,
+)
+from kvbench_kernels.tiles import nearest
 from kvbench_kernels.tuning import INTERPRETED
 
 # how a block becomes codes; `s` is the scale before it is rounded
@@ -22,16 +32,15 @@ BLOCK_MX8 = tl.constexpr(19)  # e4m3 of x / s, s = 2^(floor(log2(absmax)) - 8)
 BLOCK_NV4 = tl.constexpr(20)  # e2m1 of x / (s t), s = e4m3 of absmax / (6 t)
 
 _SPAN = tl.constexpr(16)  # channels a tile, of which a block has one or two
-_ROUNDER = tl.constexpr(1.5 * 2.0**23)  # added and taken away, it rounds to whole numbers, halves to even
 
 
 @triton.jit
 def _to_e2m1(x):
     """The e2m1 codes (int32) of x, to the nearest, ties to the even code, saturated; a zero keeps its sign."""
     size = tl.minimum(tl.abs(x), 6.0)
-    twice = (size * 2 + _ROUNDER) - _ROUNDER
-    once = (size + _ROUNDER) - _ROUNDER
-    half = (size * 0.5 + _ROUNDER) - _ROUNDER
+    twice = nearest(size * 2)
+    once = nearest(size)
+    half = nearest(size * 0.5)
     code = tl.where(size < 2, twice, tl.where(size < 4, once + 2, half + 4)).to(tl.int32)
     return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
 
@@ -195,14 +204,11 @@ def _store_blocks_kernel(
     OFFSET_PAGE: tl.constexpr,
 ):
     """One program: BLOCK_R tokens' rows of one head; the grid's second axis is keys, values."""
-    head = tl.program_id(0) % HKV
-    token = (tl.program_id(0) // HKV).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    head, token = own_rows(HKV, BLOCK_R)
     page = None
     if positions_ptr is not None:
-        page = tl.load(positions_ptr + token, mask=token < tokens, other=0) // OFFSET_PAGE
-        page = tl.minimum(page, offset_last).to(tl.int32)
-    slot = tl.load(slots_ptr + token, mask=token < tokens, other=-1)
-    to = tl.where(slot >= 0, (slot // S * HKV + head) * S + slot % S, -1)
+        page = offset_pages(positions_ptr, token, tokens, offset_last, OFFSET_PAGE)
+    to = cache_rows(slots_ptr, token, tokens, head, HKV, S)
     if tl.program_id(1) == 0:
         _store_blocks_side(
             k_ptr, k_signs_ptr, k_codes_ptr, k_scale_ptr, k_tensor_scale_ptr, offset_ptr, page, k_exact_ptr,

@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench_kernels.tiles import stack, sum_by_halves
+from kvbench_kernels.tiles import nearest, stack, sum_by_halves
 
 LOWERED = tl.constexpr(2.0**-12)  # what `tier_queries` makes of scores, so that they fit into 16 bits
 _E5M3_ONE = tl.constexpr((127 - 21) << 3)  # of a float32's bits, without the lowest twenty, what code 0 is
 SEARCHED = tl.constexpr(11)  # scales that are tried, and how many of them lie below the first guess
 _BELOW = tl.constexpr(3)
-_ROUNDER = tl.constexpr(1.5 * 2.0**23)  # added and taken away, it rounds to whole numbers, halves to even
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ def search(x, CODEBOOK: tl.constexpr, D: tl.constexpr):
 def _rounded(z, BITS: tl.constexpr):
     """z within the codes of so many bits, less the half of their number, as a whole number."""
     half: tl.constexpr = 2.0 ** (BITS - 1)
-    return (tl.minimum(tl.maximum(z, -half), half - 1) + _ROUNDER) - _ROUNDER
+    return nearest(tl.minimum(tl.maximum(z, -half), half - 1))
 
 
 @triton.jit

@@ -90,6 +90,12 @@ def stack(tiles, N: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def nearest(x):
+    """x rounded to whole numbers, halves to even, where it is within ±2^22: an addition leaves no bits below."""
+    return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
+
+
+@triton.jit
 def sum_by_halves(tiles):
     """[R] of a tuple of [R, SPAN] tiles that follow each other along a row: the first half plus the second, and again.
 
@@ -106,7 +112,7 @@ def sum_by_halves(tiles):
             tiles = halved
     total = tiles[0]
     SPAN: tl.constexpr = tiles[0].shape[1]
-    for m in tl.static_range(3, -1, -1):
+    for m in tl.static_range(14, -1, -1):
         if 1 << m < SPAN:
             total = tl.sum(tl.reshape(total, [total.shape[0], 2, 1 << m]), axis=1)
     return tl.reshape(total, [total.shape[0]])

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench_kernels.tiles import nearest, sum_by_halves
 from kvbench_kernels.tuning import INTERPRETED
 from kvbench_kernels.viterbi import Part, cheapest_paths
 
-_ROUNDER = tl.constexpr(1.5 * 2.0**23)  # added and taken away, it rounds to whole numbers, halves to even
 _EXPONENT_OF_ONE = tl.constexpr(127)  # of a float32
 
 
@@ -79,12 +79,15 @@ def _code_of(scale, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NAN: tl.constexp
 
 
 @triton.jit
-def _sum_by_halves(x):
-    """[R, 1] of x [R, 2^m]: the first half plus the second, and again."""
-    for m in tl.static_range(14, -1, -1):
-        if 1 << m < x.shape[1]:
-            x = tl.sum(tl.reshape(x, [x.shape[0], 2, 1 << m]), axis=1)
-    return x
+def _within(x, whole, LARGEST: tl.constexpr):
+    """Rows of x within ±LARGEST, zeros where a row is not whole."""
+    return tl.where(whole, tl.minimum(tl.maximum(x, -LARGEST), LARGEST), 0.0)
+
+
+@triton.jit
+def _stored(z, REACH: tl.constexpr):
+    """Whole numbers within ±REACH, as the search reads them."""
+    return tl.minimum(tl.maximum(z, -REACH), REACH).to(tl.int16)
 
 
 @triton.jit
@@ -115,15 +118,15 @@ def _measure_kernel(
     inside = (row < N) & (d < D)
     x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
     whole = tl.min(tl.where(tl.abs(x) < float("inf"), 1, 0), axis=1)[:, None] == 1
-    x = tl.where(whole, tl.minimum(tl.maximum(x, -LARGEST), LARGEST), 0.0)
-    norm = tl.sqrt_rn(_sum_by_halves(x * x))
+    x = _within(x, whole, LARGEST)
+    norm = tl.sqrt_rn(sum_by_halves((x * x,)))[:, None]
     _, inverse = _unit(norm, UNITS, SMALLEST)
     tl.store(norm_ptr + row, tl.where(whole, norm, -1.0), mask=row < N)
     channel = tl.load(channel_ptr + d, mask=d < D, other=0)
     y = tl.load(x_ptr + row * D + channel, mask=inside, other=0.0).to(tl.float32)
-    y = tl.where(whole, tl.minimum(tl.maximum(y, -LARGEST), LARGEST), 0.0)
-    z = ((y * inverse) + _ROUNDER) - _ROUNDER
-    tl.store(z_ptr + row * D + d, tl.minimum(tl.maximum(z, -REACH), REACH).to(tl.int16), mask=inside)
+    y = _within(y, whole, LARGEST)
+    z = nearest(y * inverse)
+    tl.store(z_ptr + row * D + d, _stored(z, REACH), mask=inside)
 
 
 @triton.jit
@@ -162,8 +165,8 @@ def _fit_kernel(
     step, inverse = _unit(norm, UNITS, SMALLEST)
     channel = tl.load(channel_ptr + d, mask=d < D, other=0)
     x = tl.load(x_ptr + row * D + channel, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where(whole, tl.minimum(tl.maximum(x, -LARGEST), LARGEST), 0.0)
-    z = (((x * inverse) + _ROUNDER) - _ROUNDER).to(tl.int64)
+    x = _within(x, whole, LARGEST)
+    z = nearest(x * inverse).to(tl.int64)
     state = tl.load(state_ptr + row * D + d, mask=inside, other=0).to(tl.int32)
     part = tl.load(part_ptr + d, mask=d < D, other=0)
     value = tl.load(value_ptr + part * 256 + state)
@@ -176,8 +179,8 @@ def _fit_kernel(
         scale = _scale_of(code, MANTISSA, BIAS, NAN, False)
         y = x * tl.where(whole, tl.div_rn(scale * 0.0 + 1.0, scale * (1.0 / FINE)), 0.0)
         y = tl.minimum(tl.maximum(y, -REACH - 1.0), REACH + 1.0)
-        y = (y + _ROUNDER) - _ROUNDER
-        tl.store(z_ptr + row * D + d, tl.minimum(tl.maximum(y, -REACH), REACH).to(tl.int16), mask=inside)
+        y = nearest(y)
+        tl.store(z_ptr + row * D + d, _stored(y, REACH), mask=inside)
     if START:
         first = tl.load(state_ptr + row * D, mask=row < N, other=0).to(tl.int32) >> FIRST
         code = (code << START) | tl.where(whole, first, 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,17 +147,20 @@ def attend(
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
     """
-    options: dict[str, Any] = {
-        "scaling": scaling,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-        "sinks": sinks,
-        "exact": exact,
-        "window": window,
-    }
     if impl == "triton":
         from kvbench.attention import triton
 
-        return triton.attend(q, cache, layer, batch, **options)
-    with _computing(q.device):
-        return reference.attend(q, cache, layer, batch, **options)
+    implementation = triton.attend if impl == "triton" else reference.attend
+    with nullcontext() if impl == "triton" else _computing(q.device):
+        return implementation(
+            q,
+            cache,
+            layer,
+            batch,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            exact=exact,
+            window=window,
+        )

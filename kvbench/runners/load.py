@@ -69,8 +69,9 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
         _check_keys(source.name, keys)
         _check_tokenizer(source.name, tokenizer, model)
         places = _placed(source, model, device)
-        if weights := quantization(source):
-            _check_quantized(source.name, model, dtype, weights)
+    weights = quantization(source)
+    if weights:
+        _check_quantized(source.name, model, dtype, weights)
     model = model.eval().requires_grad_(False)
     info = ModelInfo(
         name=source.name,
@@ -82,7 +83,7 @@ def load(source: ModelSource, dtype: ComputeDtype, device: str = "cpu") -> tuple
             "model_type": model.config.model_type,
             "layer_indices": list(cache_layer_indices(model.config)),
             "key_bias": _has_key_bias(model),
-            **({"weights": _as_computed(model, weights)} if (weights := quantization(source)) else {}),
+            **({"weights": _as_computed(model, weights)} if weights else {}),
         },
     )
     return model, tokenizer, info, places
