@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench_kernels.center import Center, center_scores, two_parts
+from kvbench_kernels.center import Center, center_scores, split_center_scores, two_parts
 from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, split_bounds
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side
@@ -352,26 +352,10 @@ def _decode_blocks_kernel(
     if CENTER == 2:
         # of the split's pages, before its loops, which find each one beside the page
         center_at = center_ptr + pair * stride_center * BLOCK_G + g
-        page_0 = start // CENTER_PAGE
-        pages = tl.maximum(tl.cdiv(end, CENTER_PAGE) - page_0, 0)
-        count = pages
-        before = 0
-        if EXACT > 0:
-            # pages of exact first tokens, of packed ones, and of the exact newest
-            is_exact = exact_start < exact_end
-            sinks_0 = first_exact // CENTER_PAGE
-            before = tl.where(is_exact & (first > first_exact), tl.cdiv(first, CENTER_PAGE) - sinks_0, 0)
-            newest_0 = newest // CENTER_PAGE
-            count = before + pages + tl.where(is_exact, tl.cdiv(length, CENTER_PAGE) - newest_0, 0)
-        for some in tl.range(0, count, 16, num_stages=STAGES):
-            nth = some + tl.arange(0, 16)[:, None]
-            own_page = page_0 + nth - before
-            if EXACT > 0:
-                own_page = tl.where(nth < before, sinks_0 + nth, own_page)
-                own_page = tl.where(nth < before + pages, own_page, newest_0 + nth - before - pages)
-            with_offset = tl.minimum(own_page, center_last)
-            scores = center_scores(parts_ptr, with_offset, kv_head, kw, q_upper, q_lower, HKV, D, K_BITS, K_PARTS)
-            tl.store(center_at[None, :] + own_page * BLOCK_G, scores * exact_scale, mask=nth < count)
+        split_center_scores(
+            center_at, parts_ptr, kv_head, kw, q_upper, q_lower, exact_scale, start, end, first_exact, first, newest,
+            length, exact_start, exact_end, center_last, BLOCK_G, HKV, D, K_BITS, CENTER_PAGE, EXACT, STAGES, K_PARTS,
+        )  # fmt: skip
         tl.debug_barrier()
 
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)

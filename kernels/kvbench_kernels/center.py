@@ -212,6 +212,56 @@ def center_scores(
 
 
 @triton.jit
+def split_center_scores(
+    center_at,  # [COLUMNS], where those of the sequence's first page go
+    parts_ptr,
+    kv_head,
+    kw,
+    q_upper,
+    q_lower,
+    scale,
+    start,  # this and what follows as `split_bounds` has them
+    end,
+    first_exact,
+    first,
+    newest,
+    length,
+    exact_start,
+    exact_end,
+    last,  # offset
+    COLUMNS: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    PAGE: tl.constexpr,
+    EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr = 1,
+):
+    """Stores `center_scores`, times scale, of all pages that a split of decode reads, sixteen at a time."""
+    page_0 = start // PAGE
+    pages = tl.maximum(tl.cdiv(end, PAGE) - page_0, 0)
+    count = pages
+    before = 0
+    if EXACT > 0:
+        # pages of exact first tokens, of packed ones, and of the exact newest
+        is_exact = exact_start < exact_end
+        sinks_0 = first_exact // PAGE
+        before = tl.where(is_exact & (first > first_exact), tl.cdiv(first, PAGE) - sinks_0, 0)
+        newest_0 = newest // PAGE
+        count = before + pages + tl.where(is_exact, tl.cdiv(length, PAGE) - newest_0, 0)
+    for some in tl.range(0, count, 16, num_stages=STAGES):
+        nth = some + tl.arange(0, 16)[:, None]
+        own_page = page_0 + nth - before
+        if EXACT > 0:
+            own_page = tl.where(nth < before, sinks_0 + nth, own_page)
+            own_page = tl.where(nth < before + pages, own_page, newest_0 + nth - before - pages)
+        with_offset = tl.minimum(own_page, last)
+        scores = center_scores(parts_ptr, with_offset, kv_head, kw, q_upper, q_lower, HKV, D, BITS, PARTS)
+        tl.store(center_at[None, :] + own_page * COLUMNS, scores * scale, mask=nth < count)
+
+
+@triton.jit
 def row_center_scores(
     parts_ptr,  # [1, HKV, 2, D] fp16
     kv_head,
