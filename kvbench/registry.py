@@ -11,6 +11,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 DIGITS = re.compile("[0-9]+")
+FEW = 12  # names that a message lists
+NEAREST = 5  # of more
 
 
 def walk(package: str, path: Iterable[str], kind: type[T]) -> Iterator[T]:
@@ -43,13 +45,21 @@ def find_name(text: str, names: Collection[str], what: str, others: Collection[s
 
 
 def suggest(text: str, names: Collection[str]) -> str:
-    """The nearest name, by its short form too, as "did you mean X?", or the list of all names."""
+    """What an unknown name may mean, in few words: "did you mean X?", its kin with another number, or all names.
+
+    Where these are many, the nearest and how many there are.
+    """
     short = [name.split("_per_")[0] for name in names]
     known = sorted({*names, *(name for name in short if short.count(name) == 1)})
     # of equally near ones the first, for difflib's own choice would be the last
     near = max(known, key=lambda name: difflib.SequenceMatcher(None, name, text.lower()).ratio(), default="")
     # int3 is no typo of int2: another number means another thing
-    other_number = DIGITS.sub("", near) == DIGITS.sub("", text.lower()) and near != text.lower()
-    if difflib.get_close_matches(text.lower(), [near], cutoff=0.5) and not other_number:
+    kin = sorted({name for name in known if DIGITS.sub("", name) == DIGITS.sub("", text.lower()) != name})
+    if kin and near != text.lower():
+        return f"there is {' and '.join(filter(None, (', '.join(kin[:-1]), kin[-1])))}"
+    if difflib.get_close_matches(text.lower(), [near], cutoff=0.5):
         return f"did you mean {near}?"
-    return f"one of {', '.join(sorted(names))}"
+    if len(names) <= FEW:
+        return f"one of {', '.join(sorted(names))}"
+    nearest = difflib.get_close_matches(text.lower(), sorted(names), NEAREST, 0.0)
+    return f"nearest are {', '.join(nearest)}; there are {len(names)}"

@@ -1,11 +1,13 @@
 """How folders are listed and names are found."""
 
+import re
 import textwrap
 
 import pytest
 
 from kvbench.dtypes import all_dtypes
 from kvbench.registry import find_name, suggest, walk
+from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
 NAMES = ["fp8_per_tensor", "fp8_per_token_head", "int4_per_token_head", "int2_per_token_head", "auto"]
@@ -47,7 +49,7 @@ def test_a_whole_short_name_is_enough():
         ("fp8", "dtype 'fp8' is not unique: one of fp8_per_tensor, fp8_per_token_head"),
         ("int", "dtype 'int' is not unique: one of int2_per_token_head, int4_per_token_head"),
         ("nvfp4", r"unknown dtype 'nvfp4': one of auto, "),
-        ("int3", r"unknown dtype 'int3': one of auto, fp8_per_tensor, "),
+        ("int3", "unknown dtype 'int3': there is int2 and int4"),
         ("INT2", r"unknown dtype 'INT2': did you mean int2\?"),
         ("int4_per_tokn_head", r"did you mean int4_per_token_head\?"),
         ("zzz", "unknown dtype 'zzz': one of auto, fp8_per_tensor, fp8_per_token_head, int2_per_token_head, int4"),
@@ -60,6 +62,30 @@ def test_a_wrong_name_is_answered_with_the_nearest(text, message):
     """
     with pytest.raises(ValueError, match=message):
         find_name(text, NAMES, "dtype")
+
+
+def test_of_many_names_the_nearest_are_listed():
+    """
+    Five of them and their number: no line of a hundred names.
+    """
+    many = [f"{letter}{letter}{letter}" for letter in "abcdefghijklmn"]
+    assert suggest("xyz", many).startswith("nearest are ")
+    assert suggest("xyz", many).endswith("; there are 14")
+    assert suggest("xyz", many).count(",") == 4
+
+
+@pytest.mark.parametrize("text", ["int5", "kivi3", "turboquant5", "q6_0"])
+def test_another_number_is_answered_with_those_there_are(text):
+    """
+    Of a family of dtypes or presets, and of nothing else.
+    """
+    with pytest.raises(ValueError, match=f"unknown dtype '{text}': there is ") as caught:
+        Scheme.parse(text)
+    names = re.split(", | and ", str(caught.value).partition("there is ")[2])
+    assert len(names) >= 2
+    assert {re.sub("[0-9]+", "", name) for name in names} == {re.sub("[0-9]+", "", text)}
+    for name in names:
+        Scheme.parse(name)
 
 
 def test_what_is_suggested_is_accepted():
