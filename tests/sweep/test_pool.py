@@ -17,9 +17,14 @@ class Spec:
 
 
 def queue_of(names, gpus=None):
-    """The queue of cells like "a1 a2 b1", which are of the models a and b."""
+    """The queue of cells like "a1 a2 b1x", which are of the models a and b, and of the tasks "" and x."""
     specs = {name[0]: Spec(name[0], (gpus or {}).get(name[0], 1.0)) for name in names.split()}
-    return Queue.of(SimpleNamespace(name=name, spec=specs[name[0]], model=name[0]) for name in names.split())
+    return Queue.of(
+        SimpleNamespace(
+            name=name, spec=specs[name[0]], model=name[0], task=SimpleNamespace(name=name[2:]), judged=name == "a1"
+        )
+        for name in names.split()
+    )
 
 
 def take(queue, seat, seats):
@@ -54,6 +59,26 @@ def test_where_all_are_loaded_the_longest_is_helped():
     cells = queue_of("a1 a2 b1 b2 b3 b4 b5 b6 b7")
 
     assert [take(cells, seat, seats) for seat in seats] == ["a1", "b1", "b2", "b3"]
+
+
+def test_near_the_end_the_longest_go_first():
+    """
+    Once all that is left fills each seat but three times, and of every task one was done; before that in order.
+    """
+    one, two = seats = [Seat(0), Seat(1)]
+    cells = queue_of("a1 a2x a3 a4 a5x a6 a7 a8x a9 b1")
+
+    assert take(cells, one, seats) == "a1"
+    cells.clock.add("", 1.0)
+    assert take(cells, two, seats) == "b1"
+    assert take(cells, one, seats) == "a2x"
+    cells.clock.add("x", 4.0)
+    assert [take(cells, one, seats) for _ in range(6)] == ["a5x", "a8x", "a3", "a4", "a6", "a7"]
+    alone = [Seat(0)]
+    cells = queue_of("a1 a2 a3 a4 a5 a6 a7 a8 a9x")
+    cells.clock.add("", 1.0)
+    cells.clock.add("x", 1.5)
+    assert [take(cells, alone[0], alone) for _ in range(6)] == ["a1", "a2", "a3", "a4", "a5", "a9x"]
 
 
 def test_a_model_runs_on_the_share_that_it_asks_for():

@@ -11,11 +11,14 @@ from typing import Protocol
 from kvbench.sweep.job import Event, Finished, Job, Tell
 from kvbench.sweep.parts import ModelFacts
 from kvbench.sweep.plan import Cell
+from kvbench.sweep.progress import Clock
 from kvbench.sweep.session import failed
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import raise_if_stopped
 
 Model = tuple[ModelSpec, ModelFacts]
+
+END = 3  # of the longest cells for each seat: with no more than that left, the longest go first
 
 
 class WorkerDiedError(RuntimeError):
@@ -71,10 +74,15 @@ class Pool(Protocol):
 
 @dataclass
 class Queue:
-    """The cells that no worker has, by their models, in the order in which they came."""
+    """The cells that no worker has, by their models, in the order in which they came.
+
+    tried: by cell: where, and how that ended. left: how many of each task. clock: how long those took that are done.
+    """
 
     models: dict[Model, deque[Cell]] = field(default_factory=dict)
-    tried: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # by cell: where, and how that ended
+    tried: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    left: Counter[str] = field(default_factory=Counter)
+    clock: Clock = field(default_factory=lambda: Clock(()))
 
     @classmethod
     def of(cls, cells: Iterable[Cell]) -> Queue:
@@ -82,6 +90,7 @@ class Queue:
         queue = cls()
         for cell in cells:
             queue.models.setdefault((cell.spec, cell.model), deque()).append(cell)
+            queue.left[cell.task.name] += 1
         return queue
 
     def __bool__(self) -> bool:
@@ -99,6 +108,7 @@ class Queue:
         """The next cell for a seat: of the model that is loaded there, else of the first that is loaded nowhere.
 
         Else of that with the most cells left a worker. One whose worker died goes to another node, if there is one.
+        Near the end the longest goes first, so that none is begun when the others have no more.
         """
         fit = [other for other in seats if other.share == seat.share]
         loaded = Counter(other.model for other in fit if other is not seat)
@@ -111,14 +121,29 @@ class Queue:
         those = [model for model, cells in self.models.items() if cells and seat.share in (None, model[0].gpus)]
         for model in sorted(those, key=order):
             cells = self.models[model]
-            for cell in cells:
+            for cell in self._longest_first(cells) if self._ends(len(fit)) else cells:
                 tried = {node for node, _ in self.tried.get(cell.name, ())}
                 if seat.node not in tried or nodes <= tried:
                     cells.remove(cell)
+                    self.left[cell.task.name] -= 1
                     return cell
-                if not tried:
-                    break
         return None
+
+    def _ends(self, seats: int) -> bool:
+        """Whether so few are left that their order matters, and each of their tasks was seen to take its time."""
+        tasks = {task: count for task, count in self.left.items() if count}
+        if not all(map(self.clock.knows, tasks)):
+            return False
+        longest = max((self.clock.expect(task) or 0.0 for task in tasks), default=0.0)
+        return (self.clock.expect_all(tasks) or 0.0) <= END * seats * longest
+
+    def _longest_first(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Behind those that were tried already, and those that say whether quantization is in effect."""
+
+        def order(cell: Cell) -> tuple[bool, bool, float]:
+            return cell.name not in self.tried, not cell.judged, -(self.clock.expect(cell.task.name) or 0.0)
+
+        return sorted(cells, key=order)
 
     def died(self, seat: Seat, how: str, tries: int) -> WorkerDiedError | None:
         """Puts the cell of a worker that died before all others; the error instead where it was tried often enough."""
@@ -128,6 +153,7 @@ class Queue:
         if len(tried) < tries:
             assert seat.model is not None
             self.models[seat.model].appendleft(seat.cell)
+            self.left[seat.cell.task.name] += 1
             return None
         if tries == 1:
             return WorkerDiedError(how)
@@ -157,6 +183,8 @@ def share_out(pool: Pool, cells: Sequence[Cell], job: Job, tell: Tell, tries: in
                     event = Finished(failed(cell, error, job.environment, time.monotonic() - seat.began), [])
                 elif isinstance(event, Finished):
                     seat.cell = None
+                    if "seconds" in event.record.timings:
+                        queue.clock.add(event.record.task, event.record.timings["seconds"])
                     if event.broken:
                         pool.replace(seat)
                     give_out(pool, queue)  # before the record is written, so that no worker waits for the disk
