@@ -88,6 +88,7 @@ docs: env
 	$(BIN)/python docs/generate_dtypes.py
 	$(BIN)/python docs/generate_yaml.py
 	$(BIN)/python docs/generate_picture.py
+	$(BIN)/python docs/generate_field.py
 
 pages: env
 	$(BIN)/python docs/generate_pages.py

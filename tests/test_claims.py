@@ -320,72 +320,7 @@ def test_what_windows_and_centres_cost_is_the_measured_time():
                 assert agrees(cell, found[0]), (form, size, found)
 
 
-# ---- docs/field.md
-
-
-@cache
-def field():
-    """By dtype and rotation: the metrics of results/field-cpu."""
-    records = [json.loads(path.read_text()) for path in (ROOT / "results/field-cpu/cells").glob("*/record.json")]
-    assert {row["status"] for row in records} == {"done"}
-    return {(row["dtype"], row["rotation"]): {m["name"]: m for m in row["metrics"]} for row in records}
-
-
-def of_field(label):
-    """The scheme that a row of docs/field.md names: `q4_0`, or with another rotation, `q4_0`, Hadamard."""
-    name, _, other = re.fullmatch(r"`([\w+]+)`(, (\w+))?", label).groups()
-    centred = {"key": "center+random_rotation", "value": "random_rotation"}
-    return Scheme.parse(name, {None: None, "Hadamard": "hadamard", "centred": centred}[other])
-
-
-def test_the_field_s_table_is_that_of_the_records():
-    """
-    Divergence with its standard error, over the later half, perplexity and top tokens; each scheme that was measured.
-    """
-    seen = set()
-    for label, _, _, _, kld, later, ratio, top, _ in table("docs/field.md", "| scheme | 1k |")[1:]:
-        columns = of_field(label).columns()
-        seen.add((columns["dtype"], columns["rotation"]))
-        row = field()[columns["dtype"], columns["rotation"]]
-        mean, error = kld.split(" ± ")
-        assert agrees(mean, row["kld"]["value"]), (label, row["kld"])
-        assert agrees(error, row["kld"]["stderr"]), (label, row["kld"])
-        assert agrees(later, row["kld@512-1024"]["value"]), label
-        assert agrees(ratio, row["ppl_ratio"]["value"]), label
-        assert agrees(top, row["same_top"]["value"]), label
-    controls = {key for key in field() if key[0].startswith(("canary", "again", "fp16"))}
-    assert {name for name in field() if name not in controls} == seen
-
-
-def test_the_field_s_bits_count_windows_and_scales():
-    """
-    8 × bytes over values of a sequence of 1024, 8192 and 32768 tokens at head_dim 64, of a model of 16 bits; and what
-    each scheme needs beside its rows.
-    """
-    layers = [(4, 64)]
-    for label, *bits, _, _, _, _, needs in table("docs/field.md", "| scheme | 1k |")[1:]:
-        scheme = of_field(label)
-        for shown, tokens in zip(bits, (1024, 8192, 32768), strict=True):
-            assert agrees(shown, 8 * scheme.nbytes(layers, tokens, torch.bfloat16) / (tokens * 4 * 64 * 2)), label
-        assert ("text" in needs) == scheme.learns, label
-        window = scheme.window
-        recent = 0 if window is None or window.recent is None else window.recent * window.page
-        assert (f"{recent} to " in needs) == bool(recent), label
-        assert f"first {window.sinks}" in needs if window and window.sinks else "first" not in needs, label
-
-
-def test_what_claims_are_read_by_is_measured():
-    """
-    Each divergence after a scheme's name, and each perplexity after ×, in what docs/field.md says below its table.
-    """
-    text = (ROOT / "docs/field.md").read_text(encoding="utf-8").split("needs beside its rows")[1]
-    prose = " ".join(line for line in text.splitlines() if not line.startswith("| `"))
-    found = re.findall(r"(`[\w+]+`(?:, (?:Hadamard|centred))?) (× )?(\d+\.\d+)", prose)
-    assert len(found) > 50
-    for label, times, figure in found:
-        columns = of_field(label).columns()
-        metrics = field()[columns["dtype"], columns["rotation"]]
-        assert agrees(figure, metrics["ppl_ratio" if times else "kld"]["value"]), (label, figure)
+# ---- docs/two-bits.md
 
 
 def of_model(folder):
@@ -397,26 +332,6 @@ def of_model(folder):
             metrics = {one["name"]: one["value"] for one in row["metrics"]}
             found[row["model"]["name"], row["dtype"], row["rotation"]] = metrics
     return found
-
-
-def test_the_field_on_three_models_is_that_of_the_records():
-    """Bits over 8192 tokens of the 1.5B, each model's divergence and ratio of perplexities; a dash has no record."""
-    models = ("smollm2-135m-instruct", "gemma3-270m", "qwen2.5-coder-1.5b-instruct")
-    found, layers = of_model("field"), ((2, 128),) * 28
-    rows = table("docs/field.md", "| scheme | bits, D=128 |")[1:]
-    assert len(rows) == 47
-    for label, bits, *shown in rows:
-        scheme = of_field(label)
-        columns = scheme.columns()
-        assert agrees(bits, 8 * scheme.nbytes(layers, 8192, torch.bfloat16) / (8192 * 28 * 2 * 2 * 128)), label
-        places = [(model, metric) for metric in ("kld@1536-2048", "ppl_ratio") for model in models]
-        for cell, (model, metric) in zip(shown, places, strict=True):
-            metrics = found.get((model, columns["dtype"], columns["rotation"]))
-            assert (metrics is None) == (cell == "–"), (label, model)
-            assert metrics is None or agrees(cell, metrics[metric]), (label, model, metric)
-
-
-# ---- docs/two-bits.md
 
 
 def distortions():
