@@ -139,7 +139,8 @@ def _rope(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rope | 
             return torch.zeros(1, 1, 1, device=value.device)  # only its dtype and device are read
         return torch.ones(1, 1, dtype=value.dtype, device=value.device)
 
-    out = rotary(*map(at_one, args), **{name: at_one(value) for name, value in kwargs.items()})
+    # past its hooks, of which one is ours: that is for what the model computes
+    out = rotary.forward(*map(at_one, args), **{name: at_one(value) for name, value in kwargs.items()})
     if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)):
         return None
     cos, sin = (part.to("cpu", torch.float64).flatten() for part in out)

@@ -5,8 +5,9 @@ import torch
 import transformers
 
 from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
+from kvbench.runners.calibrate import _ropes
 from kvbench.runners.learned import digest, unpack
-from kvbench.runners.transformers import TransformersModel
+from kvbench.runners.transformers import TransformersModel, observed
 from kvbench.schemes import Scheme
 
 COMMON = {
@@ -167,6 +168,24 @@ def test_a_mean_by_page_is_learned_where_the_rotary_embedding_is_known(name):
         assert shapes == {1}
     if name == "qwen2":
         assert shapes == {512 // 64}
+
+
+def test_a_deep_model_s_last_layers_know_their_rotary_embedding():
+    """
+    One pass over the text tells it of each of forty layers, as a mean by page needs it.
+    """
+    config = CONFIGS["qwen2"]()
+    config.num_hidden_layers = 40
+    config.layer_types = ["full_attention"] * 40
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    loaded = TransformersModel(model, Letters(), ModelInfo("deep", "random", "float32", ((2, 16),) * 40, 512))
+
+    runner = loaded.runner(Scheme.parse("auto"))
+
+    with observed(lambda *_: None), _ropes(model) as ropes:
+        runner.hidden_states([list(tokens(20, 1))])
+
+    assert sorted(ropes) == list(range(40))
 
 
 @pytest.mark.parametrize("spec", SPECS)
