@@ -90,8 +90,7 @@ class Side:
             if self.dtype.learns or any(later.learns for later in self.transforms[len(found) :]):
                 keys = transform.apply(sample.keys, params, sample.positions)
                 queries = None if sample.queries is None else transform.query(sample.queries, params)
-                # what else a transform leaves is not turned by the position as the model's keys are
-                sample = replace(sample, keys=keys, queries=queries, rope=None)
+                sample = replace(sample, keys=keys, queries=queries, rope=sample.rope if transform.turns else None)
         return (*found, self.dtype.learn(sample)) if self.dtype.learns else tuple(found)
 
     def apply(self, x: Tensor, params: Sequence[Params] = (), positions: Tensor | None = None) -> Tensor:

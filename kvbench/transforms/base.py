@@ -42,6 +42,20 @@ class Rope:
         cos, sin = (part.view(pages, POSITIONS, 1, -1).mean(1) for part in (angle.cos(), angle.sin()))
         return self._turned(x.expand(pages, *x.shape), cos, sin)
 
+    def mean_square(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
+        """[H, D] float64: the mean square of x [T, H, D], of tokens at `positions` [T], over all below `length`.
+
+        It is that of each pair's second moments before it was turned, turned to each position.
+        """
+        turned = self.turn(x, positions, back=True)
+        half = self.frequencies.shape[0]
+        a, b, rest = turned[..., :half], turned[..., half : 2 * half], turned[..., 2 * half :]
+        aa, bb, ab, rest = (part.mean(0) for part in (a * a, b * b, a * b, rest * rest))
+        twice = 2 * torch.arange(length, dtype=torch.float64)[:, None] * self.frequencies
+        cos, sin = twice.cos().mean(0), twice.sin().mean(0)  # cos² is (1 + cos 2x) / 2, and sin·cos is sin 2x / 2
+        middle, apart = (aa + bb) / 2, (aa - bb) / 2 * cos - ab * sin
+        return torch.cat([middle + apart, middle - apart, rest], dim=-1)
+
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = self.frequencies.shape[0]
         x = x.to(torch.float64)
@@ -106,6 +120,7 @@ class Transform:
 
     keys_only: values can't have it, for an output could not undo it. learns: it needs a calibration text.
     reads_queries: it learns from the queries too. reads_stored: and from what rows are read as.
+    turns: what it leaves is turned by the position as what it got is.
     """
 
     name: str
@@ -114,6 +129,7 @@ class Transform:
     learns: ClassVar[bool] = False
     reads_queries: ClassVar[bool] = False
     reads_stored: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
 
     def learn(self, sample: Sample) -> Params:
         """What it needs to know of a layer, from the keys as the transforms before it left them."""

@@ -25,6 +25,7 @@ class CenterConstant(Transform):
 
     keys_only: ClassVar[bool] = True
     learns: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
 
     def learn(self, sample: Sample) -> Params:
         return {"offset": sample.keys.to(torch.float64).mean(0, keepdim=True).to(torch.float32)}

@@ -32,14 +32,17 @@ class Rank(Transform):
 
     def learn(self, sample: Sample) -> Params:
         assert sample.queries is not None, "it reads queries"
-        keys, queries = sample.keys[sample.later], sample.queries[sample.later]
-        heads, head_dim = keys.shape[1:]
-        of_keys = _mean_square(keys)  # [HKV, D]
-        of_queries = _mean_square(queries).view(heads, -1, head_dim).mean(1)
+        heads, head_dim = sample.keys.shape[1:]
+        of_keys = self._mean_square(sample.keys, sample)  # [HKV, D]
+        of_queries = self._mean_square(sample.queries, sample).view(heads, -1, head_dim).mean(1)
         order = torch.argsort(of_keys * of_queries, dim=-1, descending=True, stable=True)
         spread = of_keys.sqrt()
         spread = spread.clamp_min(SMALLEST * spread.amax(-1, keepdim=True)).clamp_min(1e-6).gather(-1, order)
         return {"order": order, "spread": spread.to(torch.float32)}
+
+    def _mean_square(self, x: Tensor, sample: Sample) -> Tensor:
+        """[H, D] float64 of x [T, H, D]."""
+        return _mean_square(x[sample.later])
 
     def apply(self, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
         y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -54,6 +57,21 @@ class Rank(Transform):
         return Lowered(order=params.get("order", none), spread=params.get("spread", none.to(torch.float32) + 1))
 
 
+@dataclass(frozen=True)
+class RankFar(Rank):
+    """The same, with means over all of the model's positions, few of which the calibration text's documents reach.
+
+    RoPE turns two channels into each other, slow pairs over tens of thousands of tokens: what is wide at the first
+    positions is narrow at others. Where the rotary embedding is not known, it is `rank`.
+    """
+
+    def _mean_square(self, x: Tensor, sample: Sample) -> Tensor:
+        if sample.rope is None:
+            return super()._mean_square(x, sample)
+        later = sample.later
+        return sample.rope.mean_square(x[later], sample.positions[later], sample.max_length)
+
+
 def _mean_square(x: Tensor) -> Tensor:
     """[H, D] float64 of x [T, H, D]."""
     total = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
@@ -62,8 +80,8 @@ def _mean_square(x: Tensor) -> Tensor:
     return total / len(x)
 
 
-rank = Rank(
-    "rank",
-    source="bits by what an error costs: reverse water-filling, Shannon 1959; E[q²] as in "
-    "https://arxiv.org/abs/2306.00978",
+_SOURCE = (
+    "bits by what an error costs: reverse water-filling, Shannon 1959; E[q²] as in https://arxiv.org/abs/2306.00978"
 )
+rank = Rank("rank", source=_SOURCE)
+rank_far = RankFar("rank_far", source=f"{_SOURCE}; RoPE, https://arxiv.org/abs/2104.09864")

@@ -1,11 +1,13 @@
 """What ranking learns, and that it leaves scores as they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from kvbench.schemes import Scheme
-from kvbench.transforms import Sample, all_transforms
+from kvbench.transforms import Rope, Sample, all_transforms
 
 RANK = all_transforms()["rank"]
 TOKENS, HKV, HQ, HEAD_DIM = 2000, 2, 6, 16
@@ -69,3 +71,22 @@ def test_values_cannot_have_it():
     """
     with pytest.raises(ValueError, match="'rank' on values"):
         Scheme.parse("tiers421_per_token_head", "rank")
+
+
+def test_far_ranks_channels_as_they_are_at_all_positions():
+    """
+    Keys that fill one channel of a slow pair at the first positions fill the other later: each one's spread is the root
+    of its mean square over the model's positions; where the rotary embedding is not known, over the text's.
+    """
+    far, tokens, length = all_transforms()["rank_far"], 104, 3000
+    rope = Rope(10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM))
+    bare = sample().keys[:tokens].double() + torch.tensor([2.0] * 8 + [0.0] * 8, dtype=torch.float64)
+    at = torch.arange(tokens)
+    given = Sample(rope.turn(bare, at), sample().queries[:tokens], at, rope, length)
+    squares = [rope.turn(bare[4:], torch.full((tokens - 4,), position)).square().mean(0) for position in range(length)]
+
+    params = far.learn(given)
+
+    spread = torch.stack(squares).mean(0).sqrt().gather(-1, params["order"])
+    assert_close(params["spread"].double(), spread, rtol=1e-6, atol=0)
+    assert torch.equal(far.learn(replace(given, rope=None))["order"], RANK.learn(given)["order"])
