@@ -59,7 +59,7 @@ class Rank(Transform):
 
 @dataclass(frozen=True)
 class RankFar(Rank):
-    """The same, with means over all of the model's positions, few of which the calibration text's documents reach.
+    """As `rank`, with means over all of the model's positions, few of which the calibration text's documents reach.
 
     RoPE turns two channels into each other, slow pairs over tens of thousands of tokens: what is wide at the first
     positions is narrow at others. Where the rotary embedding is not known, it is `rank`.
