@@ -12,7 +12,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache, partialmethod
+from functools import lru_cache, partialmethod
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from kvbench.results import LM_EVAL, Metric, Outcome, exponential, headline, of_lm_eval
-from kvbench.tasks import lm_eval_index, mirror, text
+from kvbench.tasks import documents, lm_eval_index, mirror, text
 from kvbench.tasks.base import LETTERS_PER_TOKEN, NamedPath, Need, Options, RunContext, Text, Texts, Work, no_template
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ class LmEval(Options):
         import jinja2
         from lm_eval.evaluator import evaluate
 
+        from kvbench.tasks.draws import drawn_at_once
         from kvbench.tasks.runner_lm import RunnerLM
 
         lacking = self.missing()
@@ -149,7 +150,10 @@ class LmEval(Options):
         if self.apply_chat_template and not getattr(runner.tokenizer, "chat_template", None):
             raise ValueError(no_template(runner.info.name))
         identity = json.dumps(self.identity(), sort_keys=True)
-        with _quiet(), _seeded(), _unbounded(), _compiled_once(), _loaded_tokenizer(runner.tokenizer):
+        once = _compiled_once(), documents.written_once(), drawn_at_once(), _loaded_tokenizer(runner.tokenizer)
+        with _quiet(), _seeded(), _unbounded(), contextlib.ExitStack() as stack:
+            for one in once:
+                stack.enter_context(one)
             loaded, encoded = _load(self.model_dump_json(), identity, runner.tokenizer)
             model = RunnerLM(runner, context.progress, context.seed, encoded)
             for task in loaded["tasks"].values():
@@ -425,6 +429,8 @@ def _load(options: str, identity: str, tokenizer: Any) -> tuple[dict[str, Any], 
     """
     from lm_eval.tasks import TaskManager
 
+    from kvbench.tasks.runner_lm import Encoded
+
     task = LmEval.model_validate_json(options)
     entries = lm_eval_index.closure(task.task).values()
     leaves = {leaf.name: leaf for leaf in task._leaves()}
@@ -450,7 +456,7 @@ def _load(options: str, identity: str, tokenizer: Any) -> tuple[dict[str, Any], 
             leaf.set_config(key="num_fewshot", value=0)
         _check_examples(leaf)
         _build_once(leaf)
-    return loaded, {}
+    return loaded, Encoded()
 
 
 def _check_examples(task: Any) -> None:
@@ -466,8 +472,8 @@ def _check_examples(task: Any) -> None:
 
 
 def _build_once(task: Any) -> None:
-    """lm-eval's task processes its documents and makes its requests once; then it has the same ones, unanswered."""
-    task.test_docs, task.validation_docs = cache(task.test_docs), cache(task.validation_docs)
+    """lm-eval's task makes its documents and requests once; then it has the same ones, unanswered."""
+    documents.keep(task)
     build = task.build_all_requests
     drawn: Any = None  # where the first time left the global generators
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +19,17 @@ from torch import Tensor
 
 from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest
 
-# by text, and whether that begins with the tokenizer's prefix: in 4 bytes a token, for they are kept from cell to cell
-Encoded = dict[tuple[str, bool], "array[int]"]
+
+@dataclass
+class Encoded:
+    """Tokens that are kept from cell to cell, in 4 bytes each.
+
+    texts: by text, and whether that begins with the tokenizer's prefix. pairs: of a context and its continuation.
+    """
+
+    texts: dict[tuple[str, bool], array[int]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str], tuple[array[int], array[int]]] = field(default_factory=dict)
+
 
 MAX_GEN_TOKENS = 256
 GENERATION_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
@@ -53,7 +63,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         self.max_length = runner.info.max_length
         self._progress = progress
         self._seed = seed
-        self._encoded: Encoded = {} if encoded is None else encoded
+        self._encoded = encoded or Encoded()
         self.truncated = 0
 
     @property
@@ -77,21 +87,22 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is not None:
             return list(self.runner.tokenizer.encode(string, add_special_tokens=add_special_tokens))
         key = string, has_bos_prefix(string, self._prefix)
-        if key not in self._encoded:
+        if key not in self._encoded.texts:
             self._encode_all([string], self._prefix)
-        return self._encoded[key].tolist()
+        return self._encoded.texts[key].tolist()
 
     @cached_property
     def _prefix(self) -> str:
         return str(self.runner.tokenizer.decode(self.prefix_token_id))
 
     def _encode_all(self, strings: list[str], prefix: str | None) -> list[tuple[str, bool]]:
-        """Puts what is new of these strings into `encoded`, without special tokens where it begins with `prefix`.
+        """Encodes what is new of these strings, without special tokens where one begins with `prefix`.
 
         By one call, since the tokenizer encodes several texts in parallel. Returns each string's key.
         """
         keys = [(string, has_bos_prefix(string, prefix)) for string in strings]
-        new = dict.fromkeys(key for key in keys if key not in self._encoded)
+        known = self._encoded.texts
+        new = dict.fromkeys(key for key in keys if key not in known)
         for has_prefix in (False, True):
             texts = [string for string, has in new if has == has_prefix]
             if texts:
@@ -102,22 +113,30 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
                     return_token_type_ids=False,
                 )["input_ids"]
                 for text, tokens in zip(texts, ids, strict=True):
-                    self._encoded[text, has_prefix] = array("i", tokens)
+                    known[text, has_prefix] = array("i", tokens)
         return keys
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding gives it) of each continuation."""
-        # lm-eval encodes, a text at a time, a context without its last spaces and the whole
-        pairs = [request.args for request in requests if request.args[0]]
-        texts = [text for context, continuation in pairs for text in (context.rstrip(), context + continuation)]
-        self._encode_all(texts, self._prefix)
-        return list(super().loglikelihood(requests, disable_tqdm=True))
+        pairs, kept = self._encoded.pairs, set(self._encoded.texts)
+        if any(request.args not in pairs for request in requests):
+            # lm-eval encodes, a text at a time, a context without its last spaces and the whole
+            both = [request.args for request in requests if request.args[0]]
+            texts = [text for context, continuation in both for text in (context.rstrip(), context + continuation)]
+            self._encode_all(texts, self._prefix)
+            scores = super().loglikelihood(requests, disable_tqdm=True)
+            for key in self._encoded.texts.keys() - kept:
+                del self._encoded.texts[key]
+            return list(scores)
+        return self._loglikelihood_tokens([(request.args, *pairs[request.args]) for request in requests])
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, Any, Any]], **_: Any) -> list[tuple[float, bool]]:
         wanted = []
-        for _strings, context, continuation in requests:
+        contexts: dict[str, array[int]] = {}
+        for strings, context, continuation in requests:
+            if strings is not None and strings not in self._encoded.pairs:
+                kept = contexts.setdefault(strings[0], array("i", context))
+                self._encoded.pairs[strings] = kept, array("i", continuation)
             if not context or not continuation or len(continuation) > self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens after {len(context)}: both need one token at least, "
@@ -156,9 +175,9 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         eos = self.runner.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         # HFLM looks for bos itself here, where tok_encode looks for the prefix token
         bos = getattr(self.runner.tokenizer, "bos_token", None)
-        keys = self._encode_all([request.args[0] for request in requests], bos)
+        keys, texts = self._encode_all([request.args[0] for request in requests], bos), self._encoded.texts
         wanted = [
-            self._generate_request(i, eos, self._encoded[key].tolist(), request.args[1])
+            self._generate_request(i, eos, texts[key].tolist(), request.args[1])
             for i, (request, key) in enumerate(zip(requests, keys, strict=True))
         ]
         return [made.text for made in self.runner.generate(wanted, self._progress)]
