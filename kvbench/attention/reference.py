@@ -198,8 +198,12 @@ def _softmax_attention(
 def _per_query(x: Tensor, y: Tensor) -> Tensor:
     """[B, HQ, T, N] of x [B, HQ, T, M] and y [B, HKV, M, N]: each query head's product with its KV head's.
 
-    One query head of each KV head at a time, so that y is not copied for each.
+    y is not copied for each: on a GPU a KV head's query heads are rows of one product, which reads y once, elsewhere
+    they come one at a time, which keeps the bits of a CPU's results.
     """
+    if x.is_cuda:
+        rows: Tensor = x.unflatten(1, (y.shape[1], -1)).flatten(2, 3) @ y
+        return rows.view(*x.shape[:-1], y.shape[-1])
     heads = x.unflatten(1, (y.shape[1], -1)).unbind(2)
     return torch.stack([head @ y for head in heads], 2).flatten(1, 2)
 
