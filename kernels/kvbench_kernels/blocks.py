@@ -20,7 +20,7 @@ from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side
 from kvbench_kernels.merge import merge
 from kvbench_kernels.three import lowest, lowest_bits, lowest_place, power, stream_count, stream_words
-from kvbench_kernels.tiles import every_eighth, prefetch, slices
+from kvbench_kernels.tiles import every_eighth, prefetch, row_offsets, slices
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_block_tuning, exact_tile
 from kvbench_kernels.unpack import (
     BLOCK_E2M1,
@@ -424,15 +424,16 @@ def _decode_blocks_kernel(
         if CENTER == 1:
             tile_center = center
         # the next page is asked for one tile ahead
-        row = (page.to(tl.int64) * HKV + kv_head) * S + (tile + at) % S
+        own_page = page
+        row = row_offsets(page, kv_head, tile + at, HKV, S, 1)
         page = tl.load(table + tl.minimum(tile + BLOCK_N + at, last) // S)
         if S % BLOCK_N == 0:
             k_at = k_ptr + row * K_ROW + n[:, None] * K_ROW
             v_at = v_ptr + row * V_ROW + n[None, :] * V_ROW
             row += n
         else:
-            k_at = k_ptr + (row * K_ROW)[:, None]
-            v_at = v_ptr + (row * V_ROW)[None, :]
+            k_at = k_ptr + row_offsets(own_page, kv_head, tile + at, HKV, S, K_ROW)[:, None]
+            v_at = v_ptr + row_offsets(own_page, kv_head, tile + at, HKV, S, V_ROW)[None, :]
 
         # scores
         k_words = ()

@@ -11,6 +11,7 @@ from kvbench_kernels.center import LOWER, Center
 from kvbench_kernels.exact import Exact
 from kvbench_kernels.layout import Side
 from kvbench_kernels.three import stream_count, stream_words, three_codes
+from kvbench_kernels.tiles import row_offsets
 from kvbench_kernels.tuning import INTERPRETED
 from kvbench_kernels.unpack import THREE, channels, unpack
 
@@ -53,7 +54,8 @@ def _spread_side(
     token = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = token < seq_len
     page = tl.load(page_table_ptr + b * stride_table + token // S, mask=inside, other=0)
-    row = (page.to(tl.int64) * HKV + head) * S + token % S
+    row = row_offsets(page, head, token, HKV, S, 1)
+    row_at = words_ptr + row_offsets(page, head, token, HKV, S, ROW)[:, None]
     w = tl.arange(0, PART)
     stored = load_scales(scale_ptr, row, inside, SCALE_WORDS)
     scales = block_scales(stored, D // CHANNELS, SCALES, ASSEMBLY)
@@ -65,11 +67,10 @@ def _spread_side(
     bit = (1 + w % WORDS // (WORDS // 2)).to(tl.int16)
     is_word = (w < WORDS)[None, :]
     for p in tl.static_range(PARTS):
-        at = words_ptr + row[:, None] * ROW + (p * PART + w % WORDS)[None, :]
+        at = row_at + (p * PART + w % WORDS)[None, :]
         words = tl.load(at, mask=inside[:, None], other=0)
         if KIND == THREE:
-            at = words_ptr + row[:, None] * ROW + (WORDS + w % (WORDS // 2))[None, :]
-            rest = tl.load(at, mask=inside[:, None], other=0)
+            rest = tl.load(row_at + (WORDS + w % (WORDS // 2))[None, :], mask=inside[:, None], other=0)
         for stream in tl.static_range(STREAMS):
             own = scales[piece_block(p, stream, WORDS, BITS, CHANNELS)]
             if KIND == THREE:

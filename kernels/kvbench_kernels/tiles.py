@@ -24,6 +24,14 @@ def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr
 
 
 @triton.jit
+def row_offsets(page, head, token, HKV: tl.constexpr, S: tl.constexpr, ROW: tl.constexpr):
+    """[...] int64, where rows of ROW elements begin: of these pages, one head and each page's token % S."""
+    # the place in the page is multiplied apart. Triton takes the sum page * S + token % S for a multiple of S wherever
+    # the pages are loaded, and would read rows of 24 bytes by 16
+    return (page.to(tl.int64) * HKV + head) * (S * ROW) + token % S * ROW
+
+
+@triton.jit
 def prefetch(ptr, first, COUNT: tl.constexpr):
     """Asks for COUNT elements from `first` on, into the L2 cache."""
     LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)

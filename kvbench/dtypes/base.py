@@ -17,6 +17,8 @@ from torch import Tensor
 from kvbench.transforms.base import Params, Sample
 
 SCALE_BYTES = 4  # of a float32 scale
+# of NaN, in the types that scales are stored in
+NAN_BITS = {torch.float16: 0x7E00, torch.float8_e4m3fn: 0x7F, torch.float8_e8m0fnu: 0xFF}
 
 
 @dataclass(frozen=True)
@@ -378,6 +380,17 @@ class Dtype:
 def round_half_away(x: Tensor) -> Tensor:
     """Nearest integers, halves away from zero: sign(x) * floor(|x| + 0.5), evaluated in x's dtype."""
     return torch.copysign((x.abs() + 0.5).floor(), x)
+
+
+def over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded once: by a number alone, torch multiplies with its rounded inverse on a GPU."""
+    return x / x.new_full((), divisor)
+
+
+def stored_as(dtype: torch.dtype, x: Tensor, broken: Tensor) -> Tensor:
+    """x as `dtype`, NaN where `broken`: of one pattern everywhere, while casts on a GPU have another."""
+    integer = torch.uint8 if dtype.itemsize == 1 else torch.int16
+    return x.to(dtype).view(integer).masked_fill(broken, NAN_BITS[dtype]).view(dtype)
 
 
 def mark_broken(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,12 @@ A subclass says which scale a block gets and how its values are rounded; what is
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows, round_half_away
+from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows, over, round_half_away, stored_as
 from kvbench.dtypes.fp8 import e4m3
 from kvbench.dtypes.int2 import sum_by_halves
 
@@ -29,11 +28,6 @@ def e2m1(x: Tensor) -> Tensor:
     # steps of 1/2 up to 2, of 1 up to 4, of 2 from there on
     codes = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
     return (codes + 8 * x.signbit()).to(torch.uint8)
-
-
-def over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, rounded once: by a number alone, torch multiplies with its rounded inverse on a GPU."""
-    return x / x.new_full((), divisor)
 
 
 def inverse(scale: Tensor) -> Tensor:
@@ -70,12 +64,9 @@ class Blocks(Dtype):
         blocks = x.to(torch.float32).unflatten(-1, (-1, self.group_size))
         whole = blocks.isfinite().all(-1)
         codes, *numbers = self.encode(blocks.masked_fill(~whole.unsqueeze(-1), 0), tensor_scale)
-        numbers = [number.to(self.scale_type).to(torch.float32) for number in numbers]
         for number in numbers:
-            whole = whole & number.isfinite()
-        stored = [
-            number.masked_fill(~whole, math.nan).to(self.scale_type).view(self.scale_storage) for number in numbers
-        ]
+            whole = whole & number.to(self.scale_type).to(torch.float32).isfinite()
+        stored = [stored_as(self.scale_type, number, ~whole).view(self.scale_storage) for number in numbers]
         packed = self.pack(codes.masked_fill(~whole.unsqueeze(-1), 0).flatten(-2))
         return Rows(packed, torch.stack(stored, -1) if len(stored) > 1 else stored[0])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Dtype, Rows
+from kvbench.dtypes.base import Affine, Dtype, Rows, over
 from kvbench.dtypes.fp8 import e4m3
 from kvbench.dtypes.int2 import sum_of_squares
 
@@ -39,7 +39,7 @@ class ClippedPerGroup(Dtype):
         codes, stored = groups, torch.cat([low, low], -1)
         for factor in FACTORS:
             minimum = e4m3(low * factor).to(torch.float32)
-            step = e4m3(((high - low) * factor / levels).clamp_min(SMALLEST_STEP)).to(torch.float32)
+            step = e4m3(over((high - low) * factor, levels).clamp_min(SMALLEST_STEP)).to(torch.float32)
             tried = ((groups - minimum) / step).round().clamp(0, levels)
             error = sum_of_squares(groups - (tried * step + minimum)).unsqueeze(-1)
             better = error < best

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Dtype, Rows, round_half_away
+from kvbench.dtypes.base import Affine, Dtype, Rows, over, round_half_away, stored_as
 
 SMALLEST_SCALE = 2.0**-24  # of float16
 
@@ -31,12 +30,13 @@ class MinMax(Dtype):
         groups, along = (x, -2) if self.page_tokens else (x.unflatten(-1, (-1, self.group_size)), -1)
         levels = (1 << self.code_bits) - 1
         low, high = groups.amin(along, keepdim=True), groups.amax(along, keepdim=True)
-        low, scale = (y.to(torch.float16).to(torch.float32) for y in (low, (high - low) / levels))
+        low, scale = (y.to(torch.float16).to(torch.float32) for y in (low, over(high - low, levels)))
         scale = scale.clamp_min(SMALLEST_SCALE)
         whole = low.isfinite() & scale.isfinite()
         codes = round_half_away((groups - low) / scale).clamp(0, levels).masked_fill(~whole, 0)
-        stored = torch.stack([scale.masked_fill(~whole, math.nan), low.masked_fill(~whole, 0)], -1).squeeze(along - 1)
-        return Rows(self.pack(codes.reshape(x.shape).to(torch.uint8)), stored.to(torch.float16))
+        step = stored_as(torch.float16, scale, ~whole)
+        stored = torch.stack([step, low.masked_fill(~whole, 0).to(torch.float16)], -1).squeeze(along - 1)
+        return Rows(self.pack(codes.reshape(x.shape).to(torch.uint8)), stored)
 
 
 _KIVI = "KIVI, https://arxiv.org/abs/2402.02750"

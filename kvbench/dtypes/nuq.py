@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Codebook, Dtype, Rows
+from kvbench.dtypes.base import Codebook, Dtype, Rows, stored_as
 from kvbench.dtypes.int2 import sum_by_halves
 from kvbench.dtypes.turboquant import book
 from kvbench.transforms.base import Params, Sample
@@ -214,7 +214,7 @@ class NonUniformPerTokenHead(NonUniform):
         low = x.scatter(-1, places, torch.inf).amin(-1)
         high = x.scatter(-1, places, -torch.inf).amax(-1)
         broken = ~x.isfinite().all(-1)
-        return places, torch.stack([low, high], -1).masked_fill(broken.unsqueeze(-1), math.nan).to(torch.float16)
+        return places, stored_as(torch.float16, torch.stack([low, high], -1), broken.unsqueeze(-1))
 
 
 def _range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

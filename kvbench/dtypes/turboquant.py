@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Codebook, Dtype, Rows, Sketch
+from kvbench.dtypes.base import Codebook, Dtype, Rows, Sketch, over
 from kvbench.dtypes.int2 import LARGE, SHRINK, sum_of_squares
 from kvbench.transforms.rotation import SEED
 
@@ -65,7 +65,7 @@ class TurboQuantMse(Dtype):
         shrink = torch.where(x.abs().amax(-1) >= LARGE, SHRINK, 1.0)
         # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
         root = sum_of_squares(x * shrink.unsqueeze(-1)).double().sqrt().float() / shrink
-        scale = root / math.sqrt(x.shape[-1])
+        scale = over(root, math.sqrt(x.shape[-1]))
         book = torch.tensor(self.centroids, device=x.device)
         z = x * torch.where(scale > 0, 1 / scale, 0).unsqueeze(-1)
         codes = torch.bucketize(z.contiguous(), (book[1:] + book[:-1]) / 2)

@@ -367,19 +367,3 @@ def test_rotated_and_not():
 
     for name in ("q4_0", "mxfp4", "uint4_per_group_128"):
         assert error(name, "hadamard") < error(name, "none")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with a CPU")
-@pytest.mark.parametrize("name", [name for name, dtype in all_dtypes().items() if isinstance(dtype, Blocks)])
-def test_a_gpu_writes_the_same_bytes(name):
-    """
-    Quotients, roundings and sums are those of float32 on every machine.
-    """
-    dtype = all_dtypes()[name]
-    x = torch.cat([rows_of_all_kinds(), torch.randn(2000, 128), torch.full((1, 128), math.nan)])
-
-    here, there = dtype.quantize(x), dtype.quantize(x.cuda())
-
-    assert torch.equal(here.codes, there.codes.cpu())
-    assert torch.equal(here.scale.view(torch.uint8), there.scale.cpu().view(torch.uint8))
-    assert torch.equal(*(dtype.dequantize(rows).cpu().nan_to_num(12345.0) for rows in (here, there)))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from kvbench_kernels.tiles import row_offsets
 
 from kvbench.attention import choose
 from kvbench.attention import triton as kernels
@@ -149,6 +152,28 @@ def test_rows_of_magnitudes_far_apart_keep_their_digits(name, device):
             scale[:, :, of::2] = much.to(scale.dtype)
     # outputs in float32, which has room for all of them
     case.check(case.q.float(), budget=8e-4, scaling=case.q.shape[-1] ** -0.5 / 1e4)
+
+
+@triton.jit
+def _first_words_kernel(codes_ptr, table_ptr, out_ptr, tokens):
+    """One program of 32 tokens and one head: the first 8 of 12 words a row, of 2 heads in pages of 16."""
+    token = tl.program_id(0) * 32 + tl.arange(0, 32)
+    page = tl.load(table_ptr + token // 16, mask=token < tokens, other=0)
+    w = tl.arange(0, 8)
+    at = codes_ptr + row_offsets(page, tl.program_id(1), token, 2, 16, 12)[:, None] + w[None, :]
+    words = tl.load(at, mask=(token < tokens)[:, None], other=0)
+    tl.store(out_ptr + (tl.program_id(1) * tokens + token)[:, None] * 8 + w[None, :], words, (token < tokens)[:, None])
+
+
+def test_rows_of_24_bytes_are_read_where_they_begin(device):
+    """
+    Each row's words, of any page: Triton 3.6 would read sixteen bytes at once, at multiples of eight.
+    """
+    codes = torch.arange(5 * 2 * 16 * 12, dtype=torch.int16, device=device).view(5, 2, 16, 12)
+    table, out = torch.tensor([3, 1, 4], dtype=torch.int32, device=device), codes.new_empty(2, 40, 8)
+    _first_words_kernel[(2, 2)](codes, table, out, 40, num_warps=1)
+
+    assert torch.equal(out, codes[table.long()].transpose(0, 1).flatten(1, 2)[:, :40, :8])
 
 
 def test_e2m1_streams_are_its_values(device):
