@@ -40,6 +40,16 @@ def test_imports_point_down():
     assert " 0 broken" in verdict.stdout
 
 
+def test_the_engines_layers_are_short():
+    """
+    Each file of the engine has under 280 lines.
+    """
+    files = [*(ROOT / "kvbench/runners/transformers").glob("*.py")]
+
+    assert len(files) > 10
+    assert {file.name for file in files if len(file.read_text(encoding="utf-8").splitlines()) >= 280} == set()
+
+
 PLANTED = {
     "a lower layer imports a higher one": ("kvbench/cache/pages.py", "import kvbench.attention", "Imports point down"),
     "sweep and report meet": ("kvbench/report/__init__.py", "import kvbench.sweep", "Imports point down"),

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kvbench.attention import Batch, Implementation, append, attend
 from kvbench.cache import PagedCache
@@ -26,6 +24,7 @@ from kvbench.runners.nudge import nudged
 from kvbench.runners.placement import Places
 from kvbench.runners.probe import Windows, decoder_of
 from kvbench.runners.rope import Frequencies
+from kvbench.runners.transformers.stand_ins import Counter, decoder_returns
 
 NAME = "kvbench"  # of our attention among transformers' implementations
 
@@ -239,7 +238,7 @@ class Forward:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, vocabulary] in the compute dtype, by what follows the model's decoder, of hidden states [n, H]."""
         device = self.places.last
-        with _decoder_returns(self.model, hidden[None].to(device)):
+        with decoder_returns(self.model, hidden[None].to(device)):
             blank = torch.zeros(1, len(hidden), dtype=torch.int64, device=device)
             logits: Tensor = self.model(input_ids=blank, use_cache=False).logits[0]
         return logits
@@ -255,42 +254,5 @@ class Forward:
             return None
         state = DynamicCache(config=self.model.config)
         for layer in self._layer_index:
-            state.layers[layer] = _Counter()
+            state.layers[layer] = Counter()
         return state
-
-
-class _Counter(DynamicLayer):
-    """Stands where transformers keeps an attention layer's keys and values: counts tokens and keeps none."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it so
-        self.seen = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[-2]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-
-class _DecoderOutput(MoeModelOutputWithPast):
-    """Hidden states alone; all else that a model's head may pass on is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-@contextmanager
-def _decoder_returns(model: Any, hidden: Tensor) -> Iterator[None]:
-    """The decoder gives `hidden` [1, n, H] inside the block, so calling the model computes only its head."""
-    decoder: Any = decoder_of(model)
-    decoder.forward = lambda *_, **__: _DecoderOutput(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        del decoder.forward
