@@ -34,15 +34,16 @@ class Near:
     seals: tuple[Tensor, Tensor, Tensor] | None
 
     @classmethod
-    def make(
-        cls,
-        rings: Rings,
-        tables: Sequence[PageTable],
-        counts: Sequence[int] | Ints,
-        page_tokens: int,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """Of sequences that have just grown by so many tokens each, whose rings grow with them.
+    def of(cls, tensors: Sequence[Tensor], page_size: int) -> Self:
+        """Of `arrays` on a device."""
+        slots, table, pages, *seals = tensors
+        return cls(slots, table, pages, page_size, (seals[0], seals[1], seals[2]) if seals else None)
+
+    @staticmethod
+    def arrays(
+        rings: Rings, tables: Sequence[PageTable], counts: Sequence[int] | Ints, page_tokens: int
+    ) -> list[NDArray[Any]]:
+        """The fields, of sequences that have just grown by so many tokens each, whose rings grow with them.
 
         page_tokens: of the pages that are quantized whole; 0 where none is.
         """
@@ -66,8 +67,7 @@ class Near:
                 np.stack([seal.slots for seal in seals]),
                 np.array([seal.first for seal in seals]),
             ]
-        own, table_of, read, *sealed = on_device(arrays, device)
-        return cls(own, table_of, read, rings.page_size, (sealed[0], sealed[1], sealed[2]) if sealed else None)
+        return arrays
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvbench.attention import Batch, Near, append, attend
-from kvbench.cache import PagedCache, PagePool, PageTable, Rings
+from kvbench.cache import PagedCache, PagePool, PageTable, Rings, on_device
 from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme, Window
 
@@ -43,7 +43,8 @@ class Held:
         held = self.pool
         held.trim(table)
         held.extend(table, len(q))
-        near = Near.make(self.rings, [table], [len(q)], self.scheme.page_tokens)
+        arrays = Near.arrays(self.rings, [table], [len(q)], self.scheme.page_tokens)
+        near = Near.of(on_device(arrays, "cpu"), self.rings.page_size)
         self.exact.grow(self.rings.pages)
         self.exact.copy_pages(self.rings.copies)
         self.rings.copies = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from kvbench.runners.transformers.prefix import MIN_SHARED, Flat, Tree, build_tr
 from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
+More = Callable[[Chunks], Sequence[NDArray[Any]]]
 
 
 class Passes:
@@ -51,8 +53,11 @@ class Passes:
         batch_tokens = max(tokens, longest) if self.forward.alone else tokens
         return Scheduler(self.memory.pool, tree, batch_tokens, chunk=1 if self.scoring == "replay" else None)
 
-    def prefill(self, tree: Tree) -> Iterator[tuple[Chunks, Tensor]]:
-        """Every chunk of the tree, parents before children: those of a pass with their hidden states [tokens, H]."""
+    def prefill(self, tree: Tree, more: More | None = None) -> Iterator[tuple[Chunks, Tensor, list[Tensor]]]:
+        """Every chunk of the tree, parents before children: those of a pass with their hidden states [tokens, H].
+
+        more: arrays that a pass's chunks need besides, which come with them on the device.
+        """
         memory, longest = self.memory, tree.longest
         pages = -((tree.start - tree.end) // memory.page_size) + 1
         memory.reserve(longest, int(pages.sum()), pages_for_one(tree, longest, memory.page_size))
@@ -65,43 +70,48 @@ class Passes:
                     raise OutOfPages(f"the cache is too small for sequences of {longest} tokens")
                 memory.copy_pages(copies)
                 with self.clock.prefill(int(chunks.counts.sum())), torch.inference_mode():
-                    hidden = self.forward.hidden(*self.inputs(chunks))
+                    tokens, positions, parts, further = self.inputs(chunks, more(chunks) if more else ())
+                    hidden = self.forward.hidden(tokens, positions, parts)
                 scheduler.computed(chunks)
-                yield chunks, hidden
+                yield chunks, hidden, further
                 done = chunks.segments[chunks.completes]
                 requests = tree.ending.counts[done]
                 for segment, count in zip(done[requests > 0].tolist(), requests[requests > 0].tolist(), strict=True):
                     scheduler.drop(segment, count)
 
-    def inputs(self, chunks: Chunks) -> tuple[Tensor, Tensor, list[Part]]:
-        """Tokens, positions and parts of a pass."""
+    def inputs(
+        self, chunks: Chunks, more: Sequence[NDArray[Any]] = ()
+    ) -> tuple[Tensor, Tensor, list[Part], list[Tensor]]:
+        """Tokens, positions and parts of a pass, and `more` arrays: by one copy to the device."""
         if chunks.starts[0] == 0:
             self.forward.begin()
-        memory, exact = self.memory, chunks.exact
-        arrays: list[NDArray[Any]] = [chunks.tokens, chunks.positions]
         # those that are computed exactly, and the others
-        own = [(chunks.tables[part], chunks.counts[part]) for part in (slice(exact), slice(exact, None))]
-        for tables, counts in own:
-            arrays += Batch.arrays(tables, counts, memory.page_size) if tables else []
-        tokens, positions, *tensors = on_device(arrays, memory.device)
-        parts = []
-        for (tables, counts), exactly in zip(own, (True, False), strict=True):
-            if tables:
-                starts, lengths, pages, slots, *tensors = tensors
-                near = self._near(tables, counts)
-                parts.append(self.part(Batch(starts, lengths, pages, slots, memory.page_size, near), exactly))
-        return tokens, positions, parts
+        sides = ((slice(chunks.exact), True), (slice(chunks.exact, None), False))
+        own = [(self._arrays(chunks.tables[one], chunks.counts[one]), exactly) for one, exactly in sides]
+        arrays = [chunks.tokens, chunks.positions, *more, *chain.from_iterable(each for each, _ in own)]
+        given = iter(on_device(arrays, self.memory.device))
+        tokens, positions, *further = islice(given, 2 + len(more))
+        parts = [self.part(self._batch(*islice(given, len(each))), exactly) for each, exactly in own if each]
+        return tokens, positions, parts, further
 
     def grown(self, tables: Sequence[PageTable]) -> Batch:
         """Of sequences that have just grown by a token each; their rings grow with them."""
-        counts = [1] * len(tables)
-        return Batch.make(tables, counts, self.memory.page_size, self.memory.device, self._near(tables, counts))
+        return self._batch(*on_device(self._arrays(tables, [1] * len(tables)), self.memory.device))
 
-    def _near(self, tables: Sequence[PageTable], counts: Sequence[int] | Ints) -> Near | None:
+    def _arrays(self, tables: Sequence[PageTable], counts: Sequence[int] | Ints) -> list[NDArray[Any]]:
+        """What `_batch` is made of, of sequences that have just grown by so many tokens each; nothing of none."""
         memory = self.memory
-        if memory.rings is None:
-            return None
-        return Near.make(memory.rings, tables, counts, memory.packed.scheme.page_tokens, memory.device)
+        if not tables:
+            return []
+        arrays = Batch.arrays(tables, counts, memory.page_size)
+        if memory.rings is not None:
+            arrays += Near.arrays(memory.rings, tables, counts, memory.packed.scheme.page_tokens)
+        return arrays
+
+    def _batch(self, starts: Tensor, lengths: Tensor, pages: Tensor, slots: Tensor, *near: Tensor) -> Batch:
+        memory = self.memory
+        rings = Near.of(near, memory.rings.page_size) if near and memory.rings is not None else None
+        return Batch(starts, lengths, pages, slots, memory.page_size, rings)
 
     def part(self, batch: Batch, exact: bool = False) -> Part:
         """A batch whose tokens read the packed cache and its window, or with `exact` the exact one."""

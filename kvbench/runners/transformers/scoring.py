@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbench.cache import on_device
 from kvbench.cache.ranges import Grouped, Ints, ranges, starts_of
 from kvbench.runners.base import Progress, Score, ScoreRequest
+from kvbench.runners.transformers.forward import Forward
 from kvbench.runners.transformers.passes import Passes
 from kvbench.runners.transformers.prefix import Flat, Tree, unshared
 from kvbench.runners.transformers.schedule import Chunks
@@ -31,9 +35,16 @@ def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress |
     values = torch.empty(len(targets), device=targets.device)
     likeliest = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
 
+    rows: deque[Rows] = deque()
+
+    def more(chunks: Chunks) -> list[NDArray[Any]]:
+        rows.append(Rows.of(*wanted.rows(chunks), most))
+        return rows[-1].arrays
+
     done = 0
-    for chunks, hidden in passes.prefill(tree):
-        _score_rows(passes, hidden, *wanted.rows(chunks), targets, values, likeliest)
+    most = max(16, passes.memory.limits.logits // passes.forward.vocabulary)
+    for chunks, hidden, arrays in passes.prefill(tree, more):
+        _score_rows(passes.forward, hidden, rows.popleft(), arrays, targets, values, likeliest)
         ended = int(tree.ending.counts[chunks.segments[chunks.completes]].sum())
         done += ended
         if progress is not None and ended:
@@ -53,7 +64,7 @@ def hidden_states(
     # over several devices no pass waits for a copy of the last one, which takes memory that the host can't page out
     several = len(passes.forward.places.devices) > 1
     done = 0
-    for chunks, hidden in passes.prefill(tree):
+    for chunks, hidden, _ in passes.prefill(tree):
         rows = hidden.to("cpu", non_blocking=several).split(chunks.counts.tolist())
         for segment, own in zip(chunks.segments.tolist(), rows, strict=True):
             found[segment].append(own)
@@ -107,23 +118,44 @@ class Wanted:
         return rows, ranges(self.targets[entries] + low - self.begins[entries], many)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a pass's hidden states must predict: the arrays of `of`, and how its distinct rows are cut up.
+
+    lots: of so many distinct rows at most, the entries that ask for one of them begin and end there.
+    """
+
+    arrays: list[NDArray[Any]]
+    lots: list[tuple[int, int]]
+    most: int
+
+    @classmethod
+    def of(cls, rows: Ints, targets: Ints, most: int) -> Self:
+        """Of rows, once for each target: [distinct rows], of each entry its row in its lot, and its target."""
+        # a row that several ask for is computed once
+        distinct, row_of = np.unique(rows, return_inverse=True)
+        order = np.argsort(row_of, kind="stable")
+        row_of = row_of[order]
+        bounds = np.searchsorted(row_of, range(0, len(distinct) + most, most)).tolist()
+        return cls([distinct, row_of % most, targets[order]], [*pairwise(bounds)], most)
+
+
 @torch.inference_mode()
 def _score_rows(
-    passes: Passes, hidden: Tensor, rows: Ints, asked: Ints, targets: Tensor, values: Tensor, likeliest: Tensor
+    forward: Forward,
+    hidden: Tensor,
+    rows: Rows,
+    arrays: Sequence[Tensor],
+    targets: Tensor,
+    values: Tensor,
+    likeliest: Tensor,
 ) -> None:
     """Log-probabilities of the targets asked for, into `values`, and whether each is the likeliest token."""
-    if not len(rows):
+    if not rows.lots:
         return
-    # a row that several ask for is computed once
-    distinct, row_of = np.unique(rows, return_inverse=True)
-    order = np.argsort(row_of, kind="stable")
-    row_of = row_of[order]
-    most = max(16, passes.memory.limits.logits // passes.forward.vocabulary)
-    lows = range(0, len(distinct), most)
-    bounds = [*np.searchsorted(row_of, lows).tolist(), len(rows)]
-    at, row, target = on_device([distinct, row_of % most, asked[order]], targets.device)
-    for low, (begin, end) in zip(lows, pairwise(bounds), strict=True):
-        log_p = passes.forward.log_probs(hidden[at[low : low + most]])
-        own, these = row[begin:end], target[begin:end]
-        values[these] = log_p[own, targets[these]]
-        likeliest[these] = log_p.argmax(-1)[own] == targets[these]
+    distinct, row, target = (x.to(targets.device, non_blocking=True) for x in arrays)
+    for own, (begin, end) in zip(distinct.split(rows.most), rows.lots, strict=True):
+        log_p = forward.log_probs(hidden[own])
+        these, at = target[begin:end], row[begin:end]
+        values[these] = log_p[at, targets[these]]
+        likeliest[these] = log_p.argmax(-1)[at] == targets[these]
