@@ -216,6 +216,26 @@ def _memory_gib() -> float | None:
         return None
 
 
+def free_memory() -> int:
+    """Bytes that this process can take before others lose theirs; 0 where the system does not say."""
+
+    def number(path: str) -> int | None:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            return None
+        return int(text) if text.isdigit() else None
+
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    # a container may have less
+    most, used = (number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    return free if most is None or used is None else max(0, min(free, most - used))
+
+
 # ----------------------------------------------------------------------------------------------------------- doctor
 
 

@@ -225,6 +225,7 @@ class Session:
     agreement: dict[str, Any] | None = None
     taught: dict[str, dict[str, Any]] = field(default_factory=dict)  # by scheme: what it learned, for the records
     last: tuple[str, Tensors] | None = None  # what was learned last, by a hash of all that decides it
+    kept: dict[str, Any] = field(default_factory=dict)  # see RunContext
 
     def run(self, cell: Cell) -> Finished:
         """What a cell gave, or its error where it raises."""
@@ -246,6 +247,7 @@ class Session:
                 lambda done, total: self.tell(Advanced(done, total)),
                 seed,
                 lambda layer, side: self._alone(cell, own, layer, side),
+                self.kept,
             )
             outcome = cell.task.run(Shuffled(runner, seed) if other else runner, context)
             timings = {

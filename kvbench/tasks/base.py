@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -54,12 +54,14 @@ class RunContext:
     computed at most once for a key and kept in the run folder. seed: the sweep's seed.
     alone(layer, side): a runner that stores the keys ("key") or the values of one layer as the cell's scheme does, and
     all else exactly; with layer None all exactly. It computes what the cell's runner computes in the same way.
+    kept: what tasks put there is there for later cells on the same model, as long as this process has it loaded.
     """
 
     baseline: Callable[[str, Callable[[Runner], Tensors]], Tensors]
     progress: Progress
     seed: int = 0
     alone: Callable[[int | None, SideName], Runner] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

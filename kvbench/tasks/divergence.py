@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kvbench.environment import free_memory
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.sizes import tokens
 from kvbench.tasks import text
@@ -211,9 +213,33 @@ def _whole(
         f"divergence-{key}", lambda exact: {"hidden": torch.stack(exact.hidden_states(documents))}
     )["hidden"]
     after = runner.hidden_states(documents, context.progress)
+    exact: Exact = context.kept.setdefault("divergence", Exact())
     return [
-        compare(runner, a, b, torch.tensor(tokens)) for a, b, tokens in zip(before, after, documents, strict=True)
+        compare(runner, a, b, torch.tensor(tokens), partial(exact.log_probs, runner, (key, number)))
+        for number, (a, b, tokens) in enumerate(zip(before, after, documents, strict=True))
     ], {}
+
+
+class Exact:
+    """The baseline's log-probabilities, kept for later cells as far as a quarter of the free memory holds them.
+
+    On a CPU alone: a head's work is a fifth of a cell's there and more, and a GPU's memory is what cells measure.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int, int], Tensor] = {}
+        self._room = free_memory() // 4
+
+    def log_probs(self, runner: Runner, document: tuple[str, int], first: int, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] of the hidden states [n, H] of a document from position `first` on."""
+        place = (*document, first)
+        if (known := self._kept.get(place)) is not None:
+            return known
+        made = runner.log_probs(hidden)
+        if made.device.type == "cpu" and made.nbytes <= self._room:
+            self._kept[place] = made
+            self._room -= made.nbytes
+        return made
 
 
 def compare_top(before: Next, after: Next) -> Tensors:
@@ -258,10 +284,17 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
     return [(*bos, *tokens[start : start + length]) for start in starts]
 
 
-def compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def compare(
+    runner: Runner,
+    before: Tensor,
+    after: Tensor,
+    tokens: Tensor,
+    exact: Callable[[int, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
     """For each position but the last: KL in nats, change of the next token's probability, same top token, both NLLs.
 
-    before, after: [T, H] hidden states. Returns float64 tensors [T - 1].
+    before, after: [T, H] hidden states. exact(first, hidden): log-probabilities of `before` from a position on, where
+    they may be known. Returns float64 tensors [T - 1].
     """
     import torch
     from torch.nn.functional import kl_div
@@ -270,7 +303,8 @@ def compare(runner: Runner, before: Tensor, after: Tensor, tokens: Tensor) -> di
     chunks: list[Tensor] = []
     for first in range(0, len(tokens) - 1, rows):
         last = min(first + rows, len(tokens) - 1)
-        base = runner.log_probs(before[first:last])  # [n, V]
+        own = before[first:last]
+        base = runner.log_probs(own) if exact is None else exact(first, own)  # [n, V]
         other = runner.log_probs(after[first:last])  # [n, V]
         index = torch.arange(last - first, device=base.device)
         following = tokens[first + 1 : last + 1].to(base.device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +278,26 @@ def test_a_token_of_which_nothing_is_known_is_one_of_the_others():
     before, after = (Next(torch.tensor([[3, 5]]), one.log(), *rest) for one in (p, q))
 
     assert float(compare_top(before, after)["kld"]) == pytest.approx(entropy([0.5, 0.5], [0.4, 0.6]), rel=1e-6)
+
+
+def test_the_baselines_log_probabilities_are_computed_once_where_memory_holds_them(small, context, monkeypatch):
+    """
+    A later cell takes them as they were, and says the same as one for which there was no room.
+    """
+    asked = []
+
+    class Asked(ToyRunner):
+        def log_probs(self, hidden):
+            asked.append(len(hidden))
+            return super().log_probs(hidden)
+
+    task = make_task(small)
+    monkeypatch.setattr("kvbench.tasks.divergence.free_memory", lambda: 0)
+    alone = task.run(Asked(noise=0.1), replace(context, kept={}))
+    each = len(asked)
+    monkeypatch.setattr("kvbench.tasks.divergence.free_memory", lambda: 2**40)
+    outcomes = [task.run(Asked(noise=noise), context) for noise in (0.0, 0.1)]
+
+    assert outcomes[1] == alone
+    assert outcomes[0] != alone
+    assert len(asked) == each + each + each // 2
