@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,134 @@ def needs(scheme: Scheme) -> str:
     return ", ".join(filter(None, parts)) or ABSENT
 
 
-TABLES = {"three models": on_three_models, "answers": answers, "a cpu": on_a_cpu}
+@dataclass(frozen=True)
+class Claim:
+    """What a paper or a project says of schemes, and when a model bears it out.
+
+    says, theirs: their words and figures, with the source. schemes: as the page calls them. ratio: read by perplexity,
+    not by divergence. holds: of a model's values, in the order of schemes. why: what is to be said besides.
+    """
+
+    says: str
+    theirs: str
+    schemes: tuple[str, ...]
+    holds: Callable[..., bool]
+    why: str
+    ratio: bool = False
+
+
+ARXIV, LLAMA, IK = (
+    "https://arxiv.org/abs",
+    "https://github.com/ggml-org/llama.cpp/pull",
+    "https://github.com/ikawrakow/ik_llama.cpp/pull",
+)
+CLAIMS = (
+    Claim(
+        f"llama.cpp: a rotation takes most off what `q4_0` loses ([20995]({LLAMA}/20995), [21038]({LLAMA}/21038))",
+        "TinyLlama-1.1B: × 1.136, rotated × 1.041",
+        ("`q4_0`", "`llama_cpp_q4_0`"),
+        lambda plain, rotated: rotated - 1 < 0.5 * (plain - 1),
+        "in size too on SmolLM2, the one of its family; no rotation takes off a bias",
+        ratio=True,
+    ),
+    Claim(
+        f"ik_llama.cpp: `iq4_nl` is far nearer than `q4_0`, and rotated little or not ([1547]({IK}/1547))",
+        "–",
+        ("`q4_0`", "`iq4_nl`", "`llama_cpp_q4_0`", "`llama_cpp_iq4_nl`"),
+        lambda q4, iq4, q4_rotated, iq4_rotated: iq4 < 0.8 * q4 and q4_rotated / iq4_rotated < q4 / iq4,
+        "",
+    ),
+    Claim(
+        "NVIDIA: NVFP4 loses less than MXFP4 ([blog](https://developer.nvidia.com/blog/introducing-nvfp4-for-efficient-and-accurate-low-precision-inference/))",
+        "–",
+        ("`nvfp4`", "`mxfp4`"),
+        lambda nv, mx: nv < 0.9 * mx,
+        "of weights and activations there",
+    ),
+    Claim(
+        "exllamav3: cells' middles err less than a rounded grid ([source](https://github.com/turboderp-org/exllamav3))",
+        "some 5 % of a row's error",
+        ("`exl3_8bit`", "`q8_0`"),
+        lambda cells, grid: cells < grid,
+        "rows: tests/dtypes/test_exl3.py; here a rotation comes with it",
+    ),
+    Claim(
+        f"KIVI: keys by channel, not by token ([2402.02750]({ARXIV}/2402.02750))",
+        "–",
+        ("`kivi4`", "`uint4_per_group`"),
+        lambda channel, token: channel < 0.5 * token,
+        "most where keys have a bias; a tail of 64 tokens comes with it",
+    ),
+    Claim(
+        f"KIVI: 2 bits keep almost the same quality ([2402.02750]({ARXIV}/2402.02750))",
+        "models of 7B and more",
+        ("`kivi2`", "`int2_per_token_head`"),
+        lambda two, _: two < 1.1,
+        "far nearer than other 2 bits without a text everywhere",
+        ratio=True,
+    ),
+    Claim(
+        f"TurboQuant: neutral at 3.5 bits, a marginal loss at 2.5 ([2504.19874]({ARXIV}/2504.19874))",
+        "Ollama's port, Llama-3.2-3B: × 1.013, 1.09 and 1.70 at 4, 3 and 2 bits ([15051](https://github.com/ollama/ollama/issues/15051))",
+        ("`turboquant4`", "`turboquant3`", "`turboquant2`"),
+        lambda four, *_: four < 1.02,
+        "the port's ladder, from smaller models; theorem 1's distortion holds (tests/dtypes/test_turboquant.py)",
+        ratio=True,
+    ),
+    Claim(
+        f"TurboQuant: a sketch of one bit is better for keys ([2504.19874]({ARXIV}/2504.19874), algorithm 2)",
+        "–",
+        ("`turboquant4_qjl`", "`turboquant4`"),
+        lambda sketch, plain: sketch < plain,
+        "right in the mean (tests); the bit is worth more in the codebook, as users of vLLM's found too ([38479](https://github.com/vllm-project/vllm/pull/38479))",
+    ),
+    Claim(
+        f"KVQuant: at 3 bits within .1 of perplexity 5.68 ([2401.18079]({ARXIV}/2401.18079))",
+        "LLaMA-7B: × 1.02",
+        ("`kvquant3`",),
+        lambda three: three < 1.02,
+        "without a tail; a model of 1.5B loses less than the small two",
+        ratio=True,
+    ),
+    Claim(
+        f"KVQuant: the nearest of 3 bits ([2401.18079]({ARXIV}/2401.18079))",
+        "–",
+        ("`kvquant3`", "`turboquant3`", "`exl3_3bit`", "`int3_per_token_head`"),
+        lambda own, *others: own < min(others),
+        "of published ones without a tail",
+    ),
+    Claim(
+        f"SKVQ: nearer than KIVI and KVQuant at 2 bits ([2405.06219]({ARXIV}/2405.06219))",
+        "–",
+        ("`skvq2`", "`kivi2`", "`kvquant2`"),
+        lambda own, *others: own < min(others),
+        "with the clip searched for each group; nearer than KIVI over a whole short text, which its longer tail covers",
+    ),
+)
+
+
+def claims() -> str:
+    """What others say, each model's figures, and on which it holds."""
+    found, named = records("field"), schemes()
+    rows = []
+    for one in CLAIMS:
+        cells, yes, no = [], [], []
+        for model, name in MODELS.items():
+            metric = "ppl_ratio" if one.ratio else "kld@1536-2048"
+            rows_of = [found.get((name, "divergence", *place(named[label])), {}) for label in one.schemes]
+            values = [row[metric]["value"] if row else None for row in rows_of]
+            cells.append(", ".join(map(times if one.ratio else nats, values)))
+            known = [value for value in values if value is not None]
+            if len(known) == len(values):
+                (yes if one.holds(*known) else no).append(model)
+        holds = "all three" if len(yes) == 3 else "none" if not yes else " and ".join(yes)
+        measured = "" if len(yes + no) == 3 else f", of {len(yes + no)} measured"
+        what = f"{', '.join(one.schemes)}: {'× perplexity' if one.ratio else 'KLD'}"
+        rows.append([one.says, one.theirs, what, *cells, holds + measured, one.why or ABSENT])
+    return table(["claim", "their figures", "here", *MODELS, "holds on", "besides"], rows, last=":---")
+
+
+TABLES = {"three models": on_three_models, "answers": answers, "claims": claims, "a cpu": on_a_cpu}
 
 
 def page() -> str:

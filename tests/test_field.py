@@ -79,14 +79,12 @@ def test_what_is_said_of_three_models_is_measured():
 
 def test_what_is_said_of_one_model_on_a_cpu_is_measured():
     """
-    Each divergence after a scheme's name, and each ratio of perplexities after ×, in text and table of claims.
+    Each divergence after a scheme's name.
     """
-    prose = section("One model on a CPU, with rotations") + section("Which claims hold")
-    found = re.findall(rf"{NAMED} (× )?(\d+\.\d+)", prose)
-    assert len(found) > 50
-    for label, times, figure in found:
-        name = "ppl_ratio" if times else "kld"
-        assert agrees(figure, metric("field-cpu", "smollm2-135m-instruct", "divergence", label, name)), (label, figure)
+    found = re.findall(rf"{NAMED} (\d+\.\d+)", section("One model on a CPU, with rotations"))
+    assert len(found) > 25
+    for label, figure in found:
+        assert agrees(figure, metric("field-cpu", "smollm2-135m-instruct", "divergence", label, "kld")), (label, figure)
 
 
 def of_all(model):
