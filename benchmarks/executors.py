@@ -32,6 +32,7 @@ from kvbench.sweep.executors.pool import Died, Queue, Seat, share_out
 from kvbench.sweep.job import Event, Job, Tell
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.session import Bench
+from kvbench.sweep.spec import ModelSpec
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/sweep"))
 toy = importlib.import_module("toy")
@@ -54,6 +55,10 @@ class Simulated:
         self.benches: dict[str, Bench] = {}
         self.ends: list[tuple[float, int]] = []
         self.durations: list[float] = []
+
+    def gpus(self, spec: ModelSpec) -> int:
+        """See Executor."""
+        return 0
 
     def missing(self, cells: Sequence[Cell]) -> list[str]:
         """See Executor."""

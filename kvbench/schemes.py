@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -339,7 +340,7 @@ class Scheme:
 
     # ---- what it is called
 
-    @property
+    @cached_property
     def dtype_name(self) -> str:
         """`int4_per_token_head:int2_per_token_head`, or one name for both; `+w64s4` and what else it has.
 
@@ -359,7 +360,7 @@ class Scheme:
     def _layer_labels(self) -> list[str]:
         return [layer.label(self.key, self.value) for layer in self.layers]
 
-    @property
+    @cached_property
     def rotation_name(self) -> str:
         """`hadamard`, or `center+hadamard:hadamard` where keys and values differ."""
         return join_pair(self.key.name, self.value.name)
@@ -403,12 +404,12 @@ class Scheme:
         """Whether it needs a calibration text."""
         return any(side.learns for side in self.all_sides)
 
-    @property
+    @cached_property
     def dtypes(self) -> list[Dtype]:
         """All that its layers have, each once."""
         return list(dict.fromkeys(side.dtype for side in self.all_sides))
 
-    @property
+    @cached_property
     def page_tokens(self) -> int:
         """Tokens of the pages that its dtypes quantize whole; 0 where every row is by itself.
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ from kvbench.attention import kernels_lack
 from kvbench.results import Record, dtype_label, name_of
 from kvbench.runners.backends import DEFAULT, Asked, Gift
 from kvbench.runners.settings import refusal
-from kvbench.schemes import Scheme
+from kvbench.schemes import Layers, Scheme
 from kvbench.sweep.config import Sweep
 from kvbench.sweep.parts import REAL, ModelFacts, Parts
 from kvbench.sweep.spec import ModelSpec
@@ -148,7 +148,7 @@ class Cell:
         """Bytes of one token's keys and values over all layers; None where the model's shape is unknown."""
         if self.model.layers is None:
             return None
-        return self.resolved.token_bytes(self.model.layers)
+        return token_bytes(self.scheme, self.model.layers, self.compute_dtype)
 
     @property
     def bits_per_value(self) -> float | None:
@@ -160,15 +160,26 @@ class Cell:
 
     def bits_at(self, tokens: int) -> float:
         """True bits a value of a sequence of so many tokens."""
-        layers = self.model.layers or ((1, 128),)
-        values = tokens * sum(2 * heads * head_dim for heads, head_dim in layers)
-        return 8 * self.scheme.nbytes(layers, tokens, self.compute_dtype) / values
+        return bits_at(self.scheme, self.model.layers or ((1, 128),), tokens, self.compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the model computes in."""
         dtype: torch.dtype = getattr(torch, self.model.compute_dtype)
         return dtype
+
+
+@cache
+def token_bytes(scheme: Scheme, layers: Layers, dtype: torch.dtype) -> float:
+    """Bytes of one token's keys and values over all layers, the same for all tasks of a scheme."""
+    return scheme.resolve(dtype).token_bytes(layers)
+
+
+@cache
+def bits_at(scheme: Scheme, layers: Layers, tokens: int, dtype: torch.dtype) -> float:
+    """True bits a value of a sequence of so many tokens, the same for all tasks of a scheme."""
+    values = tokens * sum(2 * heads * head_dim for heads, head_dim in layers)
+    return 8 * scheme.nbytes(layers, tokens, dtype) / values
 
 
 def plan(
