@@ -12,16 +12,17 @@ from torch import Tensor
 from kvbench.attention import reference
 from kvbench.attention.batch import Batch, Near
 from kvbench.cache import PagedCache
+from kvbench.dtypes.base import Trellis
 from kvbench.dtypes.trellis import computed_by
 from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
 
-__all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "kernels_lack"]
+__all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "kernels_lack", "waits"]
 
 
 # transforms and dtypes whose kernels were changed since all of their tests passed on a GPU; see results/README.md
-UNPROVEN = {"center", "rank", "q8_0", "q4_0", "nvfp4", "mxfp4", "mxfp8", "int3_per_token_head"}
+UNPROVEN = {"center", "rank", "rank_far", "q8_0", "q4_0", "nvfp4", "mxfp4", "mxfp8", "int3_per_token_head"}
 # dtypes whose kernels have passed on a GPU where decode turns the queries itself, and failed elsewhere before a mend
 TURNED = {"int2_per_token_head", "midrise2_per_token_head"}
 
@@ -56,7 +57,7 @@ def _unproven(scheme: Scheme, head_dims: Collection[int]) -> bool:
     split = any(dim & (dim - 1) for dim in head_dims)  # these turn queries in a launch before
     for side in scheme.all_sides:
         transforms = {one.name for one in side.transforms}
-        if ({side.dtype.name} | transforms) & UNPROVEN:
+        if isinstance(side.dtype.decode, Trellis) or ({side.dtype.name} | transforms) & UNPROVEN:
             return True
         if side.dtype.name in TURNED and (split or not transforms & {"hadamard", "randomized_hadamard"}):
             return True
@@ -93,7 +94,7 @@ def append(
     exact: gets the same rows, transformed alike, in 16 bits. near: where, if not in the same slots; and which pages are
     full now, and quantized whole. skips: whether a slot is -1, where that is known.
     """
-    if impl == "triton":
+    if impl == "triton" and not waits(cache.scheme, impl):
         assert near is None, "kernels read both copies in the same slots"
         from kvbench.attention import triton
 
@@ -107,6 +108,11 @@ def append(
             exact.append(layer, k, v, near.slots, positions, skips=False)
         if exact is not None and near is not None and near.seals is not None:
             cache.seal(layer, exact, *near.seals)
+
+
+def waits(scheme: Scheme, impl: Implementation) -> bool:
+    """Whether a pass looks at what the device computed, so that no CUDA graph can hold it."""
+    return impl == "reference" or any(isinstance(dtype.decode, Trellis) for dtype in scheme.dtypes)
 
 
 @contextmanager
@@ -145,13 +151,14 @@ def attend(
     window: which of them a query reads instead of the cache's: a key before `window.sinks`, or at or after
     `window.starts` of the query's position.
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
-    is the kernels, for half-precision queries on a GPU (or in Triton's interpreter).
+    is the kernels, for half-precision queries on a GPU (or in Triton's interpreter). They read a trellis decoded to
+    float16: the pages of a pass, a layer at a time.
     """
     if impl == "triton":
         from kvbench.attention import triton
 
     implementation = triton.attend if impl == "triton" else reference.attend
-    with nullcontext() if impl == "triton" else _computing(q.device):
+    with _computing(q.device) if waits(cache.scheme, impl) else nullcontext():
         return implementation(
             q,
             cache,

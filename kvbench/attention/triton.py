@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from kvbench_kernels import attention, store, store_blocks, unpack
@@ -19,7 +20,7 @@ from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Tiers
-from kvbench.dtypes.base import STEPS
+from kvbench.dtypes.base import STEPS, Trellis
 from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
@@ -28,9 +29,12 @@ from kvbench.transforms.base import POSITIONS
 
 MULTIPLE = 64  # a head_dim for which to ask whether a transform has a form for kernels
 
+_HALVES = Layout(unpack.FLOAT.value, 16)
 WRITTEN = Window(0, 0)  # all rows are written, whatever is read of them
 # of each plane's codes, for as long as they live: what is computed once of what its transforms learned
 _CENTERS = WeakTensorKeyDictionary()
+# of each cache, a layer's pages of keys and of values [P, HKV, S, D] in 16 bits, which its layers take in turn
+_COPIES: WeakKeyDictionary[PagedCache, dict[int, Tensor]] = WeakKeyDictionary()
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {
@@ -71,10 +75,14 @@ def attend(
 ) -> Tensor:
     """See kvbench.attention.attend."""
     keys, values = cache.keys[layer], cache.values[layer]
+    k, v = (
+        _decoded(cache, plane, i, batch) if decoded(plane.dtype) else side(plane)
+        for i, plane in enumerate((keys, values))
+    )
     out: Tensor = attention.attend(
         q,
-        side(keys),
-        side(values),
+        k,
+        v,
         batch.page_table,
         batch.seq_lens,
         batch.query_starts,
@@ -89,6 +97,21 @@ def attend(
         rank=rank(keys),
     )
     return out
+
+
+def decoded(dtype: Dtype) -> bool:
+    """Whether the kernels read its rows in a copy of 16 bits: each pass decodes the pages that it reads."""
+    return isinstance(dtype.decode, Trellis)
+
+
+def _decoded(cache: PagedCache, plane: Plane, which: int, batch: Batch) -> Side:
+    """A plane's rows of the batch's pages, decoded to float16; as the other layers' were before."""
+    copies, shape = _COPIES.setdefault(cache, {}), (*plane.codes.shape[:3], plane.head_dim)
+    if which not in copies or copies[which].shape != shape or copies[which].device != plane.codes.device:
+        copies[which] = torch.zeros(shape, dtype=torch.float16, device=plane.codes.device)
+    pages = batch.pages_read[0]
+    copies[which][pages] = plane.read(pages, torch.float32).to(torch.float16)
+    return Side(copies[which], None, _HALVES)
 
 
 def append(
@@ -136,6 +159,8 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
         return f"the kernels multiply in 16 bits, and the model computes in {str(compute_dtype).removeprefix('torch.')}"
     try:
         for dtype in scheme.dtypes:
+            if decoded(dtype):
+                continue
             words = layout(dtype)
             rounding(dtype)
             for head_dim in head_dims:
@@ -150,7 +175,7 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
                 raise ValueError(f"no kernel reads values as {value.dtype.name}, which is for keys; the reference does")
         own = [(one.key or scheme.key, one.value or scheme.value) for one in scheme.layers]
         for key, value in ((scheme.key, scheme.value), *own):
-            a, b = layout(key.dtype), layout(value.dtype)
+            a, b = (_HALVES if decoded(side.dtype) else layout(side.dtype) for side in (key, value))
             if a.in_blocks != b.in_blocks or (a.block > 0) != (b.block > 0):
                 raise ValueError(f"no kernel reads {key.dtype.name} beside {value.dtype.name}; the reference does")
     except ValueError as error:

@@ -159,11 +159,12 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token(drawn, window):
         ("int2_per_token_head", 128, "triton"),
         ("int2_per_token_head", 96, "reference"),
         ("int2 none", 128, "reference"),
+        ("tcq2 hadamard", 128, "reference"),
     ],
 )
 def test_an_unproven_kernel_is_taken_only_by_name(monkeypatch, preset, head_dim, expected):
     """
-    On a GPU "auto" computes keys centred by page by the reference, int2 too but where decode turns the queries itself,
+    On a GPU "auto" computes keys centred by page and trellises by the reference, int2 but where decode turns queries,
     and what kernels were proven on by them.
     """
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))

@@ -195,6 +195,9 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("tiers421_per_token_head", "fp16", "center_constant+rank:none", "+w0s2", 128, {"softcap": 20.0}),
         ("int4", "midrise2", "center+rank:hadamard", "+w0s2", 64, {}),
         ("int8", "int8", "center+rank:none", "", 64, {}),
+        # a trellis is read in a copy of 16 bits
+        ("tcq4321", "tcq2", "center+rank_far:randomized_hadamard", "+w64s4", 64, {}),
+        ("tcq3", "midrise2", "center+randomized_hadamard:hadamard", "", 64, {"sliding_window": 40}),
     ],
     ids=str,
 )

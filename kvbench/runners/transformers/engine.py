@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from kvbench.attention import choose, kernels_lack
+from kvbench.attention import choose, kernels_lack, waits
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Learned
 from kvbench.results import Tensors
@@ -158,7 +158,7 @@ class TransformersRunner(FromHidden):
         self._passes = Passes(self._forward, self.memory, self._clock, self.scoring)
         # a graph is of one device
         one = len(places.devices) == 1
-        graphed = impl == "triton" and self.device.type == "cuda" and one and not self._forward.alone
+        graphed = not waits(self.scheme, impl) and self.device.type == "cuda" and one and not self._forward.alone
         self._generator = Generator(self._passes, self.tokenizer, graphed)
 
     def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
