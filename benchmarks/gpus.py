@@ -331,7 +331,7 @@ def warm(options: argparse.Namespace) -> dict[str, Any]:
 def exercise(shape: dict[str, Any], asked: Sequence[Any], options: argparse.Namespace) -> None:
     """Runs each scheme once, in the sizes of `scale` and `split`. In a process of its own, with its share of memory."""
     if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(0.9 / options.seats)
+        torch.cuda.set_per_process_memory_fraction(options.memory / options.seats)
     model = first_layers(shape, "warm", 1)
     for scheme in asked:
         began = time.perf_counter()
@@ -375,6 +375,7 @@ def main() -> None:
     three.add_argument("--shape", type=Path, help="of split's; without one that of scale's model")
     three.add_argument("--dtypes", nargs="+", help="without any, those of scale")
     three.add_argument("--seats", type=int, default=8, help="processes on the one GPU")
+    three.add_argument("--memory", type=float, default=0.9, help="of the GPU that they take in all")
     three.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
     three.add_argument("--many", type=int, default=60, help="prompts at once")
     options = parser.parse_args()

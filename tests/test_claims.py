@@ -621,3 +621,22 @@ def test_a_model_over_two_gpus_is_as_fast_as_its_records_say():
         assert said == [f"{values['prefill']:,.0f}", f"{values['decode']:.1f}", f"{values['longest_context']:,.0f}"]
         assert len(cells[dtype].environment["gpus"]) == 2
         assert cells[dtype].facts["agreement"]["typical"] < cells[dtype].facts["agreement"]["tolerance"]
+
+
+def test_a_model_split_over_two_gpus_is_the_same_model():
+    """
+    Scores, answers and states equal to the bit in each dtype, and the speeds of the record.
+    """
+    found = json.loads((ROOT / "results/devices/split.json").read_text(encoding="utf-8"))
+    rows = table("docs/method.md", "| eight layers, tokens/s |")[1:]
+
+    assert [row[0] for row in rows] == list(found["schemes"]) == ["fp16", "int8", "int4", "int2"]
+    for dtype, *said in rows:
+        one, two = (found["schemes"][dtype][f"over_{count}"] for count in (1, 2))
+        scoring, decode = ([each[f"{what}_tokens_per_s"] for each in (one, two)] for what in ("scoring", "decode"))
+        times = scoring[1] / scoring[0]
+        assert said == [*(f"{rate:,.0f}" for rate in scoring), f"{times:.2f}", *(f"{rate:.0f}" for rate in decode)]
+        assert (one["layers"], two["layers"]) == ([8], [4, 4])
+        equal = found["schemes"][dtype]["equal"]
+        assert all(what["equal"] for what in equal.values())
+        assert equal["hidden_states"]["of"] == 33_554_432
