@@ -13,6 +13,7 @@ from kvbench_kernels.exact import Exact
 from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Layout, Side
 from kvbench_kernels.tiers import Rank
+from kvbench_kernels.tuning import INTERPRETED
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -153,6 +154,8 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
 
     head_dims: of the layers, where they are known.
     """
+    if device.type != "cuda" and not INTERPRETED:
+        return "there is no GPU here, and Triton interprets kernels under TRITON_INTERPRET=1 alone"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return "the kernels use instructions of compute capability 9.0 (Hopper), which this GPU does not have"
     if compute_dtype not in (torch.float16, torch.bfloat16):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -400,17 +400,18 @@ def too_long(cells: Sequence[Cell]) -> list[str]:
 
 
 def unserved(cells: Sequence[Cell], attention: str, device: str) -> list[str]:
-    """A line for each scheme that the kernels can't serve where `attention` asks for nothing else."""
+    """A line for each reason that the kernels can't serve a model's schemes where `attention` asks for nothing else."""
     if attention != "triton":
         return []
-    found = {}
+    found = defaultdict[tuple[str, str], dict[str, None]](dict)
     for cell in cells:
         head_dims = {head_dim for _, head_dim in cell.model.layers or ()}
         if lack := kernels_lack(cell.scheme, cell.compute_dtype, torch.device(device), head_dims):
-            found[cell.model.name, cell.scheme.label] = lack
+            found[cell.model.name, lack][cell.scheme.label] = None
     return [
-        f"model {model}, scheme {scheme}: attention: triton can't serve it: {lack}"
-        for (model, scheme), lack in found.items()
+        f"model {model}, scheme {next(iter(schemes))}: attention: triton can't serve it"
+        f"{f', nor {len(schemes) - 1} more' if len(schemes) > 1 else ''}: {lack}"
+        for (model, lack), schemes in found.items()
     ]
 
 
