@@ -280,11 +280,12 @@ def fitting_tokens(
     *,
     page_size: int,
     device: torch.device | str | Sequence[torch.device] = "cpu",
+    learned: Learned | None = None,
 ) -> tuple[int, float]:
     """Tokens of the largest cache that fits so many bytes, which was allocated to prove it; and its bytes a token.
 
     The scheme is resolved. Every page counts whole. free_bytes: of each device that has layers; the one that holds the
-    fewest pages decides. device: see PagedCache.
+    fewest pages decides. device, learned: see PagedCache.
 
     Raises:
         torch.OutOfMemoryError: a device has less.
@@ -295,7 +296,7 @@ def fitting_tokens(
         max(0, free_bytes[at] - 8 * devices.count(at)) // int(token_bytes * page_size)
         for at, token_bytes in by_device(devices, scheme.layer_bytes(layers)).items()
     )
-    cache = PagedCache(layers, scheme, pages=pages, page_size=page_size, device=device)
+    cache = PagedCache(layers, scheme, pages=pages, page_size=page_size, device=device, learned=learned)
     assert all(cache.nbytes_on(at) <= free_bytes[at] for at in devices)
     return pages * page_size, cache.bytes_per_token
 

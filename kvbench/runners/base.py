@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvbench.cache.paged import Learned
 from kvbench.results import Tensors
 from kvbench.schemes import Scheme
 
@@ -66,7 +67,7 @@ class GenerateRequest:
     temperature: 0 takes the most likely token; otherwise tokens are drawn, from the `top_k` most likely (0: all) that
     hold `top_p` of the probability, by a generator seeded with `seed` alone: a request's draws do not depend on its
     batch. top_k, top_p: None takes what the model's generation_config.json says. prompt: one token at least.
-    stop: an empty one ends an answer at its first token, and cuts nothing off.
+    stop: an empty one ends an answer at its first token, and cuts nothing off. ignore_eos: an end token ends nothing.
     """
 
     prompt: tuple[int, ...]
@@ -76,6 +77,7 @@ class GenerateRequest:
     top_k: int | None = 0
     top_p: float | None = 1.0
     seed: int = 0
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ class Paged(Protocol):
     page_size: int
     device: torch.device | str
     devices: Sequence[torch.device]
+    learned: Learned | None
 
     def longest_sequence(self, pages: int) -> int:
         """Tokens of the longest sequence that it takes with so many pages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from kvbench.calibration import Calibration
 from kvbench.results import Tensors
 from kvbench.runners.base import begins_with
 from kvbench.runners.learned import pack
+from kvbench.runners.load import NoTokenizer
 from kvbench.runners.rope import MOVING
 from kvbench.runners.transformers import TransformersModel, observed
 from kvbench.schemes import Scheme
@@ -38,7 +40,8 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
         ValueError: the text is too short.
     """
     calibration = scheme.calibration or Calibration()
-    documents = texts(loaded, calibration)
+    shape = isinstance(loaded.tokenizer, NoTokenizer)
+    documents = (_drawn if shape else texts)(loaded, calibration)
     queries = any(side.reads_queries for side in scheme.all_sides)
     # what values learn from; keys are few beside a model
     values = any(side.learns for side in (scheme.value, *(one.value for one in scheme.layers if one.value)))
@@ -81,6 +84,13 @@ def texts(loaded: TransformersModel, calibration: Calibration) -> list[list[int]
     tokens = loaded.tokenizer.encode(calibration.read(), add_special_tokens=False, verbose=False)
     longest = loaded.info.max_length - len(bos)
     return [[*bos, *document] for document in calibration.documents(tokens, longest)]
+
+
+def _drawn(loaded: TransformersModel, calibration: Calibration) -> list[list[int]]:
+    """Random tokens in place of a text, for a shape: its weights are random too, and its speed is all it can say."""
+    draw = random.Random(0)
+    tokens = [draw.randrange(len(loaded.tokenizer)) for _ in range(calibration.tokens)]
+    return calibration.documents(tokens, loaded.info.max_length)
 
 
 # ---- rotary embeddings, as the model's own modules compute them

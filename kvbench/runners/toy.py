@@ -107,7 +107,7 @@ class ToyRunner(FromHidden):
                 token = int(torch.multinomial(torch.softmax(log_probs / request.temperature, -1), 1, generator=draw))
             else:
                 token = int(log_probs.argmax())
-            if token == self.tokenizer.eos_token_id:
+            if token == self.tokenizer.eos_token_id and not request.ignore_eos:
                 break
             tokens.append(token)
             text = self.tokenizer.decode(tokens[len(request.prompt) :], skip_special_tokens=True)

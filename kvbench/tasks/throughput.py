@@ -123,7 +123,8 @@ class Throughput(Options):
 
         draw, vocabulary = random.Random(f"{self.seed}/{key}"), len(runner.tokenizer)
         return [
-            GenerateRequest(tuple(draw.randrange(vocabulary) for _ in range(self.prompt)), self.new)
+            # an answer that ended early would be counted as slow
+            GenerateRequest(tuple(draw.randrange(vocabulary) for _ in range(self.prompt)), self.new, ignore_eos=True)
             for _ in range(self.batch)
         ]
 
@@ -153,7 +154,9 @@ class _Memory:
         scheme = paged.scheme.resolve(getattr(torch, runner.info.compute_dtype))
         room = {device: free - RESERVE_BYTES for device, free in self.free.items()}
         cache = (runner.info.layers, scheme, room)
-        self.allocated, _ = fitting_tokens(*cache, page_size=paged.page_size, device=paged.devices)
+        self.allocated, _ = fitting_tokens(
+            *cache, page_size=paged.page_size, device=paged.devices, learned=paged.learned
+        )
         self.token_bytes = by_device(paged.devices, scheme.layer_bytes(runner.info.layers))
         torch.cuda.empty_cache()
         for device in self.free:

@@ -16,6 +16,7 @@ from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.runners import catalog, facts, model_files
 from kvbench.runners.base import GenerateRequest
+from kvbench.runners.load import NoTokenizer
 from kvbench.runners.toy import ToyRunner
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
@@ -89,6 +90,35 @@ def test_no_prompt_is_asked_twice():
 
     assert len(prompts) == len({prompt[:10] for prompt in prompts}) == 3 * 3
     assert {len(prompt) for prompt in prompts} == {20}
+
+
+def test_no_answer_ends_before_its_length(shape):
+    """
+    An end token is a token like another: a scheme that brings it up at once was counted as a slow one.
+    """
+
+    class Ending(NoTokenizer):
+        eos_token_id = 7
+
+    loaded = TransformersModel.load(catalog.resolve(str(shape)))
+    loaded.tokenizer = Ending(SHAPE["vocab_size"])
+    loaded.model.lm_head.register_forward_hook(lambda head, args, out: out.index_fill(-1, torch.tensor([7]), 1e3))
+    task = make_task({"task": "throughput", "prompt": 20, "new": 8, "batch": 3, "repeats": 1})
+    outcome = task.run(loaded.runner(Scheme.parse("fp16")), CONTEXT)
+
+    assert outcome.samples[0]["decode_tokens"] == 3 * 7
+
+
+@pytest.mark.parametrize("scheme", ["int4_centered_window", "tiers421_centered_window"])
+def test_a_scheme_that_learns_is_timed_on_a_shape(shape, scheme):
+    """
+    Of random tokens, for a shape has no tokenizer: the speed is that of the same kernels on the same bytes.
+    """
+    loaded = TransformersModel.load(catalog.resolve(str(shape)))
+    task = make_task({"task": "throughput", "prompt": 150, "new": 8, "batch": 2, "repeats": 1})
+    outcome = task.run(loaded.runner(Scheme.parse(scheme)), CONTEXT)
+
+    assert outcome.samples[0]["decode_tokens"] == 2 * 7
 
 
 def test_a_runner_that_counts_nothing_is_refused():

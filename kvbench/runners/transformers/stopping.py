@@ -36,7 +36,7 @@ class Stopping:
         request, before = sequence.request, len(sequence.tokens)
         end: list[int] = []
         for token in new:
-            if token in self._ends:
+            if token in self._ends and not request.ignore_eos:
                 end = [token]
                 break
             if len(sequence.tokens) == request.max_new_tokens:

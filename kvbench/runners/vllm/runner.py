@@ -219,6 +219,7 @@ class VllmRunner:
             stop=[one for one in request.stop if one],
             repetition_penalty=defaults.repetition_penalty,
             detokenize=True,
+            ignore_eos=request.ignore_eos,
             **(
                 {"temperature": request.temperature, "top_k": top_k, "top_p": top_p, "seed": request.seed}
                 if request.temperature
