@@ -56,15 +56,14 @@ def test_the_committed_pages_are_made_again():
         assert path.read_text(encoding="utf-8") == text, f"{path.parent.name}: run make pages"
 
 
-def test_readmes_picture_is_drawn_again(tmp_path):
+def test_the_pictures_are_drawn_again(tmp_path):
     """
-    `make docs` draws docs/trade-off.svg, to the byte.
+    `make docs` draws README's and docs/field.md's, to the byte.
     """
-    drawing = runpy.run_path(str(ROOT / "docs" / "generate_picture.py"))
+    for path, views in runpy.run_path(str(ROOT / "docs" / "generate_picture.py"))["PICTURES"].items():
+        save(views(), tmp_path / path.name)
 
-    save(drawing["views"](), tmp_path / "again.svg")
-
-    assert (tmp_path / "again.svg").read_bytes() == drawing["PICTURE"].read_bytes(), "run make docs"
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), "run make docs"
 
 
 @pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
