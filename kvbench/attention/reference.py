@@ -169,7 +169,8 @@ def _softmax_attention(
     keys, times the square of their length, or None.
     """
     k, v = rows[0]
-    if all(one is None for one in (softcap, sinks, lacking, lift, near)):
+    # on a GPU torch would copy k and v for each query head, which took most of a decode step
+    if not q.is_cuda and all(one is None for one in (softcap, sinks, lacking, lift, near)):
         out: Tensor = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
