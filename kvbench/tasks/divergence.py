@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self
+from weakref import WeakKeyDictionary
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -27,6 +28,7 @@ VERSION = 1
 PERCENTILES = {"kld_median": 50, "kld_p90": 90, "kld_p95": 95, "kld_p99": 99, "kld_p99.9": 99.9}
 LOGITS_AT_A_TIME = 2**24  # 64 MiB in float32; about five such arrays live at once
 SMALLEST_REST = 1e-9  # of a probability, where float32's rounding leaves less than nothing
+_ENCODED: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()  # by tokenizer, its last text's tokens
 
 
 Position = Annotated[int, Field(ge=0, strict=True), BeforeValidator(tokens)]
@@ -271,8 +273,7 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
     from kvbench.runners.base import begins_with
 
     bos = begins_with(tokenizer)
-    # not verbose: the whole text is longer than the model takes, its pieces are not
-    tokens = tokenizer.encode(source, add_special_tokens=False, verbose=False)
+    tokens = _encoded(source, tokenizer)
     length = context - len(bos)
     blocks = len(tokens) // length if length > 0 else 0
     if blocks < documents:
@@ -282,6 +283,16 @@ def split(source: str, tokenizer: Any, context: int, documents: int) -> list[tup
         )
     starts = [length * (i * blocks // documents) for i in range(documents)]
     return [(*bos, *tokens[start : start + length]) for start in starts]
+
+
+def _encoded(source: str, tokenizer: Any) -> list[int]:
+    """The text's tokens without special ones, those of a tokenizer's last text kept for the cells to come."""
+    kept = _ENCODED.setdefault(tokenizer, {})
+    if source not in kept:
+        kept.clear()
+        # not verbose: the whole text is longer than the model takes, its pieces are not
+        kept[source] = tokenizer.encode(source, add_special_tokens=False, verbose=False)
+    return kept[source]
 
 
 def compare(

@@ -32,7 +32,7 @@ def both(spec, data, loaded, context):
 @pytest.mark.parametrize(
     ("spec", "documents"),
     [
-        ({"task": "pydoc_cloze", "limit": 24}, 24),
+        ({"task": "pydoc_cloze", "limit": 12}, 12),
         ({"task": "arc_easy", "limit": 6}, 6),
         ({"task": "wikitext", "limit": 2}, 2),
         ({"task": "gsm8k", "num_fewshot": 2, "limit": 2}, 2),
