@@ -12,6 +12,10 @@ from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Side
 from kvbench_kernels.prefill import prefill
 from kvbench_kernels.tiers import Rank
+from kvbench_kernels.tuning import multiprocessors
+
+SHORT = 256  # tokens of a context that is not worth a launch of its own for those with one query
+MANY = 32  # pairs of a sequence and a KV head, for each multiprocessor, that keep a GPU busy without splits
 
 
 def attend(
@@ -60,6 +64,9 @@ def attend(
         return out
     if q.shape[0] == seq_lens.shape[0]:
         return decode(q, k, v, page_table, seq_lens, max_seq_len=max_seq_len, **options)
-    # sequences of one new token are split over their context, the others are not
+    # sequences of one new token are split over their context, the others are not; many short ones need no splits
+    if max_seq_len <= SHORT and seq_lens.shape[0] * k.codes.shape[1] >= MANY * multiprocessors():
+        prefill(q, k, v, page_table, seq_lens, query_starts, single=True, **options)
+        return out
     prefill(q, k, v, page_table, seq_lens, query_starts, **options)
     return decode(q, k, v, page_table, seq_lens, max_seq_len=max_seq_len, query_starts=query_starts, **options)

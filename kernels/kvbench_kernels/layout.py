@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -116,12 +117,12 @@ class Side:
     rest: Tensor | None = None
     tensor_scale: Tensor | None = None
 
-    @property
+    @cached_property
     def words(self) -> Tensor:
         """The codes as int16 words, or as the 16-bit floats they are."""
         return self.codes.view(self.storage if self.layout.kind == unpack.FLOAT.value else torch.int16)
 
-    @property
+    @cached_property
     def following(self) -> Tensor | None:
         """The words that follow, as int16."""
         return None if self.rest is None else self.rest.view(torch.int16)
@@ -148,7 +149,7 @@ class Side:
         head_dim = self.codes.shape[-1] * 8 // layout.bits
         return layout.kind, layout.bits, layout.block or head_dim, layout.scales, self.scale_words.shape[-1]
 
-    @property
+    @cached_property
     def constants(self) -> tuple[object, ...]:
         """The kernels' constants KIND, BITS, CODEBOOK, UNIT, STEP and SCALE of this side."""
         layout = self.layout

@@ -734,11 +734,13 @@ def prefill(
     exact: Exact | None = None,
     center: Center | None = None,
     rank: Rank | None = None,
+    single: bool = False,
     tuning: PrefillTuning | None = None,
 ) -> None:
     """Causal attention outputs of every sequence's queries, its last tokens, into out [T, HQ, D].
 
-    Sequences of one query are left for `decode`, unless there is a qq_bias; their rows of `out` hold anything.
+    Sequences of one query are left for `decode`, unless `single` or a qq_bias is given; their rows of `out` hold
+    anything.
 
     q: [T, HQ, D] not turned, any strides.  query_starts: [B + 1] int32: sequence b's queries are rows [b] to [b + 1].
     qq_bias: as in `attend`.
@@ -747,6 +749,7 @@ def prefill(
     tokens, query_heads, head_dim = q.shape
     kv_heads, page_size = k.codes.shape[1:3]
     check(q, k, v)
+    single = single or qq_bias is not None
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
     group = query_heads // kv_heads
     packed = k.layout.kind != FLOAT.value or v.layout.kind != FLOAT.value
@@ -793,7 +796,7 @@ def prefill(
             turns = (page_table, seq_lens, Turn(), Turn())
             spread_blocks(
                 k, v, page_table, seq_lens, query_starts, values[:, 0], units[:, 0],
-                single=qq_bias is not None, center=center, exact=exact,
+                single=single, center=center, exact=exact,
             )  # fmt: skip
             center = None if center is None else center.turned
         else:
@@ -857,7 +860,7 @@ def prefill(
         *constants,
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
-        SKIP_SINGLE=qq_bias is None,
+        SKIP_SINGLE=not single,
         LINEAR=spread,
         BLOCK_G=block_g,
         BLOCK_M=block_m,

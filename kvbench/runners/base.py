@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, overload, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbench.cache.paged import Learned
@@ -32,6 +35,51 @@ class Score:
 
     logprobs: Tensor
     greedy: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Sequence[Score]):
+    """Scores, whose log-probabilities [N] stand one after another. counts, greedy: [requests]."""
+
+    logprobs: Tensor
+    counts: NDArray[np.int64]
+    greedy: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> Scores:
+        """These scores, as they are or put together."""
+        if isinstance(scores, cls):
+            return scores
+        counts = np.array([len(score.logprobs) for score in scores], dtype=np.int64)
+        logprobs = torch.cat([score.logprobs for score in scores]) if scores else torch.empty(0)
+        return cls(logprobs, counts, np.array([score.greedy for score in scores], dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @overload
+    def __getitem__(self, index: int) -> Score: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Score]: ...
+    def __getitem__(self, index: int | slice) -> Score | list[Score]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        end = int(self._ends[index])
+        return Score(self.logprobs[end - int(self.counts[index]) : end], bool(self.greedy[index]))
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        made: NDArray[np.int64] = np.cumsum(self.counts)
+        return made
+
+    def sums(self) -> list[float]:
+        """The float64 sum of each score's log-probabilities, those of one length at once: to the bit each row's own."""
+        sums = np.empty(len(self))
+        for count in np.unique(self.counts):
+            own = np.flatnonzero(self.counts == count)
+            places = (self._ends[own] - count)[:, None] + np.arange(count)
+            sums[own] = self.logprobs[torch.from_numpy(places)].double().sum(1).numpy()
+        return list(sums.tolist())
 
 
 @dataclass(frozen=True)
@@ -111,7 +159,7 @@ class Runner(Protocol):
     info: ModelInfo
     tokenizer: Any  # a transformers tokenizer
 
-    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> Sequence[Score]:
         """One Score a request, in the order of the requests."""
         ...
 

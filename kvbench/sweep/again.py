@@ -72,7 +72,7 @@ class Shuffled(Around):
 
     def _in_lots(
         self,
-        ask: Callable[[Sequence[Request], Progress | None], list[Answer]],
+        ask: Callable[[Sequence[Request], Progress | None], Sequence[Answer]],
         requests: Sequence[Request],
         progress: Progress | None,
     ) -> list[Answer]:

@@ -27,6 +27,7 @@ from kvbench.runners.base import (
     Runner,
     Score,
     ScoreRequest,
+    Scores,
 )
 from kvbench.runners.learned import digest, forms
 from kvbench.runners.model_files import RefusedError
@@ -65,12 +66,12 @@ class Timed(Around):
         finally:
             self.seconds += time.perf_counter() - began
 
-    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> Sequence[Score]:
         """As the runner's."""
         self.prompt_tokens += sum(len(r.context) + len(r.continuation) for r in requests)
         with self._timed():
             scores = self.runner.score(requests, progress)
-        if not all(bool(score.logprobs.isfinite().all()) for score in scores):
+        if not Scores.of(scores).logprobs.isfinite().all():
             raise ValueError(NOT_FINITE)
         return scores
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import jinja2
-import numpy as np
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
-from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest
+from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest, Scores
 
 
 @dataclass
@@ -33,16 +29,6 @@ class Encoded:
 
 MAX_GEN_TOKENS = 256
 GENERATION_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
-
-
-def sums_of(rows: Sequence[Tensor]) -> list[float]:
-    """The float64 sum of each row, those of one length at once: to the bit what each row's own sum is."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    sums = np.empty(len(rows))
-    for length in np.unique(lengths):
-        own = np.flatnonzero(lengths == length)
-        sums[own] = torch.stack([rows[i] for i in own.tolist()]).double().sum(1).numpy()
-    return list(sums.tolist())
 
 
 class RunnerLM(TemplateLM):  # type: ignore[misc]
@@ -147,9 +133,8 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
             self.truncated += len(tokens) < len(context) + len(continuation)
             cut = len(tokens) - len(continuation)
             wanted.append(ScoreRequest(tuple(tokens[:cut]), tuple(tokens[cut:])))
-        scores = self.runner.score(wanted, self._progress)
-        sums = sums_of([score.logprobs for score in scores])
-        return [(total, score.greedy) for total, score in zip(sums, scores, strict=True)]
+        scores = Scores.of(self.runner.score(wanted, self._progress))
+        return list(zip(scores.sums(), scores.greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """The log-probability of each whole text, in windows of the model's length that score each token once."""

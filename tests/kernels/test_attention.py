@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from kvbench_kernels import decode
+from kvbench_kernels import attention, decode
 from kvbench_kernels.attention import attend
 from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.tuning import Tuning
@@ -132,6 +132,18 @@ def test_prompts_chunks_and_single_tokens_mix(dtype, device):
     A whole prompt, a chunk after a cached prefix and a decode step in one batch.
     """
     Case(dtype, device, seqs=((20, 20), (70, 9), (90, 1))).check()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int4_per_token_head"])
+def test_many_short_sequences_are_one_launch(dtype, device, monkeypatch):
+    """
+    Where no split is worth its launch, sequences of one new token are computed with the others.
+    """
+    case = Case(dtype, device, seqs=((20, 20), (70, 9), (90, 1), (1, 1)))
+    monkeypatch.setattr(attention, "MANY", 0)
+    monkeypatch.setattr(attention, "decode", None)
+
+    case.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,11 +7,11 @@ import torch
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 
-from kvbench.runners.base import ModelInfo
+from kvbench.runners.base import ModelInfo, Score, Scores
 from kvbench.runners.toy import ToyRunner, toy_tokenizer
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
-from kvbench.tasks.runner_lm import RunnerLM, sums_of
+from kvbench.tasks.runner_lm import RunnerLM
 
 MAX_LENGTH = 64
 
@@ -159,5 +159,11 @@ def test_rows_are_summed_together_as_each_alone():
     generator = torch.Generator().manual_seed(0)
     rows = [-(torch.rand(1 + 7 * i % 40, generator=generator) ** 20) * 60 for i in range(300)]
 
-    assert sums_of(rows) == [float(row.double().sum()) for row in rows]
-    assert sums_of([]) == []
+    scores = Scores.of([Score(row, len(row) > 3) for row in rows])
+
+    assert scores.sums() == [float(row.double().sum()) for row in rows]
+    assert [score.greedy for score in scores] == [len(row) > 3 for row in rows]
+    assert all(score.logprobs.equal(row) for score, row in zip(scores, rows, strict=True))
+    assert Scores.of(scores) is scores
+    assert [score.greedy for score in scores[-2:]] == [scores[len(rows) - 2].greedy, scores[-1].greedy]
+    assert Scores.of([]).sums() == []

@@ -151,6 +151,7 @@ class TransformersRunner(FromHidden):
             destroyed=self.destroyed,
             exact_prefill=self.scoring == "prefill_exact",
             ring=impl == "reference",
+            width=self.model.config.get_text_config(decoder=True).hidden_size,
         )
         loaded = self.loaded
         self._clock = Clock(self.device)
@@ -161,7 +162,7 @@ class TransformersRunner(FromHidden):
         graphed = not waits(self.scheme, impl) and self.device.type == "cuda" and one and not self._forward.alone
         self._generator = Generator(self._passes, self.tokenizer, graphed)
 
-    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> Sequence[Score]:
         """One Score a request, in the order of the requests. Shared prefixes are computed once.
 
         Raises:

@@ -119,8 +119,10 @@ def _attended(
     if (observer := _observer.get()) is not None:
         observer(module.layer_idx, queries, keys, values, positions, scaling)
     outs = []
-    sizes = [len(part.batch.slot_mapping) for part in parts]
-    rows = (x.split(sizes) for x in (queries, keys, values, positions))
+    rows: Any = ([x] for x in (queries, keys, values, positions))
+    if len(parts) > 1:
+        sizes = [len(part.batch.slot_mapping) for part in parts]
+        rows = (x.split(sizes) for x in (queries, keys, values, positions))
     for part, q, k, v, own in zip(parts, *rows, strict=True):
         batch = part.batch
         # looked up once a pass; kernels skip by themselves

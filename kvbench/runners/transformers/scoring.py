@@ -15,14 +15,14 @@ from torch import Tensor
 
 from kvbench.cache import on_device
 from kvbench.cache.ranges import Grouped, Ints, ranges, starts_of
-from kvbench.runners.base import Progress, Score, ScoreRequest
+from kvbench.runners.base import Progress, Score, ScoreRequest, Scores
 from kvbench.runners.transformers.forward import Forward
 from kvbench.runners.transformers.passes import Passes
 from kvbench.runners.transformers.prefix import Flat, Tree, unshared
 from kvbench.runners.transformers.schedule import Chunks
 
 
-def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress | None) -> list[Score]:
+def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress | None) -> Sequence[Score]:
     """One Score a request, in the order of the requests."""
     if not requests:
         return []
@@ -49,8 +49,8 @@ def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress |
         done += ended
         if progress is not None and ended:
             progress(done, len(requests))
-    greedy = np.logical_and.reduceat(likeliest.cpu().numpy(), starts_of(counts)).tolist()
-    return list(map(Score, values.cpu().split(counts.tolist()), greedy))
+    greedy = np.logical_and.reduceat(likeliest.cpu().numpy(), starts_of(counts))
+    return Scores(values.cpu(), counts, greedy)
 
 
 def hidden_states(
