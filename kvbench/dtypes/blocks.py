@@ -119,12 +119,16 @@ class Q8(Blocks):
 
 
 @dataclass(frozen=True)
-class Q4(Blocks):
-    """The value of the largest magnitude becomes -8, whatever its sign, so the other end is 7; halves round up."""
+class QMiddle(Blocks):
+    """The value of the largest magnitude becomes the lowest code's, whatever its sign; halves round up.
+
+    Of 4 bits that is -8, so the other end is 7.
+    """
 
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
-        scale = farthest(blocks) / -8
-        return (blocks * inverse(scale) + 8.5).clamp(max=15).to(torch.uint8), scale
+        middle = 1 << (self.code_bits - 1)
+        scale = farthest(blocks) / -middle
+        return (blocks * inverse(scale) + (middle + 0.5)).clamp(max=2 * middle - 1).to(torch.uint8), scale
 
 
 @dataclass(frozen=True)
@@ -175,5 +179,6 @@ _GGML = "llama.cpp's cache type, ggml-quants.c of https://github.com/ggml-org/gg
 q8_0 = Q8("q8_0", 8, Affine("none"), "per_group", _GGML, group_size=32)
 q5_1 = QMinimum("q5_1", 5, Affine("minimum"), "per_group", _GGML, group_size=32)
 q4_1 = QMinimum("q4_1", 4, Affine("minimum"), "per_group", _GGML, group_size=32)
-q4_0 = Q4("q4_0", 4, Codebook(tuple(map(float, range(-8, 8)))), "per_group", _GGML, group_size=32)
+q5_0 = QMiddle("q5_0", 5, Codebook(tuple(map(float, range(-16, 16)))), "per_group", _GGML, group_size=32)
+q4_0 = QMiddle("q4_0", 4, Codebook(tuple(map(float, range(-8, 8)))), "per_group", _GGML, group_size=32)
 iq4_nl = Iq4("iq4_nl", 4, Codebook(IQ4_NL), "per_group", _GGML, group_size=32)

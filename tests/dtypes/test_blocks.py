@@ -19,7 +19,7 @@ from kvbench.schemes import Scheme
 F = np.float32
 BLOCKS = [name for name, dtype in all_dtypes().items() if type(dtype).__module__ == Blocks.__module__]
 GGML = [name for name in BLOCKS if hasattr(gguf.GGMLQuantizationType, name.upper())]  # gguf reads them
-INTEGERS = ["q8_0", "q5_1", "q4_1", "q4_0"]  # and writes these, byte for byte
+INTEGERS = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]  # and writes these, byte for byte
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
@@ -52,7 +52,7 @@ def ggml_bytes(name: str, codes: torch.Tensor, scale: torch.Tensor) -> np.ndarra
     low = (codes[..., :half] & 15 | (codes[..., half:] & 15) << 4).astype(np.uint8)  # of a block's halves side by side
     if name == "q8_0":
         parts = [numbers, codes.astype(np.int8).view(np.uint8)]
-    elif name == "q5_1":
+    elif name in ("q5_1", "q5_0"):
         parts = [numbers, np.packbits((codes >> 4).astype(np.uint8), axis=-1, bitorder="little"), low]
     elif name == "nvfp4":  # four blocks together, their scales first
         parts = [x.reshape(len(codes), -1, 4 * x.shape[-1]) for x in (numbers, low)]
@@ -221,6 +221,7 @@ def test_e2m1_by_hand():
         ("nvfp4", 4 + 8 / 16, 16),
         ("q8_0", 8 + 16 / 32, 32),
         ("q5_1", 5 + 32 / 32, 32),
+        ("q5_0", 5 + 16 / 32, 32),
         ("q4_1", 4 + 32 / 32, 32),
         ("q4_0", 4 + 16 / 32, 32),
         ("iq4_nl", 4 + 16 / 32, 32),
