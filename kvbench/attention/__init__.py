@@ -154,6 +154,11 @@ def attend(
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter). They read a trellis decoded to
     float16: the pages of a pass, a layer at a time.
     """
+    if sinks is not None and any("offset" in params for params in cache.values[layer].params):
+        raise ValueError(
+            f"values centred ({cache.values[layer].side.name}) under sink logits, which take part of a query's weight, "
+            "would give outputs short of that part of the mean: leave center_constant out of the values"
+        )
     if impl == "triton":
         from kvbench.attention import triton
 

@@ -26,7 +26,7 @@ from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
 from kvbench.transforms import Transform
-from kvbench.transforms.base import POSITIONS
+from kvbench.transforms.base import POSITIONS, grouped
 
 MULTIPLE = 64  # a head_dim for which to ask whether a transform has a form for kernels
 
@@ -97,6 +97,11 @@ def attend(
         center=center(keys),
         rank=rank(keys),
     )
+    if any(values.params):  # they are centred, which the kernels don't undo
+        lowered = values.side.lower(values.head_dim, values.params)
+        assert lowered is not None, "`lacking` refuses it"
+        assert lowered.offset is not None, "nothing else learns of values"
+        out = (out.to(torch.float32) + grouped(lowered.offset, out.shape[1])).to(out.dtype)
     return out
 
 
@@ -174,6 +179,8 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
         for side in scheme.all_sides:
             turn(side, MULTIPLE, device)
         for value in (scheme.value, *(layer.value for layer in scheme.layers)):
+            if value is not None and value.learns and not decoded(value.dtype):
+                raise ValueError(f"no kernel centres values as {value.dtype.name}; the reference does")
             if value is not None and isinstance(value.dtype.decode, Tiers):
                 raise ValueError(f"no kernel reads values as {value.dtype.name}, which is for keys; the reference does")
         own = [(one.key or scheme.key, one.value or scheme.value) for one in scheme.layers]

@@ -152,7 +152,7 @@ class Transform:
         return None
 
     def undo(self, o: Tensor, params: Params) -> Tensor:
-        """[T, HQ, D] outputs as values without the transform would give them, in o's dtype."""
+        """[T, HQ, D] outputs, of weights that sum to one, as untransformed values would give them; o's dtype."""
         return o
 
     def lower(self, head_dim: int, params: Params = NOTHING) -> Lowered | None:

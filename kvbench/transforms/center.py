@@ -3,6 +3,8 @@
 Softmax does not see a constant added to all keys: q·(k - μ) = q·k - q·μ, and q·μ is the same for every key. But RoPE
 turns a bias with the position, so a mean over all positions ages; the mean of a page's own positions does not, and
 costs one more score a page: q·μ[page], added to the scores of that page's keys.
+
+Values may be centred too: weights that sum to one give the mean back, Σp (v - μ) + μ.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ from kvbench.transforms.base import NOTHING, POSITIONS, Lowered, Params, Sample,
 
 @dataclass(frozen=True)
 class CenterConstant(Transform):
-    """The mean of a key channel over all positions of the calibration text, after RoPE.
+    """The mean of a channel over all positions of the calibration text: of keys after RoPE, or of values.
 
     Learned: offset [1, HKV, D] float32.
     """
 
-    keys_only: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     turns: ClassVar[bool] = True
 
@@ -41,6 +42,9 @@ class CenterConstant(Transform):
     def score(self, q: Tensor, params: Params) -> Tensor:
         return torch.einsum("thd,phd->thp", q, grouped(params["offset"].to(q.dtype), q.shape[1]))
 
+    def undo(self, o: Tensor, params: Params) -> Tensor:
+        return o + grouped(params["offset"].to(o), o.shape[1])
+
     def lower(self, head_dim: int, params: Params = NOTHING) -> Lowered:
         offset = params.get("offset", torch.zeros(1, 1, head_dim))
         return Lowered(offset=offset[0] if len(offset) == 1 else offset)
@@ -54,6 +58,8 @@ class Center(CenterConstant):
     with the length), or where the calibration text's keys lie nearer their constant mean, that is taken.
     Learned: offset [pages, HKV, D] float32, or [1, HKV, D].
     """
+
+    keys_only: ClassVar[bool] = True
 
     def learn(self, sample: Sample) -> Params:
         constant = super().learn(sample)

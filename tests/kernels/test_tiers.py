@@ -31,7 +31,9 @@ def learned(scheme, head_dim, generator):
         torch.randn(HQ, head_dim, generator=generator)
     )
     sample = Sample(keys, queries, positions, turn, 512)
-    return [(scheme.key.learn(sample), ({},) * len(scheme.value.transforms))], bias, spread
+    values = Sample(1 + torch.randn(256, HKV, head_dim, generator=generator), None, positions, None, 512)
+    of_values = scheme.value.learn(values) if scheme.value.learns else scheme.value.unlearned
+    return [(scheme.key.learn(sample), of_values)], bias, spread
 
 
 class Case:
@@ -197,6 +199,7 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("int8", "int8", "center+rank:none", "", 64, {}),
         # a trellis is read in a copy of 16 bits
         ("tcq4321", "tcq2", "center+rank_far:randomized_hadamard", "+w64s4", 64, {}),
+        ("tcq4321", "tcq2", "center+rank:center_constant+randomized_hadamard", "", 64, {"sliding_window": 40}),
         ("tcq3", "midrise2", "center+randomized_hadamard:hadamard", "", 64, {"sliding_window": 40}),
     ],
     ids=str,

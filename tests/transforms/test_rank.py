@@ -75,18 +75,41 @@ def test_values_cannot_have_it():
 
 def test_far_ranks_channels_as_they_are_at_all_positions():
     """
-    Keys that fill one channel of a slow pair at the first positions fill the other later: each one's spread is the root
-    of its mean square over the model's positions; where the rotary embedding is not known, over the text's.
+    Keys that fill one channel of a slow pair at first fill the other later: the order is E[q²]·E[k²]'s over
+    the model's positions, and spreads are the deviations there, or up to a third more where those differ by position;
+    without a known rotary embedding both are of the text's.
     """
-    far, tokens, length = all_transforms()["rank_far"], 104, 3000
+    far, tokens, length = all_transforms()["rank_far"], 2004, 3000
     rope = Rope(10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM))
-    bare = sample().keys[:tokens].double() + torch.tensor([2.0] * 8 + [0.0] * 8, dtype=torch.float64)
+    wide = torch.tensor([4.0, 3, 2, 1] * 2 + [1.0] * 8, dtype=torch.float64)
+    bare, bare_queries = torch.randn(tokens, HKV, HEAD_DIM).double() * wide, torch.randn(tokens, HQ, HEAD_DIM).double()
     at = torch.arange(tokens)
-    given = Sample(rope.turn(bare, at), sample().queries[:tokens], at, rope, length)
-    squares = [rope.turn(bare[4:], torch.full((tokens - 4,), position)).square().mean(0) for position in range(length)]
+    given = Sample(rope.turn(bare, at), rope.turn(bare_queries, at), at, rope, length)
+    squares = [
+        [rope.turn(x[4:], torch.full((tokens - 4,), position)).square().mean(0) for position in range(0, length, 10)]
+        for x in (bare, bare_queries)
+    ]
+    keys, queries = (torch.stack(several).mean(0) for several in squares)
 
     params = far.learn(given)
 
-    spread = torch.stack(squares).mean(0).sqrt().gather(-1, params["order"])
-    assert_close(params["spread"].double(), spread, rtol=1e-6, atol=0)
+    weight = (keys * queries.view(HKV, -1, HEAD_DIM).mean(1)).gather(-1, params["order"])
+    assert bool((weight.diff(dim=-1) < 1e-3 * weight[:, :1]).all())
+    ratio = params["spread"].double() / keys.sqrt().gather(-1, params["order"])
+    assert float(ratio.min()) > 0.95
+    assert float(ratio.max()) < 1.35
     assert torch.equal(far.learn(replace(given, rope=None))["order"], RANK.learn(given)["order"])
+
+
+def test_far_makes_room_for_rare_large_keys():
+    """
+    A channel that is 20 times as wide in one token of a hundred has twice the spread that its mean square gives it.
+    """
+    given = sample()
+    given.keys[::100, :, 5] *= 20
+
+    far, near = (all_transforms()[name].learn(given) for name in ("rank_far", "rank"))
+
+    for head in range(HKV):
+        wide, narrow = (float(x["spread"][head][x["order"][head] == 5]) for x in (far, near))
+        assert wide > 2 * narrow
