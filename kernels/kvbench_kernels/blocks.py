@@ -418,7 +418,7 @@ def _decode_blocks_kernel(
         token = tile + n
         visible = token < end
         if HAS_WINDOW or EXACT > 0:
-            visible = visible & (token >= first)
+            visible = (token - first).to(tl.uint32) < (tl.maximum(end, first) - first).to(tl.uint32)
         if CENTER == 2:
             tile_center = tl.load(center_at + tile // CENTER_PAGE * BLOCK_G)
         if CENTER == 1:

@@ -318,17 +318,11 @@ def _decode_kernel(
     page = tl.load(table + tl.minimum(start + at, last) // S)
 
     if ASSEMBLY and S % BLOCK_N == 0:
-        # the first tile is on its way before the loop asks for it; where centres come first, three of them
-        for i in tl.static_range(3 if CENTER == 2 else 1):
-            ahead = tl.minimum(start + i * BLOCK_N, last // BLOCK_N * BLOCK_N)
-            if i > 0:
-                base = tl.load(table + ahead // S).to(tl.int64)
-            else:
-                base = page.to(tl.int64)
-            base = (base * HKV + kv_head) * S + ahead % S
-            _prefetch_tile(
-                k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, base, K_WORDS, V_WORDS, K_SCALE == 1, V_SCALE == 1, BLOCK_N
-            )
+        # the first tile is on its way before the loop asks for it
+        base = (page.to(tl.int64) * HKV + kv_head) * S + start % S
+        _prefetch_tile(
+            k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, base, K_WORDS, V_WORDS, K_SCALE == 1, V_SCALE == 1, BLOCK_N
+        )
 
     # the group's queries divided by a power of two, so that they fit into 16 bits whatever their magnitude
     if TURN_QUERIES:
@@ -348,7 +342,6 @@ def _decode_kernel(
         is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == own[:, None])
         for stream in tl.static_range(K_STREAMS):
             turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
-        # words are not loaded in the other order: Triton takes such addresses for aligned ones that follow each other
         ordered = turned
     peak = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     for stream in tl.static_range(K_STREAMS):
@@ -466,7 +459,9 @@ def _decode_kernel(
         token = tile + n
         visible = token < end
         if HAS_WINDOW or EXACT > 0:
-            visible = visible & (token >= first)
+            # by one comparison, for a second takes instructions and registers for every token: what lies before `first`
+            # is a large number without its sign
+            visible = (token - first).to(tl.uint32) < (tl.maximum(end, first) - first).to(tl.uint32)
         if CENTER == 2:
             # through the tiles' pipeline: a plain load, even a tile ahead, is waited for together with shared memory
             tile_center = tl.load(center_at + tile // CENTER_PAGE * COLUMNS)

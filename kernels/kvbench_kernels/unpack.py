@@ -175,7 +175,7 @@ def _unpack_plain(words, step, STREAM: tl.constexpr, KIND: tl.constexpr, BITS: t
     elif KIND == SIGNED:
         value = ((code ^ 0x80) - 0x80).to(tl.float32)
     elif KIND == BLOCK_E2M1:
-        return (((code & 8) << 12) | ((code & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
+        value = (((code & 8) << 12) | ((code & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
     elif KIND == UNSIGNED or KIND == BLOCK_MIDDLE:
         value = (code - (1 << (BITS - 1))).to(tl.float32)
     elif KIND == SYMMETRIC4:

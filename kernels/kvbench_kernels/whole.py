@@ -8,7 +8,7 @@ number of its group: upper and lower byte are multiplied apart, and 256 times th
 import triton
 import triton.language as tl
 
-from kvbench_kernels.tiles import together
+from kvbench_kernels.tiles import nearest, together
 
 # a query's part of its group's power of two in whole numbers: below 2 they are within two bytes
 WHOLE_ONE = tl.constexpr(127.0 * 128)
@@ -156,10 +156,10 @@ def whole_queries(turned, q_inverse, LANES: tl.constexpr):
     even = _in_order(together((turned[0], turned[2], turned[4], turned[6])), LANES)
     odd = _in_order(together((turned[1], turned[3], turned[5], turned[7])), LANES)
     return (
-        _two_bytes(even[0], q_inverse),
-        _two_bytes(odd[0], q_inverse),
-        _two_bytes(even[1], q_inverse),
-        _two_bytes(odd[1], q_inverse),
+        _two_bytes(even[0], q_inverse, LANES),
+        _two_bytes(odd[0], q_inverse, LANES),
+        _two_bytes(even[1], q_inverse, LANES),
+        _two_bytes(odd[1], q_inverse, LANES),
     )
 
 
@@ -176,10 +176,15 @@ def _in_order(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def _two_bytes(x, q_inverse):
+def _two_bytes(x, q_inverse, LANES: tl.constexpr):
     q = tl.trans(tl.reshape(x, [x.shape[0], 4 * x.shape[1]])) * (q_inverse * WHOLE_ONE)
-    # the addition of 1.5·2^23 rounds
-    q = (q + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    if LANES:
+        # the addition of 1.5·2^23 rounds
+        q = (q + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    else:
+        # these pass through shared memory byte by byte, and where a byte of a sum's bits is stored, ptxas converts the
+        # sum: every lower part would be 255
+        q = nearest(q).to(tl.int32)
     upper = (q + 128) >> 8
     return upper.to(tl.int8), (q - (upper << 8)).to(tl.int8)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Cast, Dtype, Rows, mark_broken
+from kvbench.dtypes.base import Cast, Dtype, Rows, mark_broken, over
 
 E4M3_MAX = 448.0
 SMALLEST_SCALE = 1e-6
@@ -30,7 +30,7 @@ class Fp8PerTensor(Dtype):
 
     def calibrate(self, x: Tensor) -> Tensor:
         """The scalar float32 scale that maps the largest magnitude of x to 448."""
-        return (x.to(torch.float32).abs().amax() / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+        return over(x.to(torch.float32).abs().amax(), E4M3_MAX).clamp_min(SMALLEST_SCALE)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Fp8PerTokenHead(Dtype):
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         x = x.to(torch.float32)
-        scale = (x.abs().amax(-1) / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+        scale = over(x.abs().amax(-1), E4M3_MAX).clamp_min(SMALLEST_SCALE)
         scaled = (x * (1 / scale).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
         scaled, scale = mark_broken(scaled, scale)
         return Rows(scaled.to(torch.float8_e4m3fn).view(torch.uint8), scale)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Codebook, Dtype, Rows, mark_broken
+from kvbench.dtypes.base import Codebook, Dtype, Rows, mark_broken, over
 
 THRESHOLD = 0.9816
 CENTROIDS = (-1.5104, -0.4528, 0.4528, 1.5104)
@@ -51,7 +51,7 @@ class Int2PerTokenHead(Dtype):
         root = math.sqrt(x.shape[-1])
         z = x * (root / norm).unsqueeze(-1)
         codes = (z > -THRESHOLD).to(torch.uint8) + (z >= 0) + (z > THRESHOLD)
-        codes, scale = mark_broken(codes, norm / root)
+        codes, scale = mark_broken(codes, over(norm, root))
         return Rows(self.pack(codes), (scale / shrink).clamp(max=torch.finfo(torch.float32).max))
 
 

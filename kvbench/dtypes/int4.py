@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Dtype, Rows, mark_broken, round_half_away
+from kvbench.dtypes.base import Affine, Dtype, Rows, mark_broken, over, round_half_away
 
 SMALLEST_SCALE = 1e-6
 
@@ -25,7 +25,7 @@ class IntPerTokenHead(Dtype):
         x = x.to(torch.float32)
         low, high = x.amin(-1), x.amax(-1)
         levels = (1 << self.code_bits) - 1
-        scale = ((high - low) / levels).clamp_min(SMALLEST_SCALE)
+        scale = over(high - low, levels).clamp_min(SMALLEST_SCALE)
         zero = round_half_away(-low / scale).clamp(0, levels)
         codes = round_half_away(x / scale.unsqueeze(-1) + zero.unsqueeze(-1)).clamp(0, levels)
         codes, scale = mark_broken(codes, scale)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Dtype, Rows, mark_broken, round_half_away
+from kvbench.dtypes.base import Affine, Dtype, Rows, mark_broken, over, round_half_away
 
 SMALLEST_SCALE = 1e-6
 
@@ -18,7 +18,7 @@ class Int8PerTokenHead(Dtype):
 
     def quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Rows:
         x = x.to(torch.float32)
-        scale = (x.abs().amax(-1) / 127).clamp_min(SMALLEST_SCALE)
+        scale = over(x.abs().amax(-1), 127).clamp_min(SMALLEST_SCALE)
         codes = round_half_away(x * (1 / scale).unsqueeze(-1)).clamp(-128, 127)
         codes, scale = mark_broken(codes, scale)
         return Rows(self.pack(codes.to(torch.int8)), scale)

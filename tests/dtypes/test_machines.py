@@ -50,7 +50,7 @@ def test_a_broken_row_has_one_pattern(dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with a CPU")
-@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.scale_storage is not None], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.granularity != "none"], ids=lambda d: d.name)
 def test_a_gpu_writes_the_same_bytes(dtype):
     """
     Quotients, roundings, sums and broken rows are those of a CPU, and the values too.
