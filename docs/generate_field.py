@@ -118,7 +118,9 @@ def answers() -> str:
             row = compared.get((model, "needle", "acc", *place(scheme)))
             sign = SIGNS.get(row.verdict or "", "") if row else ""
             cells.append(f"{round(metric['value'] * metric['n'])}/{metric['n']}{sign}" if metric else ABSENT)
-        rows.append([name, *cells, *_gsm8k(scheme)])
+        cells += _gsm8k(scheme)
+        if {*cells} != {ABSENT}:
+            rows.append([name, *cells])
     return table(["scheme", *(f"needles: {model}" for model in MODELS), "GSM8K: Qwen", "points beside 16 bits"], rows)
 
 
