@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,8 @@ LAYERS = {"field": ((2, 128),) * 28, "field-cpu": ((4, 64),)}  # of the 1.5B, an
 CONTEXTS = {"1k": 1024, "8k": 8192, "32k": 32768}
 SIGNS = {"WORSE": " **▼**", "EQUIVALENT": " =", "INCONCLUSIVE": " ?", "BETTER": " **▲**"}
 ABSENT = "–"
+# where a scheme was asked GSM8K: with the field, all questions with the presets, or, destroyed, the first alone
+ASKED = (("field", "gsm8k"), ("schemes", "gsm8k"), ("field", "gsm8k-50"))
 CPU_METRICS = ("kld", "kld@512-1024", "ppl_ratio", "same_top")
 
 Place = tuple[str, str]  # dtype and rotation, as records have them
@@ -61,9 +63,9 @@ def records(folder: str) -> dict[tuple[str, str, str, str], dict[str, Any]]:
 
 
 @cache
-def comparisons() -> dict[tuple[str, str, str, str, str], Comparison]:
-    """By model, task, metric, dtype and rotation: the field's rows of `kvbench compare`."""
-    rows = compare(read(ROOT / "results" / "field")).rows
+def comparisons(folder: str) -> dict[tuple[str, str, str, str, str], Comparison]:
+    """By model, task, metric, dtype and rotation: a run's rows of `kvbench compare`."""
+    rows = compare(read(ROOT / "results" / folder)).rows
     return {(row.model, row.task, row.metric, row.dtype, row.rotation): row for row in rows}
 
 
@@ -109,7 +111,7 @@ def on_three_models() -> str:
 
 def answers() -> str:
     """Needles that were found, GSM8K's share of right answers, and what 16 bits gain or lose beside it."""
-    found, compared = records("field"), comparisons()
+    found, compared = records("field"), comparisons("field")
     rows = []
     for name, scheme in {"`fp16`": Scheme.parse("fp16"), **schemes()}.items():
         cells = []
@@ -124,21 +126,17 @@ def answers() -> str:
     return table(["scheme", *(f"needles: {model}" for model in MODELS), "GSM8K: Qwen", "points beside 16 bits"], rows)
 
 
-def _gsm8k(scheme: Scheme) -> Iterator[str]:
-    score = "exact_match,strict-match"
-    for task in ("gsm8k", "gsm8k-50"):  # what is destroyed answers the first questions alone
-        at = (MODELS["Qwen"], task, *place(scheme))
-        if (metrics := records("field").get(at)) is None:
+def _gsm8k(scheme: Scheme) -> tuple[str, str]:
+    score, model = "exact_match,strict-match", MODELS["Qwen"]
+    for folder, task in ASKED:
+        if (metrics := records(folder).get((model, task, *place(scheme)))) is None:
             continue
-        metric, row = metrics[score], comparisons().get((at[0], task, score, *place(scheme)))
-        sign = SIGNS.get(row.verdict or "", "") if row else ""
-        yield f"{100 * metric['value']:.1f} % of {metric['n']}{sign}"
+        metric, row = metrics[score], comparisons(folder).get((model, task, score, *place(scheme)))
+        share = f"{100 * metric['value']:.1f} % of {metric['n']}{SIGNS.get(row.verdict or '', '') if row else ''}"
         if row is None or row.ci_low is None or row.ci_high is None or row.difference is None:
-            yield ABSENT
-        else:
-            yield f"{_signed(row.difference)} ({_signed(row.ci_low)} to {_signed(row.ci_high)})"
-        return
-    yield from (ABSENT, ABSENT)
+            return share, ABSENT
+        return share, f"{_signed(row.difference)} ({_signed(row.ci_low)} to {_signed(row.ci_high)})"
+    return ABSENT, ABSENT
 
 
 def _signed(share: float) -> str:
