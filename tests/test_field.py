@@ -135,3 +135,35 @@ def test_gemma_is_the_hard_one():
     low = sorted((kld, label) for label, (_, bits, kld) in of_all("Gemma").items() if bits < 6)
     assert low[0][0] >= 0.009
     assert {label for _, label in low[:2]} == {"`kivi4`", "`tcq4_centered_window`"}
+
+
+def test_what_is_derived_on_a_cpu_is_measured():
+    """
+    What a tail costs in bits and is worth, what a rotation takes off, and how much nearer integers of 8 bits lie.
+    """
+    prose = section("One model on a CPU, with rotations")
+
+    def kld(label):
+        return metric("field-cpu", "smollm2-135m-instruct", "divergence", label, "kld")
+
+    assert "At 8192 tokens the tail costs a quarter to three eighths of a bit for that, at 1024 two to three" in prose
+    tailed = [of_label(f"`{name}`") for name in ("kivi4", "skvq4", "int4_centered_window", "tcq4_centered_window")]
+    for scheme in tailed:
+        short, long, _ = (float(bits) - scheme.bits_per_value(64) for bits in made()["bits"](scheme, "field-cpu"))
+        assert 0.25 <= long < 0.385
+        assert 2 <= short < 3.1
+
+    assert "none without comes nearer than `int4_centered`" in prose
+    without = [
+        kld(label)
+        for label, scheme in made()["schemes"]().items()
+        if scheme.window is None and 4 <= scheme.bits_per_value(64) <= 5 and "llama" not in label
+    ]
+    assert min(without) == kld("`int4_centered`")
+
+    assert "takes a fifth (`q4_1`) to more than a half (`mxfp8`, `q8_0`) off" in prose
+    shares = {name: 1 - kld(f"`{name}`, Hadamard") / kld(f"`{name}`") for name in ("q4_1", "mxfp8", "q8_0", "q4_0")}
+    assert round(shares["q4_1"], 1) == 0.2 == round(min(shares.values()), 1)
+    assert min(shares["mxfp8"], shares["q8_0"]) > 0.5
+    assert "about ten times nearer than e4m3" in prose
+    assert 8 < kld("`fp8_per_token_head`") / kld("`int8_per_token_head`") < 12
