@@ -111,15 +111,9 @@ def on_three_models() -> str:
 
 def answers() -> str:
     """Needles that were found, GSM8K's share of right answers, and what 16 bits gain or lose beside it."""
-    found, compared = records("field"), comparisons("field")
     rows = []
     for name, scheme in {"`fp16`": Scheme.parse("fp16"), **schemes()}.items():
-        cells = []
-        for model in MODELS.values():
-            metric = found.get((model, "needle", *place(scheme)), {}).get("acc")
-            row = compared.get((model, "needle", "acc", *place(scheme)))
-            sign = SIGNS.get(row.verdict or "", "") if row else ""
-            cells.append(f"{round(metric['value'] * metric['n'])}/{metric['n']}{sign}" if metric else ABSENT)
+        cells = [_share("field", model, "needle", scheme) for model in MODELS.values()]
         cells += _gsm8k(scheme)
         if {*cells} != {ABSENT}:
             rows.append([name, *cells])
@@ -142,6 +136,32 @@ def _gsm8k(scheme: Scheme) -> tuple[str, str]:
 def _signed(share: float) -> str:
     points = f"{100 * share:+.1f}"
     return "0.0" if float(points) == 0 else points.replace("-", "−")
+
+
+def presets() -> str:
+    """LAMBADA's accuracy and the needles found of 80, of each scheme of configs/schemes.yaml on each model."""
+    listed = yaml.safe_load((ROOT / "configs" / "schemes.yaml").read_text(encoding="utf-8"))["schemes"]
+    rows = []
+    for spec in listed:
+        scheme = Scheme.of(spec)
+        name = f"`{spec}`" if isinstance(spec, str) else "the same, one mean for all positions"
+        cells = [
+            _share("schemes", model, task, scheme) for task in ("lambada_openai", "needle") for model in MODELS.values()
+        ]
+        rows.append([name, *cells])
+    return table(["scheme", *(f"LAMBADA: {model}" for model in MODELS), *(f"needles: {one}" for one in MODELS)], rows)
+
+
+def _share(folder: str, model: str, task: str, scheme: Scheme) -> str:
+    """A share of right answers with its verdict: of needles the numbers, of others percent."""
+    metrics = records(folder).get((model, task, *place(scheme)))
+    if metrics is None:
+        return ABSENT
+    metric, row = metrics["acc"], comparisons(folder).get((model, task, "acc", *place(scheme)))
+    sign = SIGNS.get(row.verdict or "", "") if row else ""
+    if task == "needle":
+        return f"{round(metric['value'] * metric['n'])}/{metric['n']}{sign}"
+    return f"{100 * metric['value']:.1f} %{sign}"
 
 
 def on_a_cpu() -> str:
@@ -311,7 +331,7 @@ def claims() -> str:
     return table(["claim", "their figures", "here", *MODELS, "holds on", "besides"], rows, last=":---")
 
 
-TABLES = {"three models": on_three_models, "answers": answers, "claims": claims, "a cpu": on_a_cpu}
+TABLES = {"three models": on_three_models, "answers": answers, "presets": presets, "claims": claims, "a cpu": on_a_cpu}
 
 
 def page() -> str:
