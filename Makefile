@@ -89,6 +89,7 @@ docs: env
 	$(BIN)/python docs/generate_yaml.py
 	$(BIN)/python docs/generate_picture.py
 	$(BIN)/python docs/generate_field.py
+	$(BIN)/python docs/generate_two_bits.py
 
 pages: env
 	$(BIN)/python docs/generate_pages.py
