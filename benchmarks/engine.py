@@ -1,8 +1,9 @@
 """Seconds of whole tasks on one GPU: kvbench's cells against lm-eval's HFLM on the same model in the same run.
 
-HFLM is at batch 64 (128 for gsm8k) with torch's SDPA, under lm-eval as it is: templates are compiled for each document.
-It runs a task first, so it loads it and makes its prompts, which kvbench's cells find made, as all but the first of a
-sweep do. A cell runs four times: the first compiles kernels and makes tokens, and of the others the median counts.
+HFLM is at batch 64 (128 for gsm8k), or at each of `--batch-size`, of which the fastest counts, with torch's SDPA, under
+lm-eval as it is: templates are compiled for each document. It runs a task first, so it loads it and makes its prompts,
+which kvbench's cells find made, as all but the first of a sweep do. A cell runs four times: the first compiles kernels
+and makes tokens, and of the others the median counts.
 "in the model" leaves out lm-eval's own work: prompts, metrics, bootstrap. How near the scores are is for
 benchmarks/parity.py. The data is the offline mirror's (`--data`, or KVBENCH_DATA).
 """
@@ -30,6 +31,7 @@ from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.session import clear_garbage
 from kvbench.tasks import RunContext, make_task
+from kvbench.tasks.lm_eval import _load
 from kvbench.tasks.runner_lm import RunnerLM
 
 TASKS: tuple[tuple[dict[str, Any], int], ...] = (
@@ -85,13 +87,17 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     names = [str(spec["task"]) for spec, _ in TASKS]
     parser.add_argument("--task", action="append", choices=names, help="all four when not given; repeatable")
+    parser.add_argument("--cell", action="append", choices=SCHEMES, help="all when not given; the first is compared")
+    parser.add_argument("--batch-size", action="append", type=int, help="HFLM's; repeatable")
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     options = parser.parse_args()
     if options.data is None:
         sys.exit("error: no data: name the offline mirror's folder with --data or KVBENCH_DATA")
     if not torch.cuda.is_available():
         sys.exit("error: no GPU: benchmarks/scoring.py is the one for CPUs")
-    tasks = [f"--task {name}" for name in options.task or ()]
+    asked = [f"--{name} {value}" for name in ("task", "cell") for value in getattr(options, name) or ()]
+    asked += [f"--batch-size {size}" for size in options.batch_size or ()]
+    asked += [f"--model {options.model}"]
     logging.disable(logging.WARNING)
     source = catalog.resolve(options.model)
     rows: list[dict[str, Any]] = []
@@ -111,16 +117,20 @@ def main() -> None:
     sdpa.truncated = 0  # what our own model class counts
     for spec, batch_size in (one for one in TASKS if one[0]["task"] in (options.task or names)):
         task = make_task(spec, options.data)
-        loaded.model.set_attn_implementation("sdpa")
-        sdpa.batch_size_per_gpu = batch_size
-        with (
-            mock.patch("kvbench.tasks.runner_lm.RunnerLM", return_value=sdpa),
-            mock.patch("kvbench.tasks.lm_eval._compiled_once", nullcontext),
-        ):
-            theirs = run(task, runner_of(loaded, "auto"), HFLM)
-        show(task=task.name, cell=f"HFLM batch {batch_size}", **theirs)
+        theirs: dict[str, Any] = {}
+        for size in options.batch_size or [batch_size]:
+            loaded.model.set_attn_implementation("sdpa")
+            sdpa.batch_size_per_gpu = size
+            _load.cache_clear()  # each loads the task and makes its prompts
+            with (
+                mock.patch("kvbench.tasks.runner_lm.RunnerLM", return_value=sdpa),
+                mock.patch("kvbench.tasks.lm_eval._compiled_once", nullcontext),
+            ):
+                own = run(task, runner_of(loaded, "auto"), HFLM)
+            show(task=task.name, cell=f"HFLM batch {size}", **own)
+            theirs = own if not theirs or own["seconds"] < theirs["seconds"] else theirs
         fp16: dict[str, Any] = {}
-        for scheme in SCHEMES:
+        for scheme in options.cell or SCHEMES:
             first, *others = (run(task, runner_of(loaded, scheme)) for _ in range(1 + REPEATS))
             middle = sorted(others, key=lambda row: row["seconds"])[REPEATS // 2]
             base = fp16 or theirs
@@ -135,7 +145,7 @@ def main() -> None:
             )
             fp16 = fp16 or middle
         if options.output:
-            environment = {**describe(), "command": " ".join(["benchmarks/engine.py", *tasks])}
+            environment = {**describe(), "command": " ".join(["benchmarks/engine.py", *asked])}
             options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
 
 
