@@ -115,13 +115,16 @@ def span(multiple: int) -> int:
     return min(16, multiple & -multiple)
 
 
-def rotate(x: Tensor, turn: Turn, *, back: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+def rotate(
+    x: Tensor, turn: Turn, *, back: bool = False, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """Queries [T, H, D] turned like stored keys, or (`back`) outputs turned back; float32 inside.
 
-    dtype: of the result; x's own when not given.
+    dtype: of the result; x's own when not given. out: where it goes, contiguous; may be x itself.
     """
     tokens, heads, head_dim = x.shape
-    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     block_r = 16
     _rotate_kernel[(triton.cdiv(tokens * heads, block_r),)](
         x,

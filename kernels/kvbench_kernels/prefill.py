@@ -787,12 +787,10 @@ def prefill(
         units = torch.empty(shape, dtype=torch.float32, device=q.device)
         values = torch.empty(*shape[:-1], length, head_dim, dtype=torch.float16, device=q.device)
         turns = (page_table, seq_lens, k_turn, v_turn)
-        target = out
         if in_blocks:
             # their rows stay turned
             if k_turn.block > 1:
                 q = rotate(q, k_turn, dtype=torch.float32)
-            target = torch.empty_like(out) if v_turn.block > 1 else out
             turns = (page_table, seq_lens, Turn(), Turn())
             spread_blocks(
                 k, v, page_table, seq_lens, query_starts, values[:, 0], units[:, 0],
@@ -822,7 +820,6 @@ def prefill(
         bits = (k.layout.bits, v.layout.bits)
         if k_turn.block > 1:
             q = rotate(q, k_turn, dtype=torch.float32)
-        target = torch.empty_like(out) if v_turn.block > 1 else out
     _prefill_kernel[(tokens // block_t + seq_lens.shape[0], kv_heads)](
         q,
         k_tensor,
@@ -835,7 +832,7 @@ def prefill(
         alibi_slopes,
         qq_bias,
         sinks,
-        target,
+        out,
         seq_lens.shape[0],
         scale,
         softcap,
@@ -876,5 +873,5 @@ def prefill(
         CENTER_PAGE=64 if center is None else center.page,
         num_warps=tuning.warps,
     )
-    if target is not out:
-        out.copy_(rotate(target, v_turn, back=True))
+    if v_turn.block > 1 and (in_blocks or not spread):
+        rotate(out, v_turn, back=True, out=out)
