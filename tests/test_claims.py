@@ -230,6 +230,39 @@ def test_the_noise_of_keys_is_the_committed_one():
             assert float(text) == pytest.approx(value, abs=digits(text)[1])
 
 
+ENGINE = {
+    "ARC-Easy": ("engine-h100-2.json", "arc_easy"),
+    "PIQA": ("engine-h100-2.json", "piqa"),
+    "PIQA again": ("engine-h100-3.json", "piqa"),
+    "LAMBADA": ("engine-h100-3.json", "lambada_openai"),
+    "GSM8K": ("engine-h100-1.json", "gsm8k"),
+}
+
+
+def test_the_engines_times_beside_hflms_are_the_committed_ones():
+    """docs/method.md's seconds of whole tasks, those in the model and how often HFLM's are those of results/hflm."""
+    rows = table("docs/method.md", "| | HFLM | fp16 |")[1:]
+    assert [row[0] for row in rows] == list(ENGINE)
+    for name, *shown in rows:
+        file, task = ENGINE[name]
+        found = json.loads((ROOT / "results/hflm" / file).read_text(encoding="utf-8"))["rows"]
+        own = {row["cell"].partition(" batch")[0]: row for row in found if row["task"] == task}
+        own["HFLM"] = min(
+            (row for row in found if row["task"] == task and row["cell"].startswith("HFLM")),
+            key=lambda row: row["seconds"],
+        )
+        for text, cell in zip(shown, ("HFLM", "fp16", "int8", "int4", "int2"), strict=True):
+            if text == "–":
+                assert cell not in own
+                continue
+            seconds, model, times = re.fullmatch(r"([\d.]+) \(([\d.]+)\)(?:: ([\d.]+) ×)?", text).groups()
+            assert agrees(seconds, own[cell]["seconds"]), (name, cell)
+            assert agrees(model, own[cell]["model_seconds"]), (name, cell)
+            assert (times is not None) == (cell == "fp16")
+            if times:
+                assert agrees(times, own["HFLM"]["seconds"] / own["fp16"]["seconds"]), name
+
+
 def test_the_answers_beside_hflm_are_the_committed_ones():
     """docs/method.md's seconds, ratios and scores of GSM8K are those of results/hflm, its counts of texts too."""
     found = json.loads((ROOT / "results/hflm/answers-h100.json").read_text(encoding="utf-8"))
