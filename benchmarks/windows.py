@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from kvbench.environment import describe
 from kvbench.timing import load_requests, run
 
 GRID = Path(__file__).parents[1] / "configs" / "kernels-window.yaml"
@@ -26,7 +27,8 @@ def main() -> None:
         timings = run(request, lambda row: print(row["op"], row["dtype"], row["rotation"], row["gate"], row["us"]))
         rows += timings.rows
         if len(sys.argv) > 1:  # after each grid, so that a stop loses little
-            Path(sys.argv[1], "windows.json").write_text(json.dumps(rows, indent=1))
+            found = {"environment": describe(), "rows": rows}
+            Path(sys.argv[1], "windows.json").write_text(json.dumps(found, indent=1))
     plain = {(_place(row), row["dtype"]): row["us"] for row in rows if row["rotation"] == "hadamard"}
     print(f"\n{'op':8}{'batch × context':>16}  {'dtype':32}{'keys':18}{'µs':>8}{'µs plain':>10}{'more':>8}  gate")
     for row in rows:
