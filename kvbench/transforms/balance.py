@@ -43,6 +43,23 @@ class Balance(Transform):
 
 
 @dataclass(frozen=True)
+class BalanceFar(Balance):
+    """As `balance`, with both means over all of the model's positions, few of which the calibration text reaches.
+
+    Where the rotary embedding is not known, it is `balance`. Learned: forward, backward [HKV, D] float64.
+    """
+
+    def learn(self, sample: Sample) -> Params:
+        if sample.rope is None:
+            return super().learn(sample)
+        q, k = (sample.rope.mean_square(x, sample.positions, sample.max_length) for x in both(sample))
+        q = q.view(len(k), -1, k.shape[-1]).mean(1)
+        q, k = (x + (RIDGE * x.mean(-1, keepdim=True)).clamp_min(LEAST) for x in (q, k))
+        forward = (q / k) ** 0.25
+        return {"forward": forward, "backward": 1 / forward}
+
+
+@dataclass(frozen=True)
 class BalanceFull(Balance):
     """Keys times A = M^½, M the geometric mean of E[q qᵀ] and E[k kᵀ]⁻¹: M E[k kᵀ] M = E[q qᵀ].
 
@@ -92,4 +109,5 @@ _SOURCE = (
     "SmoothQuant's migration between two factors of a product, https://arxiv.org/abs/2211.10438, of queries and keys"
 )
 balance = Balance("balance", source=_SOURCE)
+balance_far = BalanceFar("balance_far", source=f"{_SOURCE}; RoPE, https://arxiv.org/abs/2104.09864")
 balance_full = BalanceFull("balance_full", source=f"{_SOURCE}; the matrix form")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvbench.transforms import Sample, all_transforms
+from kvbench.transforms import Rope, Sample, all_transforms
 
 TOKENS, GROUP, HEADS, HEAD_DIM = 4096, 3, 2, 16
-every_balance = pytest.mark.parametrize("name", ["balance", "balance_full"])
+every_balance = pytest.mark.parametrize("name", ["balance", "balance_far", "balance_full"])
 
 
 def sample():
@@ -53,6 +53,27 @@ def test_channels_of_queries_and_keys_have_one_spread():
     q, k = (moments(x).diagonal(dim1=-2, dim2=-1) for x in applied("balance", sample()))
 
     assert_close(q, k, rtol=1e-4, atol=0)
+
+
+def test_far_channels_have_one_spread_over_all_positions():
+    """
+    Queries and keys turned to every position of the model: a channel's mean square over these is the same in both.
+    """
+    given, length = sample(), 3000
+    rope = Rope(10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM))
+    given = Sample(given.keys[:200], given.queries[:200], torch.arange(200), rope, length)
+    far = all_transforms()["balance_far"]
+    params = far.learn(given)
+    squares = [torch.zeros(HEADS, HEAD_DIM, dtype=torch.float64) for _ in range(2)]
+    q, k = (rope.turn(x, given.positions, back=True) for x in (given.queries, given.keys))
+    for position in range(0, length, 5):
+        at = torch.full((200,), position)
+        for total, x in zip(
+            squares, (far.query(rope.turn(q, at), params), far.apply(rope.turn(k, at), params, at)), strict=True
+        ):
+            total += x.square().mean(0).view(HEADS, -1, HEAD_DIM).mean(1)
+
+    assert_close(squares[0], squares[1], rtol=1e-2, atol=0)
 
 
 def test_whole_moments_are_one_matrix():
