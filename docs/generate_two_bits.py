@@ -7,13 +7,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvbench.measured import paired, read
+from kvbench.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "two-bits.md"
 RESULTS = ROOT / "results"
 SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2"}
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
+MODELS = {"Qwen": "qwen2.5-coder-1.5b-instruct", "SmolLM2": "smollm2-135m-instruct", "Gemma": "gemma3-270m"}
+LAYERS = {"Qwen": ((2, 128),) * 28, "SmolLM2": ((3, 64),) * 30, "Gemma": ((1, 256),) * 18}
 POSITIONS = {"SmolLM2": "smollm2", "Gemma": "gemma3", "Qwen": "qwen"}
 
 FIELD = runpy.run_path(str(ROOT / "docs" / "generate_field.py"))
@@ -93,7 +98,68 @@ def positions() -> str:
     return table(["keys, transforms", *heads], [[name, *cells] for name, cells in rows.items()])
 
 
-TABLES = {"searches": searches, "positions": positions}
+def records(folder: str, task: str) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
+    """By model, dtype and rotation: the metrics of a task of a run, of its cells alone."""
+    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for path in (RESULTS / folder / "cells").glob("*/record.json"):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if row["task"] == task and not row["canary"] and not row["again"]:
+            metrics = {metric["name"]: metric for metric in row["metrics"]}
+            rows[row["model"]["name"], row["dtype"], row["rotation"]] = metrics
+    return rows
+
+
+def name_of(dtype: str, rotation: str) -> list[str]:
+    """What a row of a table is called: dtypes and window, the keys' transforms and the values'."""
+    key, _, value = rotation.partition(":")
+    short = dtype.replace("_per_token_head", "")
+    return [f"`{short}`", f"`{key}`", f"`{value or key}`"]
+
+
+def bits(dtype: str, rotation: str) -> list[float]:
+    """True bits a value of 8192 tokens, of each model; designs that were not kept have the bits of `rank`."""
+    scheme = Scheme.parse(dtype, re.sub(r"xrank_\w+", "rank", rotation))
+    return [
+        8 * scheme.nbytes(layers, 8192, torch.bfloat16) / (8192 * 2 * sum(heads * width for heads, width in layers))
+        for layers in LAYERS.values()
+    ]
+
+
+def designs() -> str:
+    """Divergence behind 1536 tokens and perplexity's ratio on three models, by bits."""
+    found_ = records("two-bits-designs", "divergence")
+    rows = []
+    for dtype, rotation in dict.fromkeys(place[1:] for place in found_):
+        if (dtype, rotation) == ("fp16", "none"):
+            continue
+        sizes, cells = bits(dtype, rotation), []
+        for model in MODELS.values():
+            metrics = found_.get((model, dtype, rotation))
+            cells.append(nats(metrics["kld@1536-2048"]["value"] if metrics else None))
+            cells.append(f"{metrics['ppl_ratio']['value']:.3f}" if metrics else ABSENT)
+        shown_bits = " / ".join(f"{size:.2f}" for size in sizes)
+        rows.append((sizes, dtype, rotation, [*name_of(dtype, rotation), shown_bits, *cells]))
+    heads = ["keys, values", "keys' transforms", "values'", "bits"]
+    for model in MODELS:
+        heads += [model, "ppl ×"]
+    return table(heads, [cells for *_, cells in sorted(rows)])
+
+
+def far() -> str:
+    """Divergence by position over 32k tokens, and the last part's as a multiple of the first one's."""
+    found_ = records("two-bits-long", "divergence-32k")
+    rows = []
+    for (_, dtype, rotation), metrics in sorted(found_.items()):
+        if dtype == "fp16":
+            continue
+        parts = [metric for name, metric in metrics.items() if name.startswith("kld@")]
+        values = [part["value"] for part in parts]
+        rows.append([*name_of(dtype, rotation), *map(nats, values), f"{values[-1] / values[0]:.2f}"])
+    heads = [name[4:] for name in next(iter(found_.values())) if name.startswith("kld@")]
+    return table(["keys, values", "keys' transforms", "values'", *heads, "last over first"], rows)
+
+
+TABLES = {"searches": searches, "positions": positions, "designs": designs, "far": far}
 
 
 def page() -> str:
