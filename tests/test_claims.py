@@ -263,6 +263,18 @@ def test_the_engines_times_beside_hflms_are_the_committed_ones():
                 assert agrees(times, own["HFLM"]["seconds"] / own["fp16"]["seconds"]), name
 
 
+def test_the_hosts_work_is_what_was_measured():
+    """CHANGELOG's milliseconds of ARC-Easy's requests are those of results/host."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    shown = re.search(r"ARC-Easy's (\d+) requests: (\d+) → (\d+) ms", text).groups()
+    before, after = (
+        json.loads((ROOT / f"results/host/{name}.json").read_text(encoding="utf-8"))["rows"][0]
+        for name in ("before", "after")
+    )
+    measured = [before["requests"], 1e3 * before["seconds"], 1e3 * after["seconds"]]
+    assert [int(figure) for figure in shown] == [round(value) for value in measured]
+
+
 def test_the_answers_beside_hflm_are_the_committed_ones():
     """docs/method.md's seconds, ratios and scores of GSM8K are those of results/hflm, its counts of texts too."""
     found = json.loads((ROOT / "results/hflm/answers-h100.json").read_text(encoding="utf-8"))
