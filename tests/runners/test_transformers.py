@@ -594,3 +594,23 @@ def test_a_prompt_without_tokens_is_refused():
     """
     with pytest.raises(ValueError, match="a prompt has no tokens: give it one"):
         tiny("llama").runner(Scheme.parse("auto")).generate([GenerateRequest((), 3)])
+
+
+def test_graphs_are_made_anew_where_rows_are_few_or_too_many():
+    """
+    While sequences end a graph is run on until a quarter of its rows has one, and the next call begins afresh.
+    """
+    batch = DecodeBatch(most=256, pages=1, page_size=4, draws=0, device=torch.device("cpu"), graphed=True)
+    sizes = []
+    for running in (200, 130, 65, 64, 17, 16, 3, 5, 1):
+        batch.running = [None] * running
+        assert not batch.choose()
+        sizes.append(batch._size)
+    batch.running = []
+    batch.begin(256)
+    batch.running = [None] * 40
+
+    batch.choose()
+
+    assert sizes == [256, 256, 256, 64, 64, 16, 4, 8, 1]
+    assert batch._size == 64

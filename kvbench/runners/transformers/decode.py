@@ -23,8 +23,9 @@ from kvbench.runners.transformers.memory import LARGEST_GRAPH
 from kvbench.runners.transformers.sampler import Sampler
 
 BLOCK_STEPS = 16  # between two looks of the host, on a GPU
-# rows of a graph; a step runs the smallest that holds all
+# rows of a graph; the first step runs the smallest that holds all
 GRAPH_SIZES = tuple(2**i for i in range(LARGEST_GRAPH.bit_length()))
+SPARSE = 4  # a graph of so many times as many rows is left for a smaller one, which takes time to make
 
 # next-token logits [T, V] of new tokens [T] at positions [T], the batch that they are
 Compute = Callable[[Tensor, Tensor, Batch], Tensor]
@@ -109,6 +110,7 @@ class DecodeBatch:
         self._made = integers(BLOCK_STEPS, room)
         self._step = integers(1)
         self._starts = torch.arange(room + 1, dtype=torch.int32, device=device)
+        self._size = 0  # rows of the last step, idle ones included
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None  # what the graphs, of which one runs at a time, take in turn
 
@@ -145,15 +147,17 @@ class DecodeBatch:
         self._advance(len(self.running), logits)
         return self._collect(1, decoded=False)
 
-    @property
-    def _size(self) -> int:
-        """Rows of the next step, idle ones included."""
-        running = len(self.running)
-        return next(count for count in GRAPH_SIZES if count >= running) if self.graphed else running
+    def begin(self, most: int) -> None:
+        """Nothing runs; what follows has `most` sequences at most, and depends on nothing that was before it."""
+        self.most, self._size = most, 0
 
-    @property
-    def ready(self) -> bool:
-        """Whether `block` can run at once; if not, `capture` comes first."""
+    def choose(self) -> bool:
+        """Chooses how many rows the next steps have. Whether `block` can run at once; if not, `capture` comes first."""
+        running = len(self.running)
+        if not self.graphed:
+            self._size = running
+        elif not self._size // SPARSE < running <= self._size:
+            self._size = next(count for count in GRAPH_SIZES if count >= running)
         return not self.graphed or self._size in self._graphs
 
     def capture(self, compute: Compute) -> None:

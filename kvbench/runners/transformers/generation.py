@@ -99,7 +99,7 @@ class Generator:
                     pending.extend(made)
                     idle = False
                 elif batch.running:
-                    if not batch.ready:
+                    if not batch.choose():
                         with clock.capture():
                             batch.capture(self._step)
                     with clock.decode():
@@ -134,7 +134,7 @@ class Generator:
             if batch.graphed:
                 self.memory.graphed[pages, draws] = batch
         assert isinstance(batch, DecodeBatch)
-        batch.most = most
+        batch.begin(most)
         return batch
 
     def _admit(
