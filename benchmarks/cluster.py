@@ -113,7 +113,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     kvbench.sweep.command.default_device = lambda: "cpu"
-    found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/cluster.py", *sys.argv[1:]])}
+    # paths of this machine are left out
+    told = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    found: dict[str, Any] = {"command": " ".join(["python", "benchmarks/cluster.py", *told])}
     with tempfile.TemporaryDirectory(prefix="kvbench-cluster-") as name:
         if options.kills:
             found["kills"] = kills(options.kills, options.seed, Path(name))

@@ -709,3 +709,33 @@ def test_a_model_split_over_two_gpus_is_the_same_model():
         equal = found["schemes"][dtype]["equal"]
         assert all(what["equal"] for what in equal.values())
         assert equal["hidden_states"]["of"] == 33_554_432
+
+
+def test_what_is_said_of_executors_is_that_of_their_records():
+    """
+    What a cell costs, what a kill costs, and that all three give the same records.
+    """
+    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    scale, kills, equal = (
+        json.loads((ROOT / f"results/executors/{name}.json").read_text(encoding="utf-8"))
+        for name in ("executors", "cluster-kills", "cluster-equal")
+    )
+    dead = kills["kills"]
+
+    assert scale["cells"] == 10_020
+    assert f"each waits {scale['worker_waits_ms_a_cell']:.1f} ms" in words
+    assert f"10 020 cells take {scale['overhead_percent']:.2f} % longer" in words
+    assert f"spends {scale['parent_ms_a_cell']:.1f} ms a cell" in words
+    assert f"{scale['parent_processor_ms_a_cell']:.1f} ms of it the processor's" in words
+    assert f"laid out in {scale['laid_out_seconds']:.1f} s" in words
+    assert f"the processor {scale['plan']['processor_seconds']:.1f} s" in words
+    assert f"the report {scale['report']['processor_seconds']:.1f} s" in words
+    assert f"{scale['report']['peak_bytes_so_far'] / 1e9:.1f} GB" in words
+    assert f"clock's seconds {scale['plan']['seconds']:.1f} and {scale['report']['seconds']:.1f})" in words
+    assert sum(dead["kills"].values()) == 30
+    counts = "({worker} workers, {driver} times the command, {node} nodes)".format(**dead["kills"])
+    assert f"{counts} in sweeps of {dead['cells']} cells" in words
+    assert f"and {dead['begun'] - dead['cells']} cells were begun again" in words
+    assert dead["lost_doubled_or_changed"] == 0
+    assert not equal["equal"]["differ"]
+    assert set(equal["equal"]["cells"].values()) == {26}

@@ -361,7 +361,13 @@ class Report:
         if portable:
             notes = [line.replace(f"{self.folder}/", "") for line in notes]
         title = self.run.get("sweep") or self.folder.resolve().name
-        return Document(title, self.tables(), self.run.get("note") or "", LEGEND, notes, self.rows(), FIELDS)
+        tables, rows = self._contents
+        return Document(title, tables, self.run.get("note") or "", LEGEND, notes, rows, FIELDS)
+
+    @cached_property
+    def _contents(self) -> tuple[list[Table], list[dict[str, Any]]]:
+        """Tables and rows, which a report that is shown and kept has twice."""
+        return self.tables(), self.rows()
 
     def write(self) -> list[Path]:
         """Puts report.md, report.csv and report.json into the run folder."""
