@@ -90,6 +90,7 @@ docs: env
 	$(BIN)/python docs/generate_picture.py
 	$(BIN)/python docs/generate_field.py
 	$(BIN)/python docs/generate_two_bits.py
+	$(BIN)/python docs/generate_kernels.py
 
 pages: env
 	$(BIN)/python docs/generate_pages.py

@@ -17,6 +17,15 @@ def test_the_dtypes_page_is_that_of_the_registry():
     assert (DOCS / "dtypes.md").read_text(encoding="utf-8") == document(), "run `make docs`"
 
 
+def test_the_tables_of_kernels_are_those_of_the_records():
+    """
+    `make docs` would change nothing.
+    """
+    page = runpy.run_path(str(DOCS / "generate_kernels.py"))["page"]
+
+    assert (DOCS / "kernels.md").read_text(encoding="utf-8") == page(), "run `make docs`"
+
+
 def test_the_yaml_page_and_the_schema_are_those_of_the_code():
     """
     `make docs` would change nothing, and no key is without a description, which the page refuses to be written without.
