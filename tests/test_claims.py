@@ -365,6 +365,29 @@ def test_what_windows_and_centres_cost_is_the_measured_time():
                 assert agrees(cell, found[0]), (form, size, found)
 
 
+def test_what_grows_over_32k_tokens_is_that_of_the_records():
+    """Each divergence by position, its growth, and what a window is worth at both ends."""
+    rows = [row for row in comparisons("schemes").rows if row.model.startswith("qwen") and row.task == "divergence-32k"]
+    values = {(row.metric, row.dtype, row.rotation): row.value for row in rows}
+    spans = ("1024-2048", "2048-8192", "8192-16384", "16384-24576", "24576-32768")
+    near, far, grown = {}, {}, {}
+    for name, *figures, times in table("docs/method.md", "| scheme | 1k to 2k |")[1:]:
+        found = [values[f"kld@{span}", *SCHEMES[name]] for span in spans]
+        assert all(map(agrees, figures, found)), name
+        near[name], far[name], grown[name] = found[0], found[-1], found[-1] / found[0]
+        assert agrees(times, grown[name]), (name, grown[name])
+    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    plain, window, mean = "`int4_centered`", "`int4_centered_window`", "the same, one mean for all positions"
+    assert f"and it has {grown[window]:.2f}. It is not" in words
+    assert f"one for all positions has {grown[mean]:.2f}, and 8 bits" in words
+    assert (
+        f"grow by {grown['`int8_centered`']:.2f}. Without a window the same codes grow by {grown[plain]:.2f} alone"
+        in words
+    )
+    starts, ends = near[plain] / near[window], far[plain] / far[window]
+    assert f"lose {starts:.1f} times as much at the start and {ends:.1f} times at the end" in words
+
+
 def test_the_trial_s_figures_come_again():
     """Each figure *here* is a record's, near the trial's but for plain int8 of Qwen; four are below what was asked."""
     runs = {"tcq2+w64s4": "two-bits"}
