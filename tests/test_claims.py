@@ -762,3 +762,15 @@ def test_what_is_said_of_executors_is_that_of_their_records():
     assert dead["lost_doubled_or_changed"] == 0
     assert not equal["equal"]["differ"]
     assert set(equal["equal"]["cells"].values()) == {26}
+
+
+def test_what_is_said_of_four_gpus_is_that_of_the_record():
+    """Cells, their work, how long they took together, and what went before the first."""
+    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    run = json.loads((ROOT / "results/devices/scale-h100.json").read_text(encoding="utf-8"))["runs"]["4"]
+    work, took = run["work_seconds"], run["cells_seconds"]
+
+    assert (run["exit"], run["failed"]) == (0, 0)
+    assert f"{run['cells']} cells of Qwen2.5-Coder-1.5B with {work} s of work in {took} s" in words
+    assert f"{work / took:.1f} of four workers were busy" in words
+    assert f"took {run['start_seconds']:.0f} s before its first cell" in words
