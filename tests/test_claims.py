@@ -236,6 +236,8 @@ ENGINE = {
     "PIQA again": ("engine-h100-3.json", "piqa"),
     "LAMBADA": ("engine-h100-3.json", "lambada_openai"),
     "GSM8K": ("engine-h100-1.json", "gsm8k"),
+    "ARC-Easy, H200": ("engine-h200-1.json", "arc_easy"),
+    "PIQA, H200": ("engine-h200-1.json", "piqa"),
 }
 
 
@@ -261,6 +263,17 @@ def test_the_engines_times_beside_hflms_are_the_committed_ones():
             assert (times is not None) == (cell == "fp16")
             if times:
                 assert agrees(times, own["HFLM"]["seconds"] / own["fp16"]["seconds"]), name
+
+
+def test_what_long_requests_take_is_the_measured_time():
+    """docs/method.md's decode steps, ratios and seconds of 32 requests of 8192 tokens are those of results/long."""
+    found = json.loads((ROOT / "results/long/qwen3-8b-h200.json").read_text(encoding="utf-8"))["rows"]
+    rows = table("docs/method.md", "| | a decode step, ms |")[1:]
+    assert [row[0] for row in rows] == [row["cell"] for row in found]
+    names = ("step_ms", "decode_ratio", "attention_ms", "prefill_seconds", "seconds")
+    for shown, row in zip(rows, found, strict=True):
+        for text, name in zip(shown[1:], names, strict=True):
+            assert name not in row if text == "–" else agrees(text, row[name]), (row["cell"], name)
 
 
 def test_the_hosts_work_is_what_was_measured():
