@@ -276,6 +276,22 @@ def test_what_long_requests_take_is_the_measured_time():
             assert name not in row if text == "–" else agrees(text, row[name]), (row["cell"], name)
 
 
+def test_the_excess_of_a_repeated_speed_is_the_measured_one():
+    """docs/method.md's milliseconds a step by which the repeat is slower are those of results/throughput."""
+    store = Store(ROOT / "results/throughput")
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    shown = re.search(r"by ([\d.]+), ([\d.]+) and ([\d.]+) ms a step", text).groups()
+    steps, prompts = {}, {}
+    for name, record in store.load().records.items():
+        if record.dtype in ("fp16", "again"):
+            (row,) = store.samples(name).to_dict("records")
+            steps[record.task, record.dtype] = 1e3 * row["decode_seconds"] / 127
+            prompts[record.task, record.dtype] = row["prefill_seconds"]
+    for figure, name in zip(shown, ("32 × 1k", "8 × 8k", "1 × 32k"), strict=True):
+        assert agrees(figure, steps[name, "again"] - steps[name, "fp16"]), name
+        assert prompts[name, "again"] == pytest.approx(prompts[name, "fp16"], rel=5e-3)
+
+
 def test_the_hosts_work_is_what_was_measured():
     """CHANGELOG's milliseconds of ARC-Easy's requests are those of results/host."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
