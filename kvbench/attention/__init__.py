@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from torch import Tensor
 from kvbench.attention import reference
 from kvbench.attention.batch import Batch, Near
 from kvbench.cache import PagedCache
-from kvbench.dtypes.base import Trellis
 from kvbench.dtypes.trellis import computed_by
 from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
 
-__all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "kernels_lack", "waits"]
+__all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "defined", "kernels_lack", "waits"]
+
+_DEFINED: WeakKeyDictionary[PagedCache, bool] = WeakKeyDictionary()
 
 
 # transforms and dtypes whose kernels were changed since all of their tests passed on a GPU; see results/README.md
@@ -53,11 +55,13 @@ def choose(
 
 
 def _unproven(scheme: Scheme, head_dims: Collection[int]) -> bool:
-    """Whether a scheme asks for a kernel that has not passed all of its tests on a GPU."""
+    """Whether a scheme asks for a kernel that has not passed all of its tests on a GPU, or for none but a copy's."""
+    from kvbench.attention import triton
+
     split = any(dim & (dim - 1) for dim in head_dims)  # these turn queries in a launch before
     for side in scheme.all_sides:
         transforms = {one.name for one in side.transforms}
-        if isinstance(side.dtype.decode, Trellis) or ({side.dtype.name} | transforms) & UNPROVEN:
+        if triton.in_copy(side.dtype) or ({side.dtype.name} | transforms) & UNPROVEN:
             return True
         if side.dtype.name in TURNED and (split or not transforms & {"hadamard", "randomized_hadamard"}):
             return True
@@ -94,7 +98,7 @@ def append(
     exact: gets the same rows, transformed alike, in 16 bits. near: where, if not in the same slots; and which pages are
     full now, and quantized whole. skips: whether a slot is -1, where that is known.
     """
-    if impl == "triton" and not waits(cache.scheme, impl):
+    if not defined(cache, impl):
         assert near is None, "kernels read both copies in the same slots"
         from kvbench.attention import triton
 
@@ -112,7 +116,20 @@ def append(
 
 def waits(scheme: Scheme, impl: Implementation) -> bool:
     """Whether a pass looks at what the device computed, so that no CUDA graph can hold it."""
-    return impl == "reference" or any(isinstance(dtype.decode, Trellis) for dtype in scheme.dtypes)
+    if impl == "reference":
+        return True
+    from kvbench.attention import triton
+
+    return any(map(triton.in_copy, scheme.dtypes))
+
+
+def defined(cache: PagedCache, impl: Implementation) -> bool:
+    """Whether the definitions write and read this cache's rows; by kernels only what attention makes of them."""
+    if impl == "reference":
+        return True
+    if cache not in _DEFINED:  # asked for each layer of each pass
+        _DEFINED[cache] = waits(cache.scheme, impl)
+    return _DEFINED[cache]
 
 
 @contextmanager
@@ -151,8 +168,8 @@ def attend(
     window: which of them a query reads instead of the cache's: a key before `window.sinks`, or at or after
     `window.starts` of the query's position.
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
-    is the kernels, for half-precision queries on a GPU (or in Triton's interpreter). They read a trellis decoded to
-    float16: the pages of a pass, a layer at a time.
+    is the kernels, for half-precision queries on a GPU (or in Triton's interpreter). What they have no code for they
+    read decoded to float16: the pages of a pass, a layer at a time.
     """
     if sinks is not None and any("offset" in params for params in cache.values[layer].params):
         raise ValueError(
@@ -163,7 +180,7 @@ def attend(
         from kvbench.attention import triton
 
     implementation = triton.attend if impl == "triton" else reference.attend
-    with _computing(q.device) if waits(cache.scheme, impl) else nullcontext():
+    with _computing(q.device) if defined(cache, impl) else nullcontext():
         return implementation(
             q,
             cache,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Tiers
-from kvbench.dtypes.base import STEPS, Trellis
+from kvbench.dtypes.base import STEPS
 from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
@@ -76,10 +76,10 @@ def attend(
 ) -> Tensor:
     """See kvbench.attention.attend."""
     keys, values = cache.keys[layer], cache.values[layer]
-    k, v = (
-        _decoded(cache, plane, i, batch) if decoded(plane.dtype) else side(plane)
-        for i, plane in enumerate((keys, values))
-    )
+    k, v = (_decoded(cache, x, i, batch) if _copied(x) else side(x) for i, x in enumerate((keys, values)))
+    dtype = q.dtype
+    if _copied(keys) and turned_apart(keys.side):
+        q = keys.side.query(q.float(), keys.params).to(dtype)
     out: Tensor = attention.attend(
         q,
         k,
@@ -97,7 +97,9 @@ def attend(
         center=center(keys),
         rank=rank(keys),
     )
-    if any(values.params):  # they are centred, which the kernels don't undo
+    if _copied(values) and turned_apart(values.side):
+        out = values.side.undo(out.float(), values.params).to(dtype)
+    elif any(values.params[: len(values.side.transforms)]):  # they are centred, which the kernels don't undo
         lowered = values.side.lower(values.head_dim, values.params)
         assert lowered is not None, "`lacking` refuses it"
         assert lowered.offset is not None, "nothing else learns of values"
@@ -105,9 +107,28 @@ def attend(
     return out
 
 
-def decoded(dtype: Dtype) -> bool:
-    """Whether the kernels read its rows in a copy of 16 bits: each pass decodes the pages that it reads."""
-    return isinstance(dtype.decode, Trellis)
+@cache
+def in_copy(dtype: Dtype) -> bool:
+    """Whether the kernels read its rows in a copy of 16 bits, having no code for it: passes decode what they read."""
+    try:
+        layout(dtype), rounding(dtype)
+    except ValueError:
+        return not dtype.page_tokens
+    return False
+
+
+@cache
+def turned_apart(side: SchemeSide) -> bool:
+    """Whether queries and outputs are turned by torch: no kernel has the rotation, and the rows are read in a copy."""
+    return in_copy(side.dtype) and not side.learns and side.lower(MULTIPLE) is None
+
+
+def _copied(plane: Plane) -> bool:
+    """`in_copy` of a plane's dtype, found without a hash of all that it is."""
+    if "copied" not in plane.launched:
+        plane.launched["copied"] = in_copy(plane.dtype)
+    found: bool = plane.launched["copied"]
+    return found
 
 
 def _decoded(cache: PagedCache, plane: Plane, which: int, batch: Batch) -> Side:
@@ -154,10 +175,16 @@ def append(
     )
 
 
-def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, head_dims: Collection[int] = ()) -> str:
+def lacking(
+    scheme: Scheme,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    head_dims: Collection[int] = (),
+    copies: bool = True,
+) -> str:
     """Why the kernels can't serve this resolved scheme with queries of this dtype; empty where they can.
 
-    head_dims: of the layers, where they are known.
+    head_dims: of the layers, where they are known. copies: rows may be read in a copy of 16 bits, which is no speed.
     """
     if device.type != "cuda" and not INTERPRETED:
         return "there is no GPU here, and Triton interprets kernels under TRITON_INTERPRET=1 alone"
@@ -167,7 +194,7 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
         return f"the kernels multiply in 16 bits, and the model computes in {str(compute_dtype).removeprefix('torch.')}"
     try:
         for dtype in scheme.dtypes:
-            if decoded(dtype):
+            if copies and in_copy(dtype):
                 continue
             words = layout(dtype)
             rounding(dtype)
@@ -177,15 +204,16 @@ def lacking(scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, he
                 except ValueError as error:
                     return f"no kernel reads {dtype.name} of head_dim {head_dim}; the reference does ({error})"
         for side in scheme.all_sides:
-            turn(side, MULTIPLE, device)
+            if not turned_apart(side):
+                turn(side, MULTIPLE, device)
         for value in (scheme.value, *(layer.value for layer in scheme.layers)):
-            if value is not None and value.learns and not decoded(value.dtype):
+            if value is not None and value.learns and not in_copy(value.dtype):
                 raise ValueError(f"no kernel centres values as {value.dtype.name}; the reference does")
             if value is not None and isinstance(value.dtype.decode, Tiers):
                 raise ValueError(f"no kernel reads values as {value.dtype.name}, which is for keys; the reference does")
         own = [(one.key or scheme.key, one.value or scheme.value) for one in scheme.layers]
         for key, value in ((scheme.key, scheme.value), *own):
-            a, b = (_HALVES if decoded(side.dtype) else layout(side.dtype) for side in (key, value))
+            a, b = (_HALVES if in_copy(side.dtype) else layout(side.dtype) for side in (key, value))
             if a.in_blocks != b.in_blocks or (a.block > 0) != (b.block > 0):
                 raise ValueError(f"no kernel reads {key.dtype.name} beside {value.dtype.name}; the reference does")
     except ValueError as error:
@@ -210,7 +238,9 @@ def _turn(plane: Plane) -> Turn:
     """`turn` of a plane's side, found without a hash of all that the side is."""
     made: Turn | None = plane.launched.get("turn")
     if made is None:
-        made = plane.launched["turn"] = turn(plane.side, plane.head_dim, plane.codes.device)
+        apart = turned_apart(plane.side)
+        made = Turn() if apart else turn(plane.side, plane.head_dim, plane.codes.device)
+        plane.launched["turn"] = made
     return made
 
 
