@@ -710,7 +710,8 @@ def _spread(
         OFFSET_PAGE=64 if center is None else center.page,
         **({} if exact is None else exact.constants),
         # first tokens in 16 bits are a second tile in registers
-        **({"num_warps": 4} if with_sinks is None else {"num_warps": 8, "maxnreg": 128}),
+        # rows of 256 channels need more than half of the registers that a thread may have
+        **({"num_warps": 4} if with_sinks is None else {"num_warps": 8, "maxnreg": 128 if head_dim <= 128 else 255}),
     )
 
 

@@ -197,6 +197,7 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("tiers421_per_token_head", "fp16", "center_constant+rank:none", "+w0s2", 128, {"softcap": 20.0}),
         ("int4", "midrise2", "center+rank:hadamard", "+w0s2", 64, {}),
         ("int8", "int8", "center+rank:none", "", 64, {}),
+        *([("tiers421_per_token_head", "midrise2", "center+rank:hadamard", "+w64s4", 256, {})] if GPU else []),
         # what kernels have no code for is read in a copy of 16 bits; a dense rotation turns queries before
         ("q4_1", "iq4_nl", "hadamard_32:hadamard_64", "+s4", 64, {"sliding_window": 40}),
         ("turboquant3_prod", "turboquant3_mse", "random_rotation", "+w64s4", 64, {"softcap": 20.0}),
@@ -239,12 +240,12 @@ def test_a_long_prompt_is_spread(head_dim, device):
     case.attend((length,), budget=2e-3)
 
 
-def test_what_kernels_can_t_serve_is_refused():
+def test_what_kernels_can_t_serve_is_refused(device):
     """
     Values in tiers, and rows that are no power of two long, by name.
     """
-    lacks = kernels_lack(Scheme.parse("tiers421_per_token_head", "none"), torch.float16, torch.device("cpu"))
+    lacks = kernels_lack(Scheme.parse("tiers421_per_token_head", "none"), torch.float16, device)
     assert "values as tiers421_per_token_head" in lacks
     with pytest.raises(ValueError, match="not 96; the reference"):
         rest_words(44222211, 96)
-    assert choose("triton", scheme_of(), torch.float16, torch.device("cpu")) == "triton"
+    assert choose("triton", scheme_of(), torch.float16, device) == "triton"
