@@ -24,9 +24,7 @@ _DEFINED: WeakKeyDictionary[PagedCache, bool] = WeakKeyDictionary()
 
 
 # transforms and dtypes whose kernels were changed since all of their tests passed on a GPU; see results/README.md
-UNPROVEN = {"center", "rank", "rank_far", "q8_0", "q4_0", "nvfp4", "mxfp4", "mxfp8", "int3_per_token_head"}
-# dtypes whose kernels have passed on a GPU where decode turns the queries itself, and failed elsewhere before a mend
-TURNED = {"int2_per_token_head", "midrise2_per_token_head"}
+UNPROVEN = {"rank_far"}
 
 
 def choose(
@@ -46,7 +44,7 @@ def choose(
     """
     if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
         return "reference"
-    if wanted == "auto" and _unproven(scheme, head_dims):
+    if wanted == "auto" and _unproven(scheme):
         return "reference"
     lacking = kernels_lack(scheme, compute_dtype, device, head_dims)
     if lacking and wanted == "triton":
@@ -54,18 +52,14 @@ def choose(
     return "reference" if lacking else "triton"
 
 
-def _unproven(scheme: Scheme, head_dims: Collection[int]) -> bool:
+def _unproven(scheme: Scheme) -> bool:
     """Whether a scheme asks for a kernel that has not passed all of its tests on a GPU, or for none but a copy's."""
     from kvbench.attention import triton
 
-    split = any(dim & (dim - 1) for dim in head_dims)  # these turn queries in a launch before
-    for side in scheme.all_sides:
-        transforms = {one.name for one in side.transforms}
-        if triton.in_copy(side.dtype) or ({side.dtype.name} | transforms) & UNPROVEN:
-            return True
-        if side.dtype.name in TURNED and (split or not transforms & {"hadamard", "randomized_hadamard"}):
-            return True
-    return False
+    return any(
+        triton.in_copy(side.dtype) or ({side.dtype.name} | {one.name for one in side.transforms}) & UNPROVEN
+        for side in scheme.all_sides
+    )
 
 
 def kernels_lack(

@@ -52,7 +52,9 @@ class Int2PerTokenHead(Dtype):
         z = x * (root / norm).unsqueeze(-1)
         codes = (z > -THRESHOLD).to(torch.uint8) + (z >= 0) + (z > THRESHOLD)
         codes, scale = mark_broken(codes, over(norm, root))
-        return Rows(self.pack(codes), (scale / shrink).clamp(max=torch.finfo(torch.float32).max))
+        # computed, NaN has other bits on a GPU
+        stored = (scale / shrink).clamp(max=torch.finfo(torch.float32).max).masked_fill(scale.isnan(), math.nan)
+        return Rows(self.pack(codes), stored)
 
 
 int2_per_token_head = Int2PerTokenHead(

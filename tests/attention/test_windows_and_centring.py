@@ -154,18 +154,19 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token(drawn, window):
 @pytest.mark.parametrize(
     ("preset", "head_dim", "expected"),
     [
-        ("int4_centered_window", 128, "reference"),
+        ("int4_centered_window", 128, "triton"),
+        ("q4_0 none", 128, "triton"),
+        ("int3 none", 64, "triton"),
         ("int4+w64s4", 128, "triton"),
         ("int2_per_token_head", 128, "triton"),
-        ("int2_per_token_head", 96, "reference"),
-        ("int2 none", 128, "reference"),
+        ("int2_per_token_head", 96, "triton"),
+        ("int2 none", 128, "triton"),
         ("tcq2 hadamard", 128, "reference"),
     ],
 )
 def test_an_unproven_kernel_is_taken_only_by_name(monkeypatch, preset, head_dim, expected):
     """
-    On a GPU "auto" computes keys centred by page and trellises by the reference, int2 but where decode turns queries,
-    and what kernels were proven on by them.
+    On a GPU "auto" computes trellises by the reference, and what kernels were proven on by them.
     """
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("kvbench.attention.triton.turn", lambda *_: None)

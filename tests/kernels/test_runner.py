@@ -181,7 +181,8 @@ def test_an_explicit_choice_never_falls_back(model):
     The kernels are refused, not replaced, for a model that computes in 32 bits.
     """
     config = model.model.config
-    single = TransformersModel(transformers.AutoModelForCausalLM.from_config(config), model.tokenizer, model.info)
+    single = transformers.AutoModelForCausalLM.from_config(config).to(model.model.device)
+    single = TransformersModel(single, model.tokenizer, model.info)
     assert single.runner(Scheme.parse("int4")).attention == "reference"
     with pytest.raises(ValueError, match=r"attention: triton can't serve this cell: .*float32"):
         single.runner(Scheme.parse("int4"), attention="triton")
