@@ -269,6 +269,20 @@ def windows() -> str:
     return table(["under `hadamard`", "8×8k", "32×8k", "1×32k", "write 4096"], lines)
 
 
+def steps() -> str:
+    """What a decode step of int4 writes more for a window, as a part of the step."""
+    timed = json.loads((ROOT / "results" / WINDOWS).read_text())["rows"]
+    by = {(row["op"], row["batch"], row["dtype"], row["rotation"]): row["us"] for row in timed}
+    lines = []
+    for name, rotation in (("int4", "hadamard"), ("int4, centres by page", "center+hadamard:hadamard")):
+        plain, both = (
+            by["write", 64, dtype, rotation] for dtype in ("int4_per_token_head", "int4_per_token_head+w64s4")
+        )
+        step = by["decode", 32, "int4_per_token_head+w64s4", rotation]
+        lines.append([name, us(plain), us(both), us(step), f"{(both - plain) / (step + both):.1%}".replace("%", " %")])
+    return table(["", "write 64", "the same, in 16 bits too", "decode 32×8k, window", "more a step"], lines)
+
+
 TABLES = {
     "decode": decode,
     "shapes": shapes,
@@ -278,6 +292,7 @@ TABLES = {
     "writes": writes,
     "blocks": blocks,
     "windows": windows,
+    "steps": steps,
 }
 
 
