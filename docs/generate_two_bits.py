@@ -103,7 +103,7 @@ def records(folder: str, task: str) -> dict[tuple[str, str, str], dict[str, dict
     rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for path in (RESULTS / folder / "cells").glob("*/record.json"):
         row = json.loads(path.read_text(encoding="utf-8"))
-        if row["task"] == task and not row["canary"] and not row["again"]:
+        if row["task"] == task and not row.get("canary") and not row.get("again"):
             metrics = {metric["name"]: metric for metric in row["metrics"]}
             rows[row["model"]["name"], row["dtype"], row["rotation"]] = metrics
     return rows
