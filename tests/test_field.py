@@ -167,3 +167,27 @@ def test_what_is_derived_on_a_cpu_is_measured():
     assert min(shares["mxfp8"], shares["q8_0"]) > 0.5
     assert "about ten times nearer than e4m3" in prose
     assert 8 < kld("`fp8_per_token_head`") / kld("`int8_per_token_head`") < 12
+
+
+def test_what_is_said_of_answers_is_measured():
+    """
+    Each share of GSM8K is a record's of 200; within a tenth of a nat none is WORSE, above one none has an answer right.
+    """
+    prose, qwen, score = section("Answers"), made()["MODELS"]["Qwen"], "exact_match,strict-match"
+    found = re.findall(rf"{NAMED} (\d+\.\d) %", prose)
+    assert len(found) == 11
+    for label, figure in found:
+        assert agrees(figure, 100 * metric("field", qwen, "gsm8k", label, score)), label
+    few = 0
+    for label, (scheme, _, kld) in of_all("Qwen").items():
+        place = made()["place"](scheme)
+        if (row := made()["comparisons"]("field").get((qwen, "gsm8k", score, *place))) and kld < 0.1:
+            assert row.verdict == "INCONCLUSIVE", label
+        if metrics := made()["records"]("field").get((qwen, "gsm8k-50", *place)):
+            assert kld > 1
+            assert metrics[score]["value"] == 0, label
+            few += 1
+    assert few >= 15
+    for label, (scheme, _, kld) in of_all("SmolLM2").items():
+        needle = made()["records"]("field").get((made()["MODELS"]["SmolLM2"], "needle", *made()["place"](scheme)))
+        assert not needle or kld > 0.1 or round(40 * needle["acc"]["value"]) >= 32, label
