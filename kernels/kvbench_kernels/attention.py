@@ -12,9 +12,8 @@ from kvbench_kernels.hadamard import Turn
 from kvbench_kernels.layout import Side
 from kvbench_kernels.prefill import prefill
 from kvbench_kernels.tiers import Rank
-from kvbench_kernels.tuning import multiprocessors
+from kvbench_kernels.tuning import SHORT, multiprocessors
 
-SHORT = 256  # tokens of a context that is not worth a launch of its own for those with one query
 MANY = 32  # pairs of a sequence and a KV head, for each multiprocessor, that keep a GPU busy without splits
 
 

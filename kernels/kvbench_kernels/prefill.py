@@ -16,13 +16,15 @@ from kvbench_kernels.spread_blocks import spread_blocks
 from kvbench_kernels.tiers import Rank, rest_count, tier_rows, tier_steps
 from kvbench_kernels.tiles import row_scale, stack
 from kvbench_kernels.tuning import INTERPRETED, PrefillTuning, choose_prefill_tuning
-from kvbench_kernels.unpack import E4M3, FLOAT, TIERS, UNSIGNED, channels, exp2, unpack
+from kvbench_kernels.unpack import E4M3, FLOAT, SIGNED, SYMMETRIC4, TIERS, UNSIGNED, channels, exp2, unpack
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # query rows of a KV head, per sequence on average, from which on a cache is first spread in memory, once for all
 SPREAD_ROWS = 512
 # tokens spread, padded to the longest sequence, for each query token at most: the copy's memory has a limit
 SPREAD_RATIO = 16
+# codes whose tiles for short contexts were measured
+SHORT_KINDS = {kind.value for kind in (FLOAT, SIGNED, UNSIGNED, SYMMETRIC4)}
 
 
 @triton.jit
@@ -763,7 +765,11 @@ def prefill(
         and page_table.numel() * page_size <= SPREAD_RATIO * max(tokens, page_size)
         and (head_dim <= 256 or k_turn.block == v_turn.block == 1)
     )
-    tuning = tuning or choose_prefill_tuning(head_dim)
+    # short tiles were measured with these codes, and with nothing beside them
+    plain = not spread and exact is None and center is None and rank is None and qq_bias is None
+    plain = plain and {k.layout.kind, v.layout.kind} <= SHORT_KINDS
+    own = {"pairs": seq_lens.shape[0] * kv_heads, "reach": page_table.shape[1] * page_size} if plain else {}
+    tuning = tuning or choose_prefill_tuning(head_dim, **own)
     if center is not None:
         center.check(k, head_dim, 1 if spread else tuning.block_n)
         if center.last == 0 and not softcap and sinks is None:

@@ -92,10 +92,18 @@ class PrefillTuning:
     stages: int
 
 
-def choose_prefill_tuning(head_dim: int) -> PrefillTuning:
-    """Measured on an H100 with 32/8 heads and head_dim 128."""
+SHORT = 256  # tokens of a context that a few tiles hold
+
+
+def choose_prefill_tuning(head_dim: int, pairs: int = 0, reach: int = 0) -> PrefillTuning:
+    """Measured on an H100 with 32/8 heads and head_dim 128, many short contexts on an H200 with 9/3 and 64.
+
+    pairs: of a sequence and a KV head, and reach: tokens of the longest context; 0 where they are not short and plain.
+    """
     if INTERPRETED:
         return PrefillTuning(32, 64, 8, 2)
+    if head_dim <= 64 and 0 < reach <= SHORT and pairs >= 8 * multiprocessors():
+        return PrefillTuning(16, 32, 1, 2)
     if head_dim <= 128:
         return PrefillTuning(64, 64, 4, 3)
     return PrefillTuning(64, 64 if head_dim <= 256 else 32, 8, 2)

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from kvbench_kernels import attention, decode
+from kvbench_kernels import attention, decode, prefill, tuning
 from kvbench_kernels.attention import attend
 from kvbench_kernels.hadamard import Turn
-from kvbench_kernels.tuning import Tuning
+from kvbench_kernels.tuning import PrefillTuning, Tuning
+from kvbench_kernels.tuning import choose_prefill_tuning as choose
 
 from kvbench.attention import Batch
 from kvbench.attention import attend as reference
@@ -134,16 +135,22 @@ def test_prompts_chunks_and_single_tokens_mix(dtype, device):
     Case(dtype, device, seqs=((20, 20), (70, 9), (90, 1))).check()
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int4_per_token_head"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8_per_token_head", "int4_per_token_head", "int2_per_token_head"])
 def test_many_short_sequences_are_one_launch(dtype, device, monkeypatch):
     """
-    Where no split is worth its launch, sequences of one new token are computed with the others.
+    Where no split is worth its launch, sequences of one new token are computed with the others, in short tiles.
     """
     case = Case(dtype, device, seqs=((20, 20), (70, 9), (90, 1), (1, 1)))
+    chosen = []
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(prefill, "choose_prefill_tuning", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
     monkeypatch.setattr(attention, "MANY", 0)
     monkeypatch.setattr(attention, "decode", None)
 
     case.check()
+
+    assert chosen == [PrefillTuning(16, 32, 1, 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
