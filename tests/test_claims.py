@@ -236,8 +236,9 @@ ENGINE = {
     "PIQA again": ("engine-h100-3.json", "piqa"),
     "LAMBADA": ("engine-h100-3.json", "lambada_openai"),
     "GSM8K": ("engine-h100-1.json", "gsm8k"),
-    "ARC-Easy, H200": ("engine-h200-1.json", "arc_easy"),
-    "PIQA, H200": ("engine-h200-1.json", "piqa"),
+    "ARC-Easy, H200": ("engine-h200.json", "arc_easy"),
+    "PIQA, H200": ("engine-h200.json", "piqa"),
+    "LAMBADA, H200": ("engine-h200.json", "lambada_openai"),
 }
 
 
@@ -248,7 +249,7 @@ def test_the_engines_times_beside_hflms_are_the_committed_ones():
     for name, *shown in rows:
         file, task = ENGINE[name]
         found = json.loads((ROOT / "results/hflm" / file).read_text(encoding="utf-8"))["rows"]
-        own = {row["cell"].partition(" batch")[0]: row for row in found if row["task"] == task}
+        own = {row["cell"]: row for row in found if row["task"] == task}
         own["HFLM"] = min(
             (row for row in found if row["task"] == task and row["cell"].startswith("HFLM")),
             key=lambda row: row["seconds"],
@@ -290,6 +291,55 @@ def test_the_excess_of_a_repeated_speed_is_the_measured_one():
     for figure, name in zip(shown, ("32 × 1k", "8 × 8k", "1 × 32k"), strict=True):
         assert agrees(figure, steps[name, "again"] - steps[name, "fp16"]), name
         assert prompts[name, "again"] == pytest.approx(prompts[name, "fp16"], rel=5e-3)
+
+
+def test_what_the_gpu_works_of_scoring_is_the_measured_share():
+    """docs/method.md's seconds and shares are those of results/host, HFLM's at batches of 64 those of results/hflm."""
+    found = json.loads((ROOT / "results/host/busy-h200.json").read_text(encoding="utf-8"))["rows"]
+    cells = {(row["task"], row["cell"]): row for row in found}
+    for name, *shown in table("docs/method.md", "| | fp16 | int8 | int4 |")[1:]:
+        task = {"ARC-Easy, s": "arc_easy", "PIQA, s": "piqa"}[name]
+        for text, cell in zip(shown, ("fp16", "int8", "int4"), strict=True):
+            busy, wall, share = re.fullmatch(r"([\d.]+) of ([\d.]+): (\d+) %", text).groups()
+            row = cells[task, cell]
+            assert agrees(busy, row["busy"]), (name, cell)
+            assert agrees(wall, row["wall"]), (name, cell)
+            assert agrees(share, 100 * row["share"]), (name, cell)
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = json.loads((ROOT / "results/hflm/engine-h200.json").read_text(encoding="utf-8"))["rows"]
+    at_64 = [row["seconds"] for row in rows if row["cell"] == "HFLM batch 64"]
+    shown = re.search(r"at 64 it took ([\d.]+), ([\d.]+) and ([\d.]+) s", text).groups()
+    assert all(agrees(figure, value) for figure, value in zip(shown, at_64, strict=True))
+
+
+def test_what_short_tiles_save_is_the_measured_time():
+    """docs/method.md's microseconds a layer are those of results/short-h200.json."""
+    rows = json.loads((ROOT / "results/short-h200.json").read_text(encoding="utf-8"))["rows"]
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    sentence = text.partition("take a layer")[2].partition("](")[0]
+    shown = [int(figure) for pair in re.findall(r"(\d+) → (\d+)", sentence) for figure in pair]
+    found = {(row["dtype"], tuple(row["tile"] or ())): row["us"] for row in rows if row["batch"] == "arc"}
+    tiles = ((), (16, 32, 1, 2))
+    assert shown == [round(found[name, tile]) for name in ("fp16", "int8", "int4", "int2") for tile in tiles]
+
+
+def test_what_lies_between_a_graphs_kernels_is_the_measured_gap():
+    """docs/method.md's steps and gaps of graphs are those of results/throughput-graphs-h200.json."""
+    rows = json.loads((ROOT / "results/throughput-graphs-h200.json").read_text(encoding="utf-8"))["rows"]
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    step, others = re.search(r"took ([\d.]+) ms a step and the next three ([\d.]+)", text).groups()
+    gap, wider, kernels = re.search(
+        r"gap was ([\d.]+) µs in the first and ([\d.]+) µs in the others, (\d+)", text
+    ).groups()
+    assert len(rows) == 4
+    assert agrees(step, rows[0]["steps"][1])
+    assert agrees(gap, rows[0]["median_gap_us"])
+    assert all(agrees(others, row["steps"][1]) and agrees(wider, row["median_gap_us"]) for row in rows[1:])
+    assert int(kernels) == round(rows[2]["launches"] / 30)
+    assert all(
+        a[2] == b[2] and abs(a[0] - b[0]) < 0.05 * a[0] + 0.7
+        for a, b in zip(rows[0]["kernels"], rows[1]["kernels"], strict=True)
+    )
 
 
 def test_the_hosts_work_is_what_was_measured():
