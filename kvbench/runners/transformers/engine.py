@@ -151,7 +151,6 @@ class TransformersRunner(FromHidden):
             destroyed=self.destroyed,
             exact_prefill=self.scoring == "prefill_exact",
             ring=impl == "reference",
-            width=self.model.config.get_text_config(decoder=True).hidden_size,
         )
         loaded = self.loaded
         self._clock = Clock(self.device)

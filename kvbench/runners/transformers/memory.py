@@ -42,7 +42,6 @@ class Limits:
 CPU_LIMITS = Limits(tokens=2048, sequences=64, logits=2**24, memory=0.0)
 IN_FLIGHT = 4  # passes for each of several devices that what one device computes at once is cut into
 GPU_LIMITS = Limits(tokens=65536, sequences=LARGEST_GRAPH, logits=2**27, memory=0.6)
-NARROW = 1024  # channels of a model below which its passes take twice as many tokens: launching them takes as long
 
 
 class Graphed(Protocol):
@@ -57,7 +56,6 @@ class Memory:
     caches: packed; with a window its rows in 16 bits; with `exact_prefill` the exact cache.
     rings: where the window's rows lie, with `ring`; without, all rows have a copy in 16 bits, in the same slots.
     devices: of each layer with a cache; `device`, where passes begin.
-    width: channels of the model's hidden states.
     graphed: what must go when the caches go, for its graphs read them.
     limits: halved where the device runs out of memory.
     """
@@ -77,15 +75,12 @@ class Memory:
         destroyed: bool = False,
         exact_prefill: bool = False,
         ring: bool = False,
-        width: int = NARROW,
     ) -> None:
         self.caches: tuple[PagedCache, ...] = ()
         self.graphed: dict[Any, Graphed] = {}
         self.device = devices[0]
         self.devices = tuple(devices)
-        self.limits = CPU_LIMITS
-        if self.device.type == "cuda":
-            self.limits = replace(GPU_LIMITS, tokens=GPU_LIMITS.tokens << (width < NARROW))
+        self.limits = GPU_LIMITS if self.device.type == "cuda" else CPU_LIMITS
         if (count := len(set(self.devices))) > 1:
             # the first device computes a pass while the others are at those before it
             self.limits = replace(self.limits, tokens=self.limits.tokens // (IN_FLIGHT * count))
