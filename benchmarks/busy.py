@@ -1,0 +1,101 @@
+"""How much of a scoring task's time in the model a GPU works, by cache.
+
+A task's requests are scored once to compile, five times to time, and once under torch.profiler, whose kernels' spans
+give the seconds in which the GPU works; what runs beside another kernel counts once. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kvbench.environment import describe
+from kvbench.runners import catalog
+from kvbench.runners.transformers import TransformersModel
+from kvbench.schemes import Scheme
+from kvbench.sweep.session import clear_garbage
+from kvbench.tasks import RunContext, make_task
+
+
+class _AskedError(Exception):
+    """Raised in place of an answer, with the requests."""
+
+
+def requests_of(task: Any, runner: Any) -> list[Any]:
+    """All that a task asks to be scored."""
+
+    def asked(requests: Any, *_: Any) -> None:
+        raise _AskedError(list(requests))
+
+    with mock.patch.object(runner, "score", asked):
+        try:
+            task.run(runner, RunContext(lambda *_: {}, lambda *_: None))
+        except _AskedError as error:
+            found: list[Any] = error.args[0]
+            return found
+    raise ValueError(f"{task.name} asks for no score")
+
+
+def scored(runner: Any, requests: list[Any]) -> float:
+    """Seconds until the GPU has done it."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    runner.score(requests)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def busy(runner: Any, requests: list[Any]) -> tuple[float, int]:
+    """Seconds in which the GPU works, and its launches."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        scored(runner, requests)
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    total = end = 0.0
+    for span in sorted((event.time_range.start, event.time_range.end) for event in events):
+        total += max(0.0, span[1] - max(end, span[0]))
+        end = max(end, span[1])
+    return total / 1e6, len(events)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--task", action="append", help="may be repeated; default: arc_easy and piqa")
+    parser.add_argument("--output", type=Path, help="a JSON record")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("not run: there is no GPU here to time on")
+        return
+    loaded = TransformersModel.load(catalog.resolve(options.model), "bfloat16", "cuda")
+    data = Path(os.environ["KVBENCH_DATA"]) if "KVBENCH_DATA" in os.environ else None
+    rows = []
+    for name in options.task or ["arc_easy", "piqa"]:
+        task = make_task({"task": name}, data)
+        for cell in ("fp16", "int8", "int4"):
+            clear_garbage()
+            runner = loaded.runner(Scheme.parse(cell))
+            requests = requests_of(task, runner)
+            scored(runner, requests)
+            walls = sorted(scored(runner, requests) for _ in range(5))
+            works, launches = busy(runner, requests)
+            row = {"task": name, "cell": cell, "requests": len(requests), "walls": walls, "wall": median(walls)}
+            rows.append(row | {"busy": works, "share": works / median(walls), "launches": launches})
+            share = 100 * works / median(walls)
+            print(
+                f"{name} {cell}: {median(walls):.3f} s, of which the GPU works {works:.3f} ({share:.0f} %)", flush=True
+            )
+    if options.output:
+        options.output.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
