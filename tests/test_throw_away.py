@@ -147,7 +147,6 @@ def test_they_pass_every_shared_test(added):
     ("dtype", "rotation", "reason"),
     [
         ("int4", "dct", "no kernel computes dct"),
-        ("nf4", "none", "no kernel decodes nf4, which has a scale every 16 channels"),
         ("tall8", "none", "no kernel quantizes or decodes pages as a whole, as tall8 is"),
     ],
 )
@@ -169,3 +168,23 @@ def test_the_kernels_refuse_them_and_say_so(added, dtype, rotation, reason):
     assert done.stdout.splitlines()[0].startswith(reason)
     assert done.stdout.splitlines()[1] == "reference"
     assert f"ValueError: attention: triton can't serve this cell: {reason}" in done.stderr
+
+
+def test_rows_that_no_kernel_decodes_are_read_in_a_copy(added):
+    """
+    `auto` takes the reference for NF4 and has the reason; by name the kernels read its rows decoded to 16 bits.
+    """
+    program = (
+        "import more, torch\n"
+        "from kvbench.attention import choose, triton\n"
+        "from kvbench.schemes import Scheme\n"
+        "scheme = Scheme.parse('nf4', 'none')\n"
+        "print(triton.lacking(scheme, torch.float16, torch.device('cpu')))\n"
+        "print(*(choose(one, scheme, torch.float16, torch.device('cpu')) for one in ('auto', 'triton')))"
+    )
+    done = run(added, "-c", program)
+
+    assert done.stdout.splitlines() == [
+        "no kernel decodes nf4, which has a scale every 16 channels",
+        "reference triton",
+    ]

@@ -46,30 +46,32 @@ def choose(
         return "reference"
     if wanted == "auto" and _unproven(scheme):
         return "reference"
-    lacking = kernels_lack(scheme, compute_dtype, device, head_dims)
+    lacking = kernels_lack(scheme, compute_dtype, device, head_dims, copies=wanted == "triton")
     if lacking and wanted == "triton":
         raise ValueError(f"attention: triton can't serve this cell: {lacking}")
     return "reference" if lacking else "triton"
 
 
 def _unproven(scheme: Scheme) -> bool:
-    """Whether a scheme asks for a kernel that has not passed all of its tests on a GPU, or for none but a copy's."""
-    from kvbench.attention import triton
-
-    return any(
-        triton.in_copy(side.dtype) or ({side.dtype.name} | {one.name for one in side.transforms}) & UNPROVEN
-        for side in scheme.all_sides
-    )
+    """Whether a scheme asks for a kernel that has not passed all of its tests on a GPU."""
+    return any(({side.dtype.name} | {one.name for one in side.transforms}) & UNPROVEN for side in scheme.all_sides)
 
 
 def kernels_lack(
-    scheme: Scheme, compute_dtype: torch.dtype, device: torch.device, head_dims: Collection[int] = ()
+    scheme: Scheme,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    head_dims: Collection[int] = (),
+    copies: bool = False,
 ) -> str:
-    """Why the kernels can't serve a scheme, for a person; empty where they can."""
+    """Why the kernels can't serve a scheme, for a person; empty where they can.
+
+    copies: where they can read in a copy of 16 bits what they have no code for, as "triton" does and "auto" does not.
+    """
     # imported here, for Triton decides on import whether it interprets
     from kvbench.attention import triton
 
-    return triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device, head_dims)
+    return triton.lacking(scheme.resolve(compute_dtype), compute_dtype, device, head_dims, copies)
 
 
 def append(

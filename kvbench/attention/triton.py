@@ -180,7 +180,7 @@ def lacking(
     compute_dtype: torch.dtype,
     device: torch.device,
     head_dims: Collection[int] = (),
-    copies: bool = True,
+    copies: bool = False,
 ) -> str:
     """Why the kernels can't serve this resolved scheme with queries of this dtype; empty where they can.
 

@@ -406,7 +406,7 @@ def unserved(cells: Sequence[Cell], attention: str, device: str) -> list[str]:
     found = defaultdict[tuple[str, str], dict[str, None]](dict)
     for cell in cells:
         head_dims = {head_dim for _, head_dim in cell.model.layers or ()}
-        if lack := kernels_lack(cell.scheme, cell.compute_dtype, torch.device(device), head_dims):
+        if lack := kernels_lack(cell.scheme, cell.compute_dtype, torch.device(device), head_dims, copies=True):
             found[cell.model.name, lack][cell.scheme.label] = None
     return [
         f"model {model}, scheme {next(iter(schemes))}: attention: triton can't serve it"

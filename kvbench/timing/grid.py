@@ -79,7 +79,7 @@ def run(request: KernelRequest, progress: Callable[[dict[str, Any]], None] = lam
         for scheme in schemes:
             row = _row(request, scheme, batch, context, copy_gbps)
             where = torch.device("cuda" if timed else "cpu")
-            if why := triton.lacking(scheme, DTYPES[timed], where, [request.shape.head_dim], copies=False):
+            if why := triton.lacking(scheme, DTYPES[timed], where, [request.shape.head_dim]):
                 row["gate"] = f"{REFUSED}{why}"
             else:
                 _measure(row, request, scheme, batch, context, timed)

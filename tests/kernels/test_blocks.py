@@ -195,7 +195,11 @@ def test_e2m1_streams_are_its_values(device):
         ("q8_0:int8", 64, "no kernel reads q8_0 beside int8_per_token_head"),
         ("int3_per_token_head", 96, "no kernel reads int3_per_token_head of head_dim 96"),
         ("q4_0", 96, "no kernel reads q4_0 of head_dim 96"),
-        ("q5_1", 64, "no kernel decodes q5_1, which has a scale every 32 channels"),
+        (
+            "uint2_per_channel_64:fp16",
+            64,
+            "no kernel quantizes or decodes pages as a whole, as uint2_per_channel_64 is",
+        ),
     ],
 )
 def test_what_kernels_do_not_read_is_refused(pair, head_dim, reason, device):

@@ -153,7 +153,7 @@ def _score_rows(
     """Log-probabilities of the targets asked for, into `values`, and whether each is the likeliest token."""
     if not rows.lots:
         return
-    distinct, row, target = (x.to(targets.device, non_blocking=True) for x in arrays)
+    distinct, row, target = (x.to(forward.places.last, non_blocking=True) for x in arrays)
     for own, (begin, end) in zip(distinct.split(rows.most), rows.lots, strict=True):
         log_p = forward.log_probs(hidden[own])
         these, at = target[begin:end], row[begin:end]
