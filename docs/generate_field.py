@@ -1,7 +1,7 @@
 """Writes the tables of docs/field.md from the committed records, between its marks: `make docs`; a test compares."""
 
 import json
-import re
+import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,7 @@ from kvbench.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "field.md"
+renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 MODELS = {"SmolLM2": "smollm2-135m-instruct", "Gemma": "gemma3-270m", "Qwen": "qwen2.5-coder-1.5b-instruct"}
 LAYERS = {"field": ((2, 128),) * 28, "field-cpu": ((4, 64),)}  # of the 1.5B, and one of SmolLM2's
 CONTEXTS = {"1k": 1024, "8k": 8192, "32k": 32768}
@@ -336,15 +337,8 @@ TABLES = {"three models": on_three_models, "answers": answers, "presets": preset
 
 def page() -> str:
     """docs/field.md with its tables made anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in TABLES.items():
-        text = re.sub(
-            rf"(<!-- {name}: [^\n]*-->\n\n).*?(\n\n<!-- end of {name} -->)",
-            lambda m, made=made: m[1] + made() + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-    return text
+    made: str = renewed(PAGE, TABLES)
+    return made
 
 
 if __name__ == "__main__":

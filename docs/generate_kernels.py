@@ -2,13 +2,14 @@
 
 import csv
 import json
-import re
+import runpy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
+renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 GRID, BLOCKS, WINDOWS = "kernels-h200", "kernels-blocks-h200", "windows-h200.json"
 INSTRUCTIONS = "checks-h200/instructions.csv"
 CENTRES = "checks-h200/centres.txt"
@@ -298,16 +299,8 @@ TABLES = {
 
 def page() -> str:
     """docs/kernels.md with its tables made anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in TABLES.items():
-        text, times = re.subn(
-            rf"(<!-- {name}: [^\n]*-->\n\n).*?(\n\n<!-- end of {name} -->)",
-            lambda m, made=made: m[1] + made() + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-        assert times == 1, name
-    return text
+    made: str = renewed(PAGE, TABLES)
+    return made
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from kvbench.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "two-bits.md"
+renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 RESULTS = ROOT / "results"
 SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2"}
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
@@ -164,15 +165,8 @@ TABLES = {"searches": searches, "positions": positions, "designs": designs, "far
 
 def page() -> str:
     """docs/two-bits.md with its tables made anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in TABLES.items():
-        text = re.sub(
-            rf"(<!-- {name}: [^\n]*-->\n\n).*?(\n\n<!-- end of {name} -->)",
-            lambda m, made=made: m[1] + made() + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-    return text
+    made: str = renewed(PAGE, TABLES)
+    return made
 
 
 if __name__ == "__main__":
