@@ -216,7 +216,7 @@ def _memory_gib() -> float | None:
         return None
 
 
-def free_memory() -> int:
+def free_host_memory() -> int:
     """Bytes that this process can take before others lose theirs; 0 where the system does not say."""
 
     def number(path: str) -> int | None:

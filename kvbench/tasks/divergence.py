@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kvbench.environment import free_memory
+from kvbench.environment import free_host_memory
 from kvbench.results import Metric, Outcome, exponential
 from kvbench.sizes import tokens
 from kvbench.tasks import text
@@ -230,7 +230,7 @@ class Exact:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int, int], Tensor] = {}
-        self._room = free_memory() // 4
+        self._room = free_host_memory() // 4
 
     def log_probs(self, runner: Runner, document: tuple[str, int], first: int, hidden: Tensor) -> Tensor:
         """[n, vocabulary] of the hidden states [n, H] of a document from position `first` on."""

@@ -292,10 +292,10 @@ def test_the_baselines_log_probabilities_are_computed_once_where_memory_holds_th
             return super().log_probs(hidden)
 
     task = make_task(small)
-    monkeypatch.setattr("kvbench.tasks.divergence.free_memory", lambda: 0)
+    monkeypatch.setattr("kvbench.tasks.divergence.free_host_memory", lambda: 0)
     alone = task.run(Asked(noise=0.1), replace(context, kept={}))
     each = len(asked)
-    monkeypatch.setattr("kvbench.tasks.divergence.free_memory", lambda: 2**40)
+    monkeypatch.setattr("kvbench.tasks.divergence.free_host_memory", lambda: 2**40)
     outcomes = [task.run(Asked(noise=noise), context) for noise in (0.0, 0.1)]
 
     assert outcomes[1] == alone
