@@ -13,12 +13,24 @@ from torch import Tensor
 from kvbench.attention import reference
 from kvbench.attention.batch import Batch, Near
 from kvbench.cache import PagedCache
+from kvbench.dtypes import Dtype
 from kvbench.dtypes.trellis import computed_by
 from kvbench.schemes import Scheme, Window
 
 Implementation = Literal["reference", "triton"]
 
-__all__ = ["Batch", "Implementation", "Near", "append", "attend", "choose", "defined", "kernels_lack", "waits"]
+__all__ = [
+    "Batch",
+    "Implementation",
+    "Near",
+    "append",
+    "attend",
+    "choose",
+    "defined",
+    "in_copies",
+    "kernels_lack",
+    "waits",
+]
 
 _DEFINED: WeakKeyDictionary[PagedCache, bool] = WeakKeyDictionary()
 
@@ -112,11 +124,16 @@ def append(
 
 def waits(scheme: Scheme, impl: Implementation) -> bool:
     """Whether a pass looks at what the device computed, so that no CUDA graph can hold it."""
+    return impl == "reference" or bool(in_copies(scheme, impl))
+
+
+def in_copies(scheme: Scheme, impl: Implementation) -> list[Dtype]:
+    """The dtypes whose rows are read in a copy of 16 bits: see `PagedCache.keep_decoded`."""
     if impl == "reference":
-        return True
+        return []
     from kvbench.attention import triton
 
-    return any(map(triton.in_copy, scheme.dtypes))
+    return [dtype for dtype in scheme.dtypes if triton.in_copy(dtype)]
 
 
 def defined(cache: PagedCache, impl: Implementation) -> bool:
@@ -165,7 +182,7 @@ def attend(
     `window.starts` of the query's position.
     impl: "reference" computes with torch operations, in float64 where q is float64 and in float32 otherwise; "triton"
     is the kernels, for half-precision queries on a GPU (or in Triton's interpreter). What they have no code for they
-    read decoded to float16: the pages of a pass, a layer at a time.
+    read as float16, to which rows are decoded as they are written.
     """
     if sinks is not None and any("offset" in params for params in cache.values[layer].params):
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cache, lru_cache
-from weakref import WeakKeyDictionary
 
 import torch
 from kvbench_kernels import attention, store, store_blocks, unpack
@@ -34,8 +33,6 @@ _HALVES = Layout(unpack.FLOAT.value, 16)
 WRITTEN = Window(0, 0)  # all rows are written, whatever is read of them
 # of each plane's codes, for as long as they live: what is computed once of what its transforms learned
 _CENTERS = WeakTensorKeyDictionary()
-# of each cache, a layer's pages of keys and of values [P, HKV, S, D] in 16 bits, which its layers take in turn
-_COPIES: WeakKeyDictionary[PagedCache, dict[int, Tensor]] = WeakKeyDictionary()
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {
@@ -76,7 +73,7 @@ def attend(
 ) -> Tensor:
     """See kvbench.attention.attend."""
     keys, values = cache.keys[layer], cache.values[layer]
-    k, v = (_decoded(cache, x, i, batch) if _copied(x) else side(x) for i, x in enumerate((keys, values)))
+    k, v = (_decoded(cache, x) if _copied(x) else side(x) for x in (keys, values))
     dtype = q.dtype
     if _copied(keys) and turned_apart(keys.side):
         q = keys.side.query(q.float(), keys.params).to(dtype)
@@ -109,7 +106,7 @@ def attend(
 
 @cache
 def in_copy(dtype: Dtype) -> bool:
-    """Whether the kernels read its rows in a copy of 16 bits, having no code for it: passes decode what they read."""
+    """Whether the kernels read its rows in a copy of 16 bits, having no code for it: it is decoded as it is written."""
     try:
         layout(dtype), rounding(dtype)
     except ValueError:
@@ -119,8 +116,11 @@ def in_copy(dtype: Dtype) -> bool:
 
 @cache
 def turned_apart(side: SchemeSide) -> bool:
-    """Whether queries and outputs are turned by torch: no kernel has the rotation, and the rows are read in a copy."""
-    return in_copy(side.dtype) and not side.learns and side.lower(MULTIPLE) is None
+    """Whether queries and outputs are turned by torch: no kernel has the rotation, and the rows are read in a copy.
+
+    A centre is the kernels' or the reference's: what it adds to scores is too much for queries rounded after a turn.
+    """
+    return in_copy(side.dtype) and side.keeps_scores and side.lower(MULTIPLE) is None
 
 
 def _copied(plane: Plane) -> bool:
@@ -131,14 +131,14 @@ def _copied(plane: Plane) -> bool:
     return found
 
 
-def _decoded(cache: PagedCache, plane: Plane, which: int, batch: Batch) -> Side:
-    """A plane's rows of the batch's pages, decoded to float16; as the other layers' were before."""
-    copies, shape = _COPIES.setdefault(cache, {}), (*plane.codes.shape[:3], plane.head_dim)
-    if which not in copies or copies[which].shape != shape or copies[which].device != plane.codes.device:
-        copies[which] = torch.zeros(shape, dtype=torch.float16, device=plane.codes.device)
-    pages = batch.pages_read[0]
-    copies[which][pages] = plane.read(pages, torch.float32).to(torch.float16)
-    return Side(copies[which], None, _HALVES)
+def _decoded(cache: PagedCache, plane: Plane) -> Side:
+    """A plane's rows as they were decoded when they were written."""
+    made: Side | None = plane.launched.get("decoded")
+    if made is None:
+        cache.keep_decoded([plane.side.dtype])
+        assert plane.decoded is not None
+        made = plane.launched["decoded"] = Side(plane.decoded, None, _HALVES)
+    return made
 
 
 def append(
@@ -311,7 +311,7 @@ def turn(side: SchemeSide | Transform, head_dim: int, device: torch.device) -> T
 
 def center(keys: Plane) -> Center | None:
     """What the transforms subtract from a layer's keys, as they learned it; None where that is nothing."""
-    if not any(keys.params):
+    if not any(keys.params) or turned_apart(keys.side):
         return None
     if keys.codes not in _CENTERS:
         lowered = keys.side.lower(keys.head_dim, keys.params)
@@ -329,7 +329,7 @@ def center(keys: Plane) -> Center | None:
 
 def rank(keys: Plane) -> Rank | None:
     """How the transforms sort a layer's key channels, as they learned it; None where they do not."""
-    if not any(keys.params):
+    if not any(keys.params) or turned_apart(keys.side):
         return None
     if "rank" not in keys.launched:
         lowered = keys.side.lower(keys.head_dim, keys.params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from kvbench.cache.device import to_device
 from kvbench.dtypes import Cast, Dtype, Rows
 from kvbench.schemes import Layers, Scheme, Side
 from kvbench.transforms import Params
+
+DECODED_AT_ONCE = 1024  # pages
 
 # of each layer, what the transforms of its keys learned, and their dtype, and those of its values
 Learned = Sequence[tuple[tuple[Params, ...], tuple[Params, ...]]]
@@ -26,6 +28,7 @@ class Plane:
     codes: [P, HKV, S, word_bytes] uint8. rest: [P, HKV, S, bytes] uint8, what of codes follows these; None if nothing.
     scale: [P, HKV, S, *scales_shape], or [P, HKV, *scales_shape] where pages are quantized whole; None for no scale.
     tensor_scale: scalar float32 where the dtype has one scale a layer, else None.
+    decoded: [P, HKV, S, D] float16, what the rows are read as, for kernels that have no code for them; None without.
     launched: what an implementation made of this plane once, by name; for as long as its tensors are these.
     """
 
@@ -36,6 +39,7 @@ class Plane:
     scale: Tensor | None
     tensor_scale: Tensor | None
     rest: Tensor | None = None
+    decoded: Tensor | None = None
     launched: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     dtype: Dtype = field(init=False)
 
@@ -51,9 +55,14 @@ class Plane:
 
     def read(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, HKV, S, D] decoded rows of these pages [N], computed in `dtype`."""
-        rows = self.rows(pages)
+        return self._read(self.rows(pages), dtype)
+
+    def _read(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """[N, HKV, S, D] of rows [N, HKV, S], or [N, HKV, D] of rows [N, HKV]."""
         if not self.dtype.learns:
             return self.dtype.dequantize(rows, dtype, self.tensor_scale)
+        if rows.codes.dim() == 3:
+            return self.dtype.dequantize(rows, dtype)
         # what a head's channels have learned is told by the last dimension but one
         scale = None if rows.scale is None else rows.scale.transpose(1, 2)
         return self.dtype.dequantize(Rows(rows.codes.transpose(1, 2), scale), dtype).transpose(1, 2)
@@ -67,6 +76,8 @@ class Plane:
         if self.scale is not None:
             assert rows.scale is not None
             self.scale[where] = rows.scale
+        if self.decoded is not None:
+            self.decoded[where] = self._read(rows, torch.float32).to(torch.float16)
 
     @property
     def row_bytes(self) -> Tensor:
@@ -79,7 +90,8 @@ class Plane:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(t.nbytes for t in (self.codes, self.rest, self.scale, self.tensor_scale) if t is not None)
+        held = (self.codes, self.rest, self.scale, self.tensor_scale, self.decoded)
+        return sum(t.nbytes for t in held if t is not None)
 
 
 def unlearned(scheme: Scheme, layers: int) -> Learned:
@@ -238,6 +250,18 @@ class PagedCache:
             rows = stored.dtype.dequantize(Rows(stored.codes[page, :, offset], None), precise).transpose(1, 2)
             rows[first, :, :sinks] = rows[first, :, sinks : sinks + 1]  # [N, HKV, S, D]
             plane.write(pages, plane.dtype.quantize(rows))
+
+    def keep_decoded(self, dtypes: Collection[Dtype]) -> None:
+        """From now on rows of these dtypes are kept decoded too, in 16 bits, as they are written."""
+        for plane, device in zip((*self.keys, *self.values), (*self.devices, *self.devices), strict=True):
+            if plane.decoded is None and plane.side.dtype in dtypes:
+                with torch.inference_mode(False):
+                    shape = (1, *plane.codes.shape[:3], plane.head_dim)
+                    made = torch.zeros(shape, dtype=torch.float16, device=plane.codes.device)
+                for pages in torch.arange(self.pages, device=made.device).split(DECODED_AT_ONCE):
+                    made[0][pages] = plane.read(pages, torch.float32).to(torch.float16)
+                plane.decoded = made[0]
+                self._stacks.append(_Stack(made, "decoded", [plane], device))
 
     def grow(self, pages: int) -> None:
         """Has so many pages at least; those that are there keep what they hold."""

@@ -7,7 +7,7 @@ from kvbench.cache import PagedCache
 from kvbench.cache.paged import fitting_tokens
 from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
-from kvbench.transforms import all_rotations
+from kvbench.transforms import Sample, all_rotations
 
 ROWS = [
     name
@@ -134,6 +134,35 @@ def test_copying_a_page_copies_all_layers():
     for layer in range(len(LAYERS)):
         for x in cache.read(layer, torch.tensor([1, 3]), torch.float32):
             assert torch.equal(x[0], x[1])
+
+
+@pytest.mark.parametrize("name", ["turboquant3_prod:tcq2", "q4_1:iq4_nl", "nuq3_per_channel:nuq3_per_token_head"])
+def test_rows_kept_decoded_are_what_reading_gives(name):
+    """
+    After writes, copies of pages and growth, in 16 bits; what was there before is decoded when the keeping begins.
+    """
+    scheme = Scheme.parse(name, "none")
+    rows = [
+        Sample(torch.randn(256, *shape), torch.randn(256, *shape), torch.arange(256), None, 256) for shape in LAYERS
+    ]
+    learned = [tuple(s.learn(x) if s.learns else s.unlearned for s in (scheme.key, scheme.value)) for x in rows]
+    cache, _, slots = filled(scheme, learned=learned, page_size=16)
+    before = cache.nbytes
+    cache.keep_decoded(scheme.dtypes)
+    assert cache.nbytes == before + 2 * 80 * 2 * sum(heads * width for heads, width in LAYERS)
+    unwritten = torch.tensor(sorted(set(range(80)) - set(slots.tolist())))[:8]
+    for layer, (heads, width) in enumerate(LAYERS):
+        cache.append(layer, *torch.randn(2, 8, heads, width), unwritten)
+    cache.grow(7)
+    cache.copy_pages([(0, 6)])
+    written = torch.cat([slots, unwritten, unwritten[unwritten < 16] + 96])
+    for plane in (*cache.keys, *cache.values):
+        want, got = (
+            x.transpose(1, 2).flatten(0, 1)[written]
+            for x in (plane.read(torch.arange(7), torch.float32), plane.decoded)
+        )
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got, want.half(), rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)

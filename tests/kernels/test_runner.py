@@ -96,7 +96,7 @@ def test_scoring_modes_hold_through_the_kernels(model, scoring):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("scheme", ["auto", "int4"])
+@pytest.mark.parametrize("scheme", ["int4", "q4_1", *(["auto"] if torch.cuda.is_available() else [])])
 def test_decoded_tokens_are_the_likeliest(model, scheme):
     """
     Each greedy token, made in one batch of prompts that come and go, is the reference's likeliest within rounding.

@@ -201,6 +201,8 @@ def test_midrise_values_of_any_length(head_dim, device):
         # what kernels have no code for is read in a copy of 16 bits; a dense rotation turns queries before
         ("q4_1", "iq4_nl", "hadamard_32:hadamard_64", "+s4", 64, {"sliding_window": 40}),
         ("turboquant3_prod", "turboquant3_mse", "random_rotation", "+w64s4", 64, {"softcap": 20.0}),
+        ("clipped3_per_group", "clipped3_per_group", "reorder", "+w64s4", 64, {}),
+        ("nuq3_per_channel", "nuq3_per_token_head", "center:none", "+s1", 64, {}),
         ("tcq4321", "tcq2", "center+rank_far:randomized_hadamard", "+w64s4", 64, {}),
         ("tcq4321", "tcq2", "center+rank:center_constant+randomized_hadamard", "", 64, {"sliding_window": 40}),
         ("tcq3", "midrise2", "center+randomized_hadamard:hadamard", "", 64, {"sliding_window": 40}),

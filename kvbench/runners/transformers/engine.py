@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from kvbench.attention import choose, kernels_lack, waits
+from kvbench.attention import choose, in_copies, kernels_lack, waits
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Learned
 from kvbench.results import Tensors
@@ -151,6 +151,7 @@ class TransformersRunner(FromHidden):
             destroyed=self.destroyed,
             exact_prefill=self.scoring == "prefill_exact",
             ring=impl == "reference",
+            copied=in_copies(self.scheme.resolve(self.model.dtype), impl),
         )
         loaded = self.loaded
         self._clock = Clock(self.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 
 from kvbench.cache import OutOfPages, PagedCache, PagePool, Rings
 from kvbench.cache.paged import Learned, by_device
+from kvbench.dtypes import Dtype
 from kvbench.schemes import Layers, Scheme
 
 SMALLEST_BATCH = 64  # tokens of a pass, below which a model that runs out of memory is given up
@@ -55,6 +57,7 @@ class Memory:
 
     caches: packed; with a window its rows in 16 bits; with `exact_prefill` the exact cache.
     rings: where the window's rows lie, with `ring`; without, all rows have a copy in 16 bits, in the same slots.
+    copied: dtypes whose packed rows are kept decoded too, in 16 bits.
     devices: of each layer with a cache; `device`, where passes begin.
     graphed: what must go when the caches go, for its graphs read them.
     limits: halved where the device runs out of memory.
@@ -75,6 +78,7 @@ class Memory:
         destroyed: bool = False,
         exact_prefill: bool = False,
         ring: bool = False,
+        copied: Collection[Dtype] = (),
     ) -> None:
         self.caches: tuple[PagedCache, ...] = ()
         self.graphed: dict[Any, Graphed] = {}
@@ -90,6 +94,7 @@ class Memory:
         self._learned = learned
         self._destroyed = destroyed
         self._ring = scheme.window if ring else None
+        self._copied = copied
         self._schemes = [scheme.resolve(model_dtype)]
         if scheme.window:
             self._schemes.append(scheme.exact(model_dtype))
@@ -147,6 +152,7 @@ class Memory:
             )
             for i, scheme in enumerate(self._schemes)
         )
+        self.packed.keep_decoded(self._copied)
 
     def release(self) -> None:
         """Gives up the caches, and the graphs that read them."""
@@ -183,6 +189,9 @@ class Memory:
         if self._ring is not None:
             share = min(1.0, (self._ring.tokens(longest) + self._ring.page) / max(1, longest))
             each[1] = [share * layer_bytes for layer_bytes in each[1]]
+        sides = (self._schemes[0].layer(i, len(self._layers)) for i in range(len(self._layers)))
+        copies = (sum(side.dtype in self._copied for side in own) for own in sides)
+        each.append([2.0 * count * math.prod(shape) for count, shape in zip(copies, self._layers, strict=True)])
         return [sum(layer) for layer in zip(*each, strict=True)]
 
     @contextmanager
