@@ -42,7 +42,14 @@ class MinMax(Dtype):
 _KIVI = "KIVI, https://arxiv.org/abs/2402.02750"
 
 # keys: a channel of a page, for a few channels are far wider than the others
-uint4_per_channel_64, uint4_per_channel_128, uint2_per_channel_64, uint2_per_channel_128 = (
+(
+    uint4_per_channel_32,
+    uint4_per_channel_64,
+    uint4_per_channel_128,
+    uint2_per_channel_32,
+    uint2_per_channel_64,
+    uint2_per_channel_128,
+) = (
     MinMax(
         f"uint{bits}_per_channel_{tokens}",
         bits,
@@ -52,7 +59,7 @@ uint4_per_channel_64, uint4_per_channel_128, uint2_per_channel_64, uint2_per_cha
         page_tokens=tokens,
     )
     for bits in (4, 2)
-    for tokens in (64, 128)
+    for tokens in (32, 64, 128)
 )
 # values: 32 channels of a row
 uint4_per_group, uint2_per_group = (

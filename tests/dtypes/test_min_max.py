@@ -158,7 +158,13 @@ def test_reading_in_float64_loses_nothing(dtype):
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("uint2_per_channel_128", 2.25), ("uint2_per_channel_64", 2.5), ("uint4_per_group", 5), ("uint2_per_group", 3)],
+    [
+        ("uint2_per_channel_128", 2.25),
+        ("uint2_per_channel_64", 2.5),
+        ("uint2_per_channel_32", 3),
+        ("uint4_per_group", 5),
+        ("uint2_per_group", 3),
+    ],
 )
 def test_bits_by_hand(name, bits):
     """
