@@ -83,7 +83,7 @@ class Side:
     def learn(self, sample: Sample) -> tuple[Params, ...]:
         """What each transform learns of a layer, and the dtype, from the sample as the transforms before it left it."""
         found: list[Params] = []
-        dtype = self.dtype.resolve(torch.float32)
+        given, dtype = sample, self.dtype.resolve(torch.float32)
         sample = replace(sample, stored=dtype.stored)
         for transform in self.transforms:
             params = transform.learn(sample)
@@ -92,7 +92,11 @@ class Side:
                 keys = transform.apply(sample.keys, params, sample.positions)
                 queries = None if sample.queries is None else transform.query(sample.queries, params)
                 sample = replace(sample, keys=keys, queries=queries, rope=sample.rope if transform.turns else None)
-        return (*found, self.dtype.learn(sample)) if self.dtype.learns else tuple(found)
+        if not self.dtype.learns:
+            return tuple(found)
+        if self.dtype.reads_anywhere and given.rope is not None:
+            sample = replace(sample, queries=self.query(given.queries_anywhere(), found))
+        return (*found, self.dtype.learn(sample))
 
     def apply(self, x: Tensor, params: Sequence[Params] = (), positions: Tensor | None = None) -> Tensor:
         """[T, H, D] rows as the dtype takes them, of tokens at these positions [T]."""

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvbench.attention.batch import Batch
+from kvbench.attention.trellis import serves
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Tiers
 from kvbench.dtypes.base import STEPS
 from kvbench.dtypes.int2 import THRESHOLD
+from kvbench.dtypes.trellis import TrellisPerTokenHead
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
 from kvbench.transforms import Transform
@@ -74,7 +76,9 @@ def attend(
     """See kvbench.attention.attend."""
     keys, values = cache.keys[layer], cache.values[layer]
     k, v = (_decoded(cache, x) if _copied(x) else side(x) for x in (keys, values))
-    dtype = q.dtype
+    dtype, shifted = q.dtype, shift(keys)
+    if shifted is not None:
+        q = q * grouped(shifted.reciprocal().to(dtype), q.shape[1])  # powers of two: exact
     if _copied(keys) and turned_apart(keys.side):
         q = keys.side.query(q.float(), keys.params).to(dtype)
     out: Tensor = attention.attend(
@@ -123,6 +127,17 @@ def turned_apart(side: SchemeSide) -> bool:
     return in_copy(side.dtype) and side.keeps_scores and side.lower(MULTIPLE) is None
 
 
+def writes(side: SchemeSide) -> bool:
+    """Whether the kernels write a side's rows, and not the definitions."""
+    return not in_copy(side.dtype) and side.lower(MULTIPLE) is not None
+
+
+def flows(side: SchemeSide) -> bool:
+    """Whether the definition writes a side's rows without a look at what the device computed, which most don't."""
+    trellis = isinstance(side.dtype, TrellisPerTokenHead) and serves(side.dtype, torch.float32)
+    return (trellis or isinstance(side.dtype.decode, Cast)) and side.lower(MULTIPLE) is not None
+
+
 def _copied(plane: Plane) -> bool:
     """`in_copy` of a plane's dtype, found without a hash of all that it is."""
     if "copied" not in plane.launched:
@@ -158,6 +173,9 @@ def append(
     if cache.destroyed:
         k, v = torch.zeros_like(k), torch.zeros_like(v)
     keys, values = cache.keys[layer], cache.values[layer]
+    shifted = shift(keys)
+    if shifted is not None:
+        k = k * shifted.to(k.dtype)
     store.store(
         k,
         v,
@@ -319,11 +337,25 @@ def center(keys: Plane) -> Center | None:
         device = keys.codes.device
         offset = None if lowered.offset is None else lowered.offset.to(device)
         if offset is not None:
+            shifted = shift(keys)
+            offset = offset if shifted is None else offset * shifted
             by_page = offset if offset.dim() == 3 else offset[None]
             _CENTERS[keys.codes] = Center.make(by_page, turn(keys.side, keys.head_dim, device), POSITIONS, rank(keys))
         else:
             _CENTERS[keys.codes] = None
     found: Center | None = _CENTERS[keys.codes]
+    return found
+
+
+def shift(keys: Plane) -> Tensor | None:
+    """[HKV, D] float32, the powers of two that the transforms multiply a layer's key channels with; None for ones."""
+    if not any(keys.params) or turned_apart(keys.side):
+        return None
+    if "shift" not in keys.launched:
+        lowered = keys.side.lower(keys.head_dim, keys.params)
+        assert lowered is not None, "`turn` refuses it"
+        keys.launched["shift"] = None if lowered.shift is None else lowered.shift.to(keys.codes.device)
+    found: Tensor | None = keys.launched["shift"]
     return found
 
 

@@ -67,17 +67,24 @@ class Plane:
         scale = None if rows.scale is None else rows.scale.transpose(1, 2)
         return self.dtype.dequantize(Rows(rows.codes.transpose(1, 2), scale), dtype).transpose(1, 2)
 
-    def write(self, where: Any, rows: Rows) -> None:
-        """Store rows; where: an index into [P, HKV, S], or into [P] for pages that are quantized whole."""
+    def write(self, where: Any, rows: Rows, at_all: Tensor | None = None) -> None:
+        """Store rows; where: an index into [P, HKV, S], or into [P] for pages that are quantized whole.
+
+        at_all: scalar bool, whether anything is stored, for who does not look what it is.
+        """
+
+        def put(tensor: Tensor, new: Tensor) -> None:
+            tensor[where] = new if at_all is None else torch.where(at_all, new, tensor[where])
+
         words = self.codes.shape[-1]
-        self.codes[where] = rows.codes[..., :words]
+        put(self.codes, rows.codes[..., :words])
         if self.rest is not None:
-            self.rest[where] = rows.codes[..., words:]
+            put(self.rest, rows.codes[..., words:])
         if self.scale is not None:
             assert rows.scale is not None
-            self.scale[where] = rows.scale
+            put(self.scale, rows.scale)
         if self.decoded is not None:
-            self.decoded[where] = self._read(rows, torch.float32).to(torch.float16)
+            put(self.decoded, self._read(rows, torch.float32).to(torch.float16))
 
     @property
     def row_bytes(self) -> Tensor:
@@ -217,22 +224,24 @@ class PagedCache:
         k, v: [T, HKV, D], any floating dtype.
         slot_mapping: [T] int64, page * page_size + offset; -1 skips the token.
         positions: [T] int64 within their sequences; needed where a transform goes by position.
-        skips: whether a token is skipped, for who knows: to look waits for the device.
+        skips: whether a token is skipped, for who knows; nobody looks, which would wait for the device.
         """
         if self.destroyed:
             k, v = torch.zeros_like(k), torch.zeros_like(v)
-        if skips is None:
-            skips = bool((slot_mapping < 0).any())
-        if skips:
+        any_kept = None
+        if skips is not False and len(slot_mapping):
+            # a skipped token is written as the first one that is not, once more
             kept = slot_mapping >= 0
-            k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-            positions = None if positions is None else positions[kept]
+            any_kept, first = kept.any(), kept.to(torch.uint8).argmax()
+            taken = torch.where(kept, torch.arange(len(kept), device=kept.device), first)
+            k, v, slot_mapping = k[taken], v[taken], slot_mapping[taken].clamp_min(0)
+            positions = None if positions is None else positions[taken]
         page, offset = slot_mapping // self.page_size, slot_mapping % self.page_size
         for plane, x in ((self.keys[layer], k), (self.values[layer], v)):
             if plane.dtype.page_tokens:
                 continue
             rows = plane.dtype.quantize(plane.side.apply(x, plane.params, positions), plane.tensor_scale)
-            plane.write((page, slice(None), offset), rows)
+            plane.write((page, slice(None), offset), rows, any_kept)
 
     def seal(self, layer: int, exact: PagedCache, pages: Tensor, slots: Tensor, first: Tensor) -> None:
         """Quantize pages that are full, where that is done by page, from their rows in 16 bits.

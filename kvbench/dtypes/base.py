@@ -191,6 +191,7 @@ class Dtype:
     tensor_scaled: bool = False
     learns: ClassVar[bool] = False  # from a calibration text
     reads_queries: ClassVar[bool] = False  # and from the queries there
+    reads_anywhere: ClassVar[bool] = False  # turned to any of the model's positions, few of which the text reaches
 
     def learn(self, sample: Sample) -> Params:
         """What it needs to know of a layer, from its rows as the transforms left them."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.transforms.base import Params, Sample, Transform, grouped
+from kvbench.transforms.base import NOTHING, Lowered, Params, Sample, Transform, grouped
 
 RIDGE = 1e-6  # share of the mean second moment that each direction has at least: a channel that is never used divides
 LEAST = 1e-30  # where all is zero
@@ -57,6 +57,21 @@ class BalanceFar(Balance):
         q, k = (x + (RIDGE * x.mean(-1, keepdim=True)).clamp_min(LEAST) for x in (q, k))
         forward = (q / k) ** 0.25
         return {"forward": forward, "backward": 1 / forward}
+
+
+@dataclass(frozen=True)
+class BalanceShift(BalanceFar):
+    """As `balance_far`, each factor the nearest power of two, which changes no bit of a key or a query but exponents.
+
+    So kernels need no code for it: keys and queries are multiplied before, exactly. Learned: forward, backward.
+    """
+
+    def learn(self, sample: Sample) -> Params:
+        forward = super().learn(sample)["forward"].log2().round().exp2()
+        return {"forward": forward, "backward": 1 / forward}
+
+    def lower(self, head_dim: int, params: Params = NOTHING) -> Lowered | None:
+        return Lowered(shift=params.get("forward", torch.ones(1, head_dim)).to(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -110,4 +125,5 @@ _SOURCE = (
 )
 balance = Balance("balance", source=_SOURCE)
 balance_far = BalanceFar("balance_far", source=f"{_SOURCE}; RoPE, https://arxiv.org/abs/2104.09864")
+balance_shift = BalanceShift("balance_shift", source=f"{_SOURCE}; RoPE, https://arxiv.org/abs/2104.09864")
 balance_full = BalanceFull("balance_full", source=f"{_SOURCE}; the matrix form")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 POSITIONS = 64  # of a page of positions, which share what is learned by page
+ANYWHERE, GOLDEN = 4, (5**0.5 - 1) / 2  # positions of each query, and how far they lie from each other
 FIRST = 4  # tokens of a document: the keys that all attend to, which lie far from all others
 
 Params = Mapping[str, Tensor]  # what a transform learned of one layer's keys, by name; float32 or float64
@@ -88,12 +89,23 @@ class Sample:
         behind = self.positions >= FIRST
         return behind if bool(behind.any()) else torch.ones_like(behind)
 
+    def queries_anywhere(self) -> Tensor:
+        """[T', HQ, D] float64, some 2048 of the queries, turned to positions spread over all of the model's."""
+        assert self.queries is not None
+        assert self.rope is not None
+        step = max(1, len(self.queries) // 2048)
+        bare = self.rope.turn(self.queries[::step], self.positions[::step], back=True)
+        # multiples of the golden section lie evenly wherever they are cut off
+        share = (torch.arange(ANYWHERE * len(bare), dtype=torch.float64) * GOLDEN) % 1
+        return self.rope.turn(bare.repeat(ANYWHERE, 1, 1), (share * self.max_length).long())
+
 
 @dataclass(frozen=True)
 class Lowered:
-    """A transform as kernels take it: y = 2^-exponent H (signs ∘ (x - offset)), H of blocks of `block` values.
+    """A transform as kernels take it: y = 2^-exponent H (signs ∘ shift ∘ (x - offset)), H of blocks of `block` values.
 
-    order, spread: [HKV, D]; or, without a matrix, y = (x - offset)[order] / spread.
+    shift: [HKV, D] float32 powers of two, or None. order, spread: [HKV, D]; or, without a matrix and a shift,
+    y = (x - offset)[order] / spread.
     signs: [D] float32 of ±1, or None. offset: [HKV, D] float32, or [pages of 64 positions, HKV, D], or None; an offset
     by page also adds q·offset[page] to the scores of a page's keys.
     """
@@ -104,14 +116,20 @@ class Lowered:
     offset: Tensor | None = None
     order: Tensor | None = None
     spread: Tensor | None = None
+    shift: Tensor | None = None
 
     def then(self, other: Lowered) -> Lowered | None:
         """Both, one after the other; None where that has another form."""
-        if self.block == 1 and self.order is None:
-            if other.offset is None:
-                return replace(other, offset=self.offset)
-            return other if self.offset is None else None
-        return self if other.block == 1 and other.offset is None and other.order is None else None
+        if other == Lowered():
+            return self
+        if self == Lowered():
+            return other
+        if self.block > 1 or self.order is not None or other.offset is not None:
+            return None
+        if self.shift is not None and (other.shift is not None or other.order is not None):
+            return None
+        shift = other.shift if self.shift is None else self.shift
+        return replace(other, offset=self.offset, shift=shift)
 
 
 @dataclass(frozen=True)

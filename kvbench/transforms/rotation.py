@@ -52,9 +52,9 @@ class Rotation(Transform):
         if block == 1:
             return x
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        signs = self.signs(head_dim)
+        signs = _signs(self, head_dim, y.dtype, y.device)
         if signs is not None:
-            y = y * signs.to(y)
+            y = y * signs
         return butterfly(y, block) * 2.0 ** -self.exponent(head_dim)
 
     def rotate_query(self, q: Tensor) -> Tensor:
@@ -89,6 +89,14 @@ class Rotation(Transform):
         if any(getattr(type(self), name) is not getattr(Rotation, name) for name in maps):
             return None  # it is not what blocks and signs say
         return Lowered(self.block(head_dim), self.exponent(head_dim), self.signs(head_dim))
+
+
+@lru_cache(maxsize=16)  # asked for in every layer of every pass; a copy to a device would wait for the host
+def _signs(rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """`signs`, there."""
+    with torch.inference_mode(False):
+        signs = rotation.signs(head_dim)
+        return None if signs is None else signs.to(device, dtype)
 
 
 @lru_cache(maxsize=16)  # asked for in every layer of every pass

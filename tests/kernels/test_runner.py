@@ -133,14 +133,17 @@ def test_a_repetition_penalty_knows_every_token_of_a_lane(model):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_graphs_hold_over_calls(model):
+@pytest.mark.parametrize("scheme", ["int4", "tcq2+w64s4"])
+def test_graphs_hold_over_calls(model, scheme):
     """
-    Graphs of an earlier call, whose pages other prompts and scores have had since, give the answers of a new runner.
+    Graphs of an earlier call, whose pages other prompts and scores have had since, give the answers of a new runner;
+    those of a trellis too, whose rows definitions write and the kernels read decoded.
     """
+    scheme = Scheme.parse(scheme)
     requests = [GenerateRequest(r.context, 9) for r in REQUESTS]
     drawn = [GenerateRequest(r.context, 9, temperature=1.2, seed=5) for r in REQUESTS]
-    expected = [model.runner(Scheme.parse("int4"), attention="triton").generate(own) for own in (requests, drawn)]
-    runner = model.runner(Scheme.parse("int4"), attention="triton")
+    expected = [model.runner(scheme, attention="triton").generate(own) for own in (requests, drawn)]
+    runner = model.runner(scheme, attention="triton")
     runner.generate(requests[::-1] + drawn)
     runner.generate(drawn[::-1])
     runner.score(REQUESTS)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from kvbench_kernels.tiers import rest_words
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbench.attention import Batch, append, attend, choose, kernels_lack
+from kvbench.attention import Batch, append, attend, choose, kernels_lack, waits
 from kvbench.cache import PagedCache
 from kvbench.schemes import Scheme
 from kvbench.transforms import Rope, Sample
@@ -197,6 +198,7 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("tiers421_per_token_head", "fp16", "center_constant+rank:none", "+w0s2", 128, {"softcap": 20.0}),
         ("int4", "midrise2", "center+rank:hadamard", "+w0s2", 64, {}),
         ("int8", "int8", "center+rank:none", "", 64, {}),
+        ("int4", "int4", "center+balance_shift+randomized_hadamard:randomized_hadamard", "+w64s4", 64, {}),
         *([("tiers421_per_token_head", "midrise2", "center+rank:hadamard", "+w64s4", 256, {})] if GPU else []),
         # what kernels have no code for is read in a copy of 16 bits; a dense rotation turns queries before
         ("q4_1", "iq4_nl", "hadamard_32:hadamard_64", "+s4", 64, {"sliding_window": 40}),
@@ -205,6 +207,7 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("nuq3_per_channel", "nuq3_per_token_head", "center:none", "+s1", 64, {}),
         ("tcq4321", "tcq2", "center+rank_far:randomized_hadamard", "+w64s4", 64, {}),
         ("tcq4321", "tcq2", "center+rank:center_constant+randomized_hadamard", "", 64, {"sliding_window": 40}),
+        ("tcq4", "tcq4", "center+balance_shift+randomized_hadamard:randomized_hadamard", "+w64s4", 64, {}),
         ("tcq3", "midrise2", "center+randomized_hadamard:hadamard", "", 64, {"sliding_window": 40}),
     ],
     ids=str,
@@ -251,3 +254,40 @@ def test_what_kernels_can_t_serve_is_refused(device):
     with pytest.raises(ValueError, match="not 96; the reference"):
         rest_words(44222211, 96)
     assert choose("triton", scheme_of(), torch.float16, device) == "triton"
+
+
+class _Unlooked(TorchDispatchMode):
+    """Nothing inside asks what a tensor holds, as a capture into a CUDA graph can't."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        looks = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")
+        assert not str(func).startswith(looks), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("all_idle", [False, True])
+def test_rows_of_a_trellis_are_written_without_a_look(all_idle):
+    """
+    Tokens that are skipped change no byte, and the device alone knows which they are: a graph can hold the step.
+    """
+    scheme = scheme_of("tcq4321", "tcq2", "center+rank:randomized_hadamard", "+w64s4")
+    assert not waits(scheme, "triton")
+    assert waits(scheme_of("tcq4321", "midrise2"), "triton")
+    case = Case(scheme, torch.device("cpu"), lengths=(9,))
+    packed, exact = case.caches["cpu"]
+    packed.keep_decoded(scheme.dtypes)
+    before = [cache.keys[0].row_bytes.clone() for cache in (packed, exact)]
+    x, slots = torch.randn(2, 3, HKV, 64).half(), torch.tensor([-1, 20, -1])
+    slots = slots.fill_(-1) if all_idle else slots
+
+    with _Unlooked():
+        packed.append(0, *x, slots, torch.full((3,), 20))
+
+    changed = [(a.keys[0].row_bytes != b).any(-1).nonzero() for a, b in zip((packed, exact), before, strict=True)]
+    assert changed[0].tolist() == ([] if all_idle else [[0, head, 20] for head in range(HKV)])
+    assert not len(changed[1])
+    torch.testing.assert_close(
+        packed.keys[0].decoded[:, :, 20],
+        packed.keys[0].read(torch.tensor([0]), torch.float16)[:, :, 20],
+        equal_nan=True,
+    )

@@ -1,9 +1,13 @@
 """What balancing learns, and what it does to scores."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from kvbench.dtypes import all_dtypes
+from kvbench.schemes import Side
 from kvbench.transforms import Rope, Sample, all_transforms
 
 TOKENS, GROUP, HEADS, HEAD_DIM = 4096, 3, 2, 16
@@ -126,3 +130,21 @@ def test_kernels_do_not_take_it(name):
     What they can't compute they refuse, and `auto` takes the reference.
     """
     assert all_transforms()[name].lower(HEAD_DIM) is None
+
+
+def test_shifts_are_the_nearest_powers_of_two():
+    """
+    Those of `balance_far`, rounded: keys and queries keep every bit of their mantissas, and scores as they are.
+    """
+    rope = Rope(torch.linspace(1, 0.01, HEAD_DIM // 2, dtype=torch.float64))
+    given = replace(sample(), rope=rope)
+    far, near = (all_transforms()[name].learn(given)["forward"] for name in ("balance_far", "balance_shift"))
+
+    assert (near.log2() % 1 == 0).all()
+    assert ((near / far).log2().abs() <= 0.5).all()
+    x = given.keys.to(torch.bfloat16)
+    assert torch.equal(x * near.to(torch.bfloat16), (x.double() * near).to(torch.bfloat16))
+    side = Side.of(all_dtypes()["int8_per_token_head"], "center+balance_shift+hadamard")
+    assert torch.equal(side.lower(HEAD_DIM, ({}, {"forward": near}, {})).shift, near.float())
+    assert Side.of(side.dtype, "balance_shift+center").lower(HEAD_DIM) is None
+    assert Side.of(side.dtype, "balance_shift+rank").lower(HEAD_DIM) is None

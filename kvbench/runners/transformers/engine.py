@@ -141,6 +141,7 @@ class TransformersRunner(FromHidden):
         self.kernels_lack = ""  # why "auto" is the reference on a GPU
         if (wanted, impl, self.device.type) == ("auto", "reference", "cuda"):
             self.kernels_lack = kernels_lack(self.scheme, self.model.dtype, self.device, head_dims)
+        resolved = self.scheme.resolve(self.model.dtype)
         self.memory = Memory(
             self.info.layers,
             self.scheme,
@@ -151,7 +152,7 @@ class TransformersRunner(FromHidden):
             destroyed=self.destroyed,
             exact_prefill=self.scoring == "prefill_exact",
             ring=impl == "reference",
-            copied=in_copies(self.scheme.resolve(self.model.dtype), impl),
+            copied=in_copies(resolved, impl),
         )
         loaded = self.loaded
         self._clock = Clock(self.device)
@@ -159,7 +160,7 @@ class TransformersRunner(FromHidden):
         self._passes = Passes(self._forward, self.memory, self._clock, self.scoring)
         # a graph is of one device
         one = len(places.devices) == 1
-        graphed = not waits(self.scheme, impl) and self.device.type == "cuda" and one and not self._forward.alone
+        graphed = not waits(resolved, impl) and self.device.type == "cuda" and one and not self._forward.alone
         self._generator = Generator(self._passes, self.tokenizer, graphed)
 
     def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> Sequence[Score]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from kvbench.attention import Batch, Implementation, append, attend, defined
+from kvbench.attention import Batch, Implementation, append, attend
 from kvbench.cache import PagedCache
 from kvbench.runners.facts import cache_layer_indices
 from kvbench.runners.nudge import nudged
@@ -125,8 +125,8 @@ def _attended(
         rows = (x.split(sizes) for x in (queries, keys, values, positions))
     for part, q, k, v, own in zip(parts, *rows, strict=True):
         batch = part.batch
-        # looked up once a pass; kernels skip by themselves
-        skips = batch.skips if defined(part.packed, step.impl) else None
+        # looked up once a pass; beside kernels nothing waits for the device
+        skips = batch.skips if step.impl == "reference" else None
         options: dict[str, Any] = {"impl": step.impl, "skips": skips}
         learned = own if part.packed.scheme.learns else None
         append(
