@@ -260,14 +260,18 @@ class PagedCache:
             rows[first, :, :sinks] = rows[first, :, sinks : sinks + 1]  # [N, HKV, S, D]
             plane.write(pages, plane.dtype.quantize(rows))
 
-    def keep_decoded(self, dtypes: Collection[Dtype]) -> None:
-        """From now on rows of these dtypes are kept decoded too, in 16 bits, as they are written."""
+    def keep_decoded(self, dtypes: Collection[Dtype], empty: bool = False) -> None:
+        """From now on rows of these dtypes are kept decoded too, in 16 bits, as they are written.
+
+        empty: nothing was written before, so there is nothing to decode now.
+        """
         for plane, device in zip((*self.keys, *self.values), (*self.devices, *self.devices), strict=True):
             if plane.decoded is None and plane.side.dtype in dtypes:
                 with torch.inference_mode(False):
                     shape = (1, *plane.codes.shape[:3], plane.head_dim)
                     made = torch.zeros(shape, dtype=torch.float16, device=plane.codes.device)
-                for pages in torch.arange(self.pages, device=made.device).split(DECODED_AT_ONCE):
+                for first in range(0, 0 if empty else self.pages, DECODED_AT_ONCE):
+                    pages = torch.arange(first, min(first + DECODED_AT_ONCE, self.pages), device=made.device)
                     made[0][pages] = plane.read(pages, torch.float32).to(torch.float16)
                 plane.decoded = made[0]
                 self._stacks.append(_Stack(made, "decoded", [plane], device))

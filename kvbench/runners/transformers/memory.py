@@ -152,7 +152,7 @@ class Memory:
             )
             for i, scheme in enumerate(self._schemes)
         )
-        self.packed.keep_decoded(self._copied)
+        self.packed.keep_decoded(self._copied, empty=True)
 
     def release(self) -> None:
         """Gives up the caches, and the graphs that read them."""
