@@ -57,7 +57,7 @@ def test_every_scheme_of_the_sweep_is_in_the_tables():
     """
     Each of configs/field.yaml under a name that means it, and on a CPU no record is left out.
     """
-    assert len(made()["schemes"]()) == 55
+    assert len(made()["schemes"]()) == 57
     for label, scheme in made()["schemes"]().items():
         assert of_label(label) == scheme
     measured = {key[2:] for key in made()["records"]("field-cpu") if not key[2].startswith(("canary", "again", "fp16"))}
