@@ -40,6 +40,16 @@ toy = importlib.import_module("toy")
 DTYPES = ["int8", "int4", "int2", "fp8_per_tensor", "fp8_per_token_head"]
 ROTATIONS = ["none", "hadamard"]
 
+# the command over the toys; what they import is imported as `kvbench plan` imports it
+COMMAND = f"""
+import sys
+sys.path.append({toy.__file__.removesuffix("toy.py")!r})
+from kvbench.cli.shared import uncollected
+with uncollected():
+    import toy
+toy.kvbench(sys.argv[1:])
+"""
+
 
 class Simulated:
     """An executor, and the pool of its workers, which measure by themselves and take their time of a virtual clock."""
@@ -118,7 +128,7 @@ class Simulated:
 def timed(*arguments: str) -> dict[str, float]:
     """Seconds, those of the processor alone, and peak memory of a command over the toys."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, toy.__file__, *arguments], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr.decode()[-2000:])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -14,8 +14,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 Array = NDArray[np.float64]
 
@@ -89,7 +89,7 @@ def _at_most(k: Any, n: Any, p: float) -> Array:
     k, n = np.asarray(k, float), np.asarray(n, float)
     inside = (k >= 0) & (k < n)
     # the incomplete beta function, which loses no digit of a small probability as 1 less it would
-    chance = special.betainc(np.where(inside, n - k, 1.0), np.where(inside, k + 1, 1.0), 1 - p)
+    chance = scipy.special.betainc(np.where(inside, n - k, 1.0), np.where(inside, k + 1, 1.0), 1 - p)
     return np.asarray(np.where(inside, chance, k >= n), float)
 
 
@@ -102,13 +102,13 @@ def _error(values: Array) -> float:
 def _interval(mean: float, error: float, df: int) -> tuple[float, float]:
     """Student's of 95 %."""
     tail = ALPHA / 2
-    low, high = special.stdtrit(df, np.array([tail, 1 - tail]))
+    low, high = scipy.special.stdtrit(df, np.array([tail, 1 - tail]))
     return float(low) * error + mean, float(high) * error + mean
 
 
 def _p_of_t(t: float, df: int) -> float:
     """Two-sided."""
-    return 2 * float(special.stdtr(df, -abs(t)))
+    return 2 * float(scipy.special.stdtr(df, -abs(t)))
 
 
 def _clipped(interval: Sequence[float]) -> tuple[float, float]:
@@ -212,12 +212,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def ratio_of_medians(after: Array, before: Array, seed: int = 0) -> tuple[float, float, float]:
     """median(after) / median(before), and its 95 % bootstrap interval; the samples are not paired."""
 
-    from scipy import stats
-
     def ratio(x: Array, y: Array, axis: int = -1) -> Array:
         return np.asarray(np.median(x, axis=axis) / np.median(y, axis=axis))
 
-    found = stats.bootstrap((after, before), ratio, vectorized=True, method="percentile", rng=seed)
+    found = scipy.stats.bootstrap((after, before), ratio, vectorized=True, method="percentile", rng=seed)
     low, high = found.confidence_interval
     return float(ratio(after, before)), float(low), float(high)
 
@@ -227,15 +225,15 @@ def ratio_of_medians(after: Array, before: Array, seed: int = 0) -> tuple[float,
 
 def _power(effect: float, n: int, alpha: float) -> float:
     """Of a two-sided paired t-test; the far tail, where scipy's noncentral t is not a number, adds nothing."""
-    critical = -special.stdtrit(n - 1, alpha / 2)
-    return 1 - float(special.nctdtr(n - 1, effect * math.sqrt(n), critical))
+    critical = -scipy.special.stdtrit(n - 1, alpha / 2)
+    return 1 - float(scipy.special.nctdtr(n - 1, effect * math.sqrt(n), critical))
 
 
 def documents_to_see(spread: float, difference: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
     """Documents at which a paired t-test sees a true difference; None where one document's spread is unknown."""
     if not (0 < spread < math.inf and difference):
         return None
-    reach = float(special.ndtri(power) - special.ndtri(alpha / 2)) * spread
+    reach = float(scipy.special.ndtri(power) - scipy.special.ndtri(alpha / 2)) * spread
     fewest = max(2, math.ceil((max(reach, 0.0) / abs(difference)) ** 2))
     effect = abs(difference) / spread
     # above a thousand t is normal; at ten spreads the fewest that have one do
@@ -270,7 +268,7 @@ def mcnemar_power(n: int, discordance: float, drop: float, alpha: float = ALPHA)
 
     n: documents. discordance: share of them that flip, in either direction. alpha: two-sided.
     """
-    low, high = np.ceil(special.bdtrik((1e-9, 1 - 1e-9), n, min(discordance, 1 - 1e-12))).astype(int)
+    low, high = np.ceil(scipy.special.bdtrik((1e-9, 1 - 1e-9), n, min(discordance, 1 - 1e-12))).astype(int)
     flips = np.arange(low, high + 1)
     # the most flips to one side that are still significant, of so many in all; -1 where none are
     most = _largest(flips, alpha / 2)
@@ -282,7 +280,7 @@ def mcnemar_power(n: int, discordance: float, drop: float, alpha: float = ALPHA)
 
 def _largest(flips: NDArray[np.int_], level: float) -> Array:
     """The most heads of so many tosses of a fair coin that are no likelier than `level`; -1 where none are."""
-    found = np.floor(special.bdtrik(level, np.maximum(flips, 1), 0.5))
+    found = np.floor(scipy.special.bdtrik(level, np.maximum(flips, 1), 0.5))
     found += _at_most(found + 1, flips, 0.5) <= level
     return np.asarray(found - (_at_most(found, flips, 0.5) > level))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated
@@ -90,6 +91,10 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         sys.exit(_crashed(error))
+    finally:
+        # Python's end would look for garbage in all that torch brought, half a second; Triton names what is not freed
+        if "triton" not in sys.modules:
+            gc.freeze()
 
 
 def _crashed(error: Exception) -> int:

@@ -22,6 +22,7 @@ from kvbench.cli.shared import (
     Wide,
     fail,
     show,
+    uncollected,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ kvbench plan mine.yaml --only task=gsm8k --context 32k
 """
 
 
+@uncollected()
 def plan(
     config: Config,
     only: Only = None,

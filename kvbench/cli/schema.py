@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+from kvbench.cli.shared import uncollected
+
 EXAMPLES = """\
 kvbench schema > sweep.schema.json
 """
 
 
+@uncollected()
 def schema() -> None:
     """Print the JSON Schema of a sweep's YAML, for an editor to complete and check it.
 

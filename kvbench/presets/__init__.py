@@ -22,10 +22,11 @@ def all_presets() -> dict[str, Preset]:
     """Every preset by name: files of this folder."""
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML has it: six times as fast
     found = {}
     for file in sorted(files(__name__).iterdir(), key=lambda file: file.name):
         if file.name.endswith(".yaml"):
             name = file.name.removesuffix(".yaml")
-            spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+            spec = yaml.load(file.read_text(encoding="utf-8"), loader)
             found[name] = Preset(name, spec, spec.pop("source"))
     return found

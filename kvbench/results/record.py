@@ -208,11 +208,10 @@ def name_of(slug: str, identity: Mapping[str, Any]) -> str:
 
 def checksum(value: Any) -> str:
     """The SHA-256 of a value's canonical JSON."""
-    form: dict[str, Any] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
     try:
-        canonical = json.dumps(value, default=plain_json, **form)  # most values are plain already
+        canonical = _CANONICAL.encode(value)  # most values are plain already
     except (TypeError, ValueError):  # an infinity, or keys that are no text
-        canonical = json.dumps(plain_json(value), **form)
+        canonical = _CANONICAL.encode(plain_json(value))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -244,6 +243,9 @@ def plain_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, default=plain_json)
 
 
 def scalar(value: Any) -> Any:

@@ -115,8 +115,10 @@ class Cell:
     @property
     def generation(self) -> dict[str, Any]:
         """What the model's generation_config.json does to its answers, where it gives any."""
+        if "generation" not in self.task.needs():
+            return {}
         settings: dict[str, Any] = json.loads(self.model.generation)
-        return settings if "generation" in self.task.needs() else {}
+        return settings
 
     @property
     def judged(self) -> bool:

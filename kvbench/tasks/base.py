@@ -171,7 +171,7 @@ def no_template(model: str) -> str:
 class Options(BaseModel):
     """What every task takes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, defer_build=True)
 
     name: Line
     """What tables call it, where one task is listed twice with other options."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+
+from kvbench.sweep import command
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_missing_file_is_said_without_torch(tmp_path):
@@ -25,6 +32,47 @@ print("torch" in sys.modules)
         )
         assert run.stdout == "False\n"
         assert run.stderr == "error: no file absent.yaml\n"
+
+
+def test_a_plan_loads_torch_alone_of_what_is_large(tmp_path):
+    """
+    What runs a model, scores it or keeps its results waits until a sweep runs; Ray and vLLM until they are asked for.
+    """
+    large = ["transformers", "lm_eval", "datasets", "pandas", "pyarrow", "triton", "ray", "vllm", "kvbench_kernels"]
+    code = """
+import sys
+from kvbench.cli import app
+from kvbench.sweep.command import Options, make_executor
+app(["plan", sys.argv[1]], standalone_mode=False)
+make_executor(Options(devices=["cpu"]))
+print("loaded:", *sorted(set(sys.argv[2:]) & set(sys.modules)))
+"""
+    config = ROOT / "configs/quickstart.yaml"
+
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(config), *large], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+
+    assert run.stdout.endswith("loaded:\n")
+    assert "26 to run" in run.stdout
+
+
+def test_no_garbage_is_looked_for_while_it_plans(kvbench, toy, tmp_path, monkeypatch):
+    """
+    Python's collector is off until the cells are known, and on again afterwards.
+    """
+    on = []
+
+    def find_model(spec):
+        on.append(gc.isenabled())
+        return toy.PARTS.find_model(spec)
+
+    monkeypatch.setattr(command, "REAL", replace(toy.PARTS, find_model=find_model))
+    config = toy.write_config(tmp_path / "toys.yaml", model="unknown")
+
+    assert kvbench("plan", config).exit_code == 2
+    assert on == [False]
+    assert gc.isenabled()
 
 
 def test_an_output_that_cannot_be_written_is_said(kvbench, toy, tmp_path):
