@@ -82,6 +82,15 @@ def nats(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.2f}" if value >= 1 else f"{value:.{3 if value >= 0.1 else 4}f}"
 
 
+def with_error(metric: Mapping[str, Any]) -> str:
+    """Nats with their standard error, to as many places as show it."""
+    if "value" not in metric:
+        return ABSENT
+    value, error = metric["value"], metric["stderr"]
+    places = 2 if value >= 1 else 3 if value >= 0.1 else 4 if value >= 0.01 else 5
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
 def times(value: float | None) -> str:
     """Of perplexities: the nearer to 1, the more places."""
     return ABSENT if value is None else f"{value:.{0 if value >= 100 else 2 if value >= 1.1 else 3}f}"
@@ -100,11 +109,8 @@ def on_three_models() -> str:
     rows = []
     for name, scheme in schemes().items():
         own = [found.get((model, "divergence", *place(scheme)), {}) for model in MODELS.values()]
-        cells = [
-            show(one.get(metric, {}).get("value"))
-            for metric, show in (("kld@1536-2048", nats), ("ppl_ratio", times))
-            for one in own
-        ]
+        cells = [with_error(one.get("kld@1536-2048", {})) for one in own]
+        cells += [times(one.get("ppl_ratio", {}).get("value")) for one in own]
         rows.append([name, *bits(scheme, "field"), *cells])
     head = ["scheme", "bits: 1k", "8k", "32k", *MODELS, *(f"ppl × {model}" for model in MODELS)]
     return table(head, rows)
