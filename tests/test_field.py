@@ -147,8 +147,13 @@ def test_what_is_derived_on_a_cpu_is_measured():
         return metric("field-cpu", "smollm2-135m-instruct", "divergence", label, "kld")
 
     assert "At 8192 tokens the tail costs a quarter to three eighths of a bit for that, at 1024 two to three" in prose
-    tailed = [of_label(f"`{name}`") for name in ("kivi4", "skvq4", "int4_centered_window", "tcq4_centered_window")]
-    for scheme in tailed:
+    named = re.search("schemes six keep recent tokens in 16 bits, (.*?), and none without", prose)[1]
+    tailed = re.findall(NAMED, named)
+    own = made()["schemes"]().items()
+    assert set(tailed) == {
+        label for label, scheme in own if scheme.window and scheme.window.recent and 4 <= scheme.bits_per_value(64) <= 5
+    }
+    for scheme in map(of_label, tailed):
         short, long, _ = (float(bits) - scheme.bits_per_value(64) for bits in made()["bits"](scheme, "field-cpu"))
         assert 0.25 <= long < 0.385
         assert 2 <= short < 3.1
@@ -165,6 +170,17 @@ def test_what_is_derived_on_a_cpu_is_measured():
     shares = {name: 1 - kld(f"`{name}`, Hadamard") / kld(f"`{name}`") for name in ("q4_1", "mxfp8", "q8_0", "q4_0")}
     assert round(shares["q4_1"], 1) == 0.2 == round(min(shares.values()), 1)
     assert min(shares["mxfp8"], shares["q8_0"]) > 0.5
+    assert "worth a half at 2 bits, and next to nothing at 4" in prose
+    assert (
+        0.4
+        < kld("`kivi2`") / kld("`uint2_per_group+w64`")
+        < 0.6
+        < 0.9
+        < kld("`kivi4`") / kld("`uint4_per_group+w64`")
+        < 1
+    )
+    assert "halve what is left" in prose
+    assert 0.4 < kld("`kivi2_32`") / kld("`kivi2`") < 0.6
     assert "about ten times nearer than e4m3" in prose
     assert 8 < kld("`fp8_per_token_head`") / kld("`int8_per_token_head`") < 12
 
