@@ -142,6 +142,7 @@ class _Memory:
         import torch
 
         from kvbench.cache.paged import by_device, fitting_tokens
+        from kvbench.runners.transformers.memory import free_memory
 
         self.facts: dict[str, Any] = {}
         self.allocated: int | None = None
@@ -150,7 +151,7 @@ class _Memory:
         paged = cast("Paged", runner)
         gc.collect()  # an earlier runner's cache
         torch.cuda.empty_cache()
-        self.free = {device: torch.cuda.mem_get_info(device)[0] for device in dict.fromkeys(paged.devices)}
+        self.free = {device: free_memory(device) for device in dict.fromkeys(paged.devices)}
         scheme = paged.scheme.resolve(getattr(torch, runner.info.compute_dtype))
         room = {device: free - RESERVE_BYTES for device, free in self.free.items()}
         cache = (runner.info.layers, scheme, room)
