@@ -10,20 +10,24 @@ from typing import Any
 import torch
 
 from kvbench.measured import paired, read
+from kvbench.report.compare import compare
+from kvbench.report.verdicts import Comparison
 from kvbench.schemes import Scheme
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "two-bits.md"
 renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 RESULTS = ROOT / "results"
-SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2"}
+SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2", "Gemma-3-270M": "search-gemma"}
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
+INT8 = ("int8_per_token_head", "center:none")
+SCORE, MARGIN = "exact_match,strict-match", "2pp"
 MODELS = {"Qwen": "qwen2.5-coder-1.5b-instruct", "SmolLM2": "smollm2-135m-instruct", "Gemma": "gemma3-270m"}
 LAYERS = {"Qwen": ((2, 128),) * 28, "SmolLM2": ((3, 64),) * 30, "Gemma": ((1, 256),) * 18}
 POSITIONS = {"SmolLM2": "smollm2", "Gemma": "gemma3", "Qwen": "qwen"}
 
 FIELD = runpy.run_path(str(ROOT / "docs" / "generate_field.py"))
-table, nats, ABSENT = FIELD["table"], FIELD["nats"], FIELD["ABSENT"]
+table, nats, ABSENT, SIGNS = (FIELD[name] for name in ("table", "nats", "ABSENT", "SIGNS"))
 
 
 @cache
@@ -160,7 +164,55 @@ def far() -> str:
     return table(["keys, values", "keys' transforms", "values'", *heads, "last over first"], rows)
 
 
-TABLES = {"searches": searches, "positions": positions, "designs": designs, "far": far}
+def answers() -> str:
+    """GSM8K's share of right answers, and by how many points it differs from 16 bits' and from int8_centered's."""
+    run, own = read(RESULTS / "two-bits-tasks"), records("two-bits-tasks", "gsm8k")
+    beside = [
+        {
+            (row.dtype, row.rotation): row
+            for row in compare(run, baseline=base, margin=MARGIN).rows
+            if row.metric == SCORE
+        }
+        for base in (None, INT8)
+    ]
+    rows = []
+    for (_, dtype, rotation), metrics in sorted(own.items(), key=lambda item: -bits(*item[0][1:])[0]):
+        cells = [_beside(found_.get((dtype, rotation))) for found_ in beside]
+        share = f"{100 * metrics[SCORE]['value']:.1f} %"
+        rows.append([*name_of(dtype, rotation), f"{bits(dtype, rotation)[0]:.2f}", share, *cells])
+    heads = ["keys, values", "keys' transforms", "values'", "bits", "right", "beside 16 bits", "beside `int8_centered`"]
+    return table(heads, rows)
+
+
+def _beside(row: Comparison | None) -> str:
+    """Points, their interval and the verdict."""
+    if row is None or row.difference is None or row.ci_low is None or row.ci_high is None:
+        return ABSENT
+    points = [f"{100 * x:+.1f}".replace("-", "−") for x in (row.difference, row.ci_low, row.ci_high)]
+    return f"{points[0]} ({points[1]} to {points[2]}){SIGNS[row.verdict or '']}"
+
+
+def needles() -> str:
+    """How many of 80 numbers each scheme finds, on each model."""
+    found_ = records("two-bits-tasks", "needle")
+    rows = []
+    for dtype, rotation in sorted({place[1:] for place in found_}, key=lambda place: -bits(*place)[0]):
+        cells = []
+        for model in MODELS.values():
+            metric = found_.get((model, dtype, rotation), {}).get("acc")
+            cells.append(f"{round(metric['value'] * metric['n'])}" if metric else ABSENT)
+        rows.append([*name_of(dtype, rotation), *cells])
+    return table(["keys, values", "keys' transforms", "values'", *MODELS], rows)
+
+
+TABLES = {
+    "searches": searches,
+    "positions": positions,
+    "designs": designs,
+    "far": far,
+    "answers": answers,
+    "needles": needles,
+}
 
 
 def page() -> str:
