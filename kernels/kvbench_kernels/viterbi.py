@@ -224,7 +224,7 @@ def _backward(
     return at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # it takes half a minute to compile
 def _path_kernel(
     z_ptr,  # [N, D] int32 or int16, rows in the order of steps
     value_ptr,  # [parts, 256] int32, of each state
