@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -24,3 +25,45 @@ def cluster():
     started.add_node(**node)
     yield started
     started.shutdown()
+
+
+@pytest.fixture(scope="session")
+def contexts():
+    """How a process of a test begins: with all that this one has loaded, or from one that has loaded kvbench alone."""
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload(["kvbench.cli", "kvbench.sweep.command", "kvbench.sweep.session"])
+    return {"fork": multiprocessing.get_context("fork"), "clean": clean}
+
+
+@pytest.fixture
+def start(tmp_path, toy, contexts):
+    """A function: `kvbench ARGUMENTS` over toys, in a process and a process group of its own."""
+
+    def started(*arguments, context="fork"):
+        process = contexts[context].Process(
+            target=toy.kvbench, args=([str(one) for one in arguments], tmp_path / "stderr")
+        )
+        process.start()
+        return process
+
+    return started
+
+
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """A device's process has what this one has loaded, which saves seconds; else it begins as a user's does."""
+    monkeypatch.setattr("kvbench.sweep.executors.process.START", "fork")
+
+
+@pytest.fixture
+def ends(tmp_path):
+    """A function: the exit code of such a process, and what it wrote to stderr."""
+
+    def ended(process, seconds=300):
+        process.join(seconds)
+        errors = (tmp_path / "stderr").read_text()
+        assert process.exitcode is not None, errors
+        assert "Traceback" not in errors
+        return process.exitcode, errors
+
+    return ended

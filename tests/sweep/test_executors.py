@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 import time
@@ -27,17 +26,14 @@ def executor(request):
 
 
 @pytest.fixture
-def sweep(tmp_path, toy, executor):
-    """Starts `kvbench sweep` over toys by an executor, in a process group of its own."""
+def sweep(tmp_path, toy, executor, start, quick_workers):
+    """Starts `kvbench sweep` over toys by an executor."""
+    # Ray has threads, of which a fork would be a broken half
+    context = "clean" if "ray" in executor else "fork"
 
     def started(*flags, **changes):
         path = toy.write_config(tmp_path / "toys.yaml", **changes)
-        arguments = ["sweep", str(path), "--output", str(tmp_path / "run"), *executor, *flags]
-        # torch is there already, which saves seconds; Ray has threads, of which a fork would be a broken half
-        kind = "spawn" if "ray" in executor else "fork"
-        process = multiprocessing.get_context(kind).Process(target=toy.kvbench, args=(arguments, tmp_path / "stderr"))
-        process.start()
-        return process
+        return start("sweep", path, "--output", tmp_path / "run", *executor, *flags, context=context)
 
     return started
 
@@ -45,20 +41,6 @@ def sweep(tmp_path, toy, executor):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "run")
-
-
-@pytest.fixture
-def ends(tmp_path):
-    """A function: the exit code of a command, and what it wrote to stderr."""
-
-    def ended(process, seconds=300):
-        process.join(seconds)
-        errors = (tmp_path / "stderr").read_text()
-        assert process.exitcode is not None, errors
-        assert "Traceback" not in errors
-        return process.exitcode, errors
-
-    return ended
 
 
 def wait_for_cells(store, count, process, seconds=200):
@@ -80,7 +62,7 @@ def test_records_are_those_of_one_process(sweep, ends, tmp_path, store, inline_r
     Equal to the bit but for times, with a line a cell; the baseline that two tasks share is computed once.
     """
     log = tmp_path / "log"
-    tasks = [{"task": name, "log": str(log), "seconds": 0.2} for name in ("toy_a", "toy_b")]
+    tasks = [{"task": name, "log": str(log), "seconds": 0.1} for name in ("toy_a", "toy_b")]
     code, errors = ends(sweep(tasks=tasks))
     computed = (tmp_path / "log of the baseline").read_text().split()
     alone = inline_run(tasks=["toy_a", "toy_b"])
@@ -163,7 +145,7 @@ def test_a_stop_keeps_what_is_finished_and_the_same_command_goes_on(sweep, ends,
     """
     Ctrl-C (to the whole group) and SIGTERM (to the parent): exit 130; what was done is not run again.
     """
-    tasks = [{"task": "toy_a", "seconds": 0.4}]
+    tasks = [{"task": "toy_a", "seconds": 0.2}]
     process = sweep(tasks=tasks)
     wait_for_cells(store, 2, process)
     (os.killpg if kind == signal.SIGINT else os.kill)(process.pid, kind)
@@ -187,7 +169,7 @@ def test_a_killed_parent_loses_only_what_runs(sweep, ends, store):
     """
     SIGKILL: no half record, nothing of before is lost, and the same command finishes the rest.
     """
-    tasks = [{"task": "toy_a", "seconds": 0.4}]
+    tasks = [{"task": "toy_a", "seconds": 0.2}]
     process = sweep(tasks=tasks)
     wait_for_cells(store, 2, process)
     process.kill()

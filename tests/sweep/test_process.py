@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +24,12 @@ from kvbench.yaml_text import ConfigError
 
 
 @pytest.fixture
-def sweep(tmp_path, toy):
-    """Starts `kvbench sweep --devices cpu,cpu` over toys, in a process group of its own."""
+def sweep(tmp_path, toy, start):
+    """Starts `kvbench sweep --devices cpu,cpu` over toys."""
 
     def started(devices="cpu,cpu", **changes):
         path = toy.write_config(tmp_path / "toys.yaml", **changes)
-        program = [sys.executable, toy.__file__, "sweep", str(path), "--output", str(tmp_path / "run")]
-        command = [*program, "--devices", devices]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+        return start("sweep", path, "--output", tmp_path / "run", "--devices", devices)
 
     return started
 
@@ -42,24 +38,19 @@ def cells(tmp_path):
     return Store(tmp_path / "run").load().records
 
 
-def test_a_process_that_dies_costs_one_cell(sweep, tmp_path):
+def test_a_process_that_dies_costs_one_cell(sweep, ends, tmp_path):
     """
     Its cell is kept as failed with the reason, the others are done, and the exit code says so.
     """
     process = sweep(tasks=[{"task": "toy_a", "dies": "int8"}, "toy_b"])
-    _, errors = process.communicate(timeout=120)
+    code, errors = ends(process)
     records = cells(tmp_path).values()
     failed = [(one.dtype, one.task, one.error) for one in records if one.status == "failed"]
 
-    assert process.returncode == 3, errors
+    assert code == 3, errors
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
     assert len(records) == 16
     assert "1 of 16 cells failed" in errors
-
-
-def children(process):
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
-    return [int(pid) for pid in listed.split()]
 
 
 def alive(pid):
@@ -70,42 +61,51 @@ def alive(pid):
         return False
 
 
+def begun(tmp_path, seconds=60):
+    """The processes that have begun a cell, when two have."""
+    log, deadline = tmp_path / "log of the processes", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if log.exists() and len(pids := set(log.read_text().split())) == 2:
+            return [int(pid) for pid in pids]
+        time.sleep(0.02)
+    raise AssertionError("no two processes began a cell")
+
+
+def ended(pids, seconds=10):
+    """Whether all of them end in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_all_processes(sweep, tmp_path, kind):
+def test_a_stop_ends_all_processes(sweep, ends, tmp_path, quick_workers, kind):
     """
     Ctrl-C (to the whole group) and SIGTERM (to the parent): exit 130, no traceback, no process left.
     """
-    process = sweep(tasks=[{"task": "toy_a", "seconds": 5.0}])
-    deadline = time.monotonic() + 60
-    while not children(process) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(4)
-    workers = children(process)
+    process = sweep(tasks=[{"task": "toy_a", "seconds": 5.0, "log": str(tmp_path / "log")}])
+    workers = begun(tmp_path)
     (os.killpg if kind == signal.SIGINT else os.kill)(process.pid, kind)
-    _, errors = process.communicate(timeout=30)
+    code, _ = ends(process, 30)
 
-    assert workers
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    deadline = time.monotonic() + 10
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, workers))
+    assert code == 130
+    assert ended(workers)
     assert all(record.status == "done" for record in cells(tmp_path).values())
 
 
-def test_a_fault_of_the_gpu_costs_one_cell(sweep, tmp_path):
+def test_a_fault_of_the_gpu_costs_one_cell(sweep, ends, tmp_path):
     """
     Where a cell raises and the GPU then fails every call, it is kept with its own error, and the rest runs in another
     process; --retry-failed runs it alone.
     """
     log = tmp_path / "log"
     process = sweep(devices="cpu", tasks=[{"task": "toy_a", "breaks": "int8", "log": str(log)}])
-    _, errors = process.communicate(timeout=120)
+    code, errors = ends(process)
     statuses = {one.dtype: (one.status, one.error) for one in cells(tmp_path).values()}
     first, second = dict.fromkeys((tmp_path / "log of the processes").read_text().split())
 
-    assert process.returncode == 3, errors
+    assert code == 3, errors
     assert statuses.pop("int8_per_token_head") == ("failed", "RuntimeError: device-side assert triggered")
     assert set(statuses.values()) == {("done", None)}
     assert len(statuses) == 7
@@ -187,23 +187,16 @@ def test_a_process_that_died_between_two_cells_costs_none(monkeypatch):
     assert [other.recv(), other.recv()] == ["job", "cell"]
 
 
-def test_a_killed_parent_leaves_no_process(sweep):
+def test_a_killed_parent_leaves_no_process(sweep, tmp_path, quick_workers):
     """
     SIGKILL to the parent alone, in the middle of long cells.
     """
-    process = sweep(tasks=[{"task": "toy_a", "seconds": 60.0}])
-    deadline = time.monotonic() + 60
-    while len(workers := children(process)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(5)
+    process = sweep(tasks=[{"task": "toy_a", "seconds": 60.0, "log": str(tmp_path / "log")}])
+    workers = begun(tmp_path)
     process.kill()
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process.join(30)
 
-    assert len(workers) >= 2
-    assert not any(map(alive, workers))
+    assert ended(workers)
 
 
 def test_a_fault_of_the_gpu_ends_a_sweep_in_this_process(toy, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import socket
 import sys
@@ -23,28 +22,16 @@ from kvbench.yaml_text import ConfigError
 
 
 @pytest.fixture
-def kvbench_in_a_cluster(tmp_path, toy, cluster):
-    """Starts `kvbench ARGUMENTS` with the cluster's address; `ended` gives its exit code and stderr."""
+def kvbench_in_a_cluster(cluster, start):
+    """Starts `kvbench ARGUMENTS` with the cluster's address."""
 
     def started(*arguments):
-        arguments = [*map(str, arguments), "--executor", "ray", "--address", cluster.address]
-        process = multiprocessing.get_context("spawn").Process(
-            target=toy.kvbench, args=(arguments, tmp_path / "stderr")
-        )
-        process.start()
-        return process
+        return start(*arguments, "--executor", "ray", "--address", cluster.address, context="clean")
 
     return started
 
 
-def ended(process, tmp_path, seconds=400):
-    process.join(seconds)
-    errors = (tmp_path / "stderr").read_text()
-    assert "Traceback" not in errors
-    return process.exitcode, errors
-
-
-def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_cluster, tmp_path, toy):
+def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_cluster, ends, tmp_path, toy):
     """
     A cell whose worker dies once is measured elsewhere; one that kills three of them is kept as failed with each end.
     """
@@ -53,7 +40,7 @@ def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_
         {"task": "toy_b", "dies": "int2"},
     ]
     path = toy.write_config(tmp_path / "toys.yaml", tasks=tasks)
-    code, errors = ended(kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run"), tmp_path)
+    code, errors = ends(kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run"))
     records = Store(tmp_path / "run").load().records.values()
     (failed,) = [record for record in records if record.status == "failed"]
 
@@ -66,7 +53,7 @@ def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_
     assert (len(places), len(set(places))) == (3, 2), "all three on one node"
 
 
-def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, tmp_path, toy, cluster):
+def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, ends, tmp_path, toy, cluster):
     """
     A node that joins takes cells, and one that leaves costs none.
     """
@@ -91,7 +78,7 @@ def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, tmp_path, t
         assert count(3), "the new node took no cell"
     finally:
         cluster.remove_node(node, allow_graceful=False)
-    code, errors = ended(process, tmp_path)
+    code, errors = ends(process)
 
     assert code == 0, errors
     assert {record.status for record in Store(tmp_path / "run").load().records.values()} == {"done"}
@@ -100,24 +87,24 @@ def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, tmp_path, t
 # ---- what can be lacking: a line each, exit code 4
 
 
-def test_more_workers_than_there_is_room_for_are_refused(kvbench_in_a_cluster, tmp_path, toy):
+def test_more_workers_than_there_is_room_for_are_refused(kvbench_in_a_cluster, ends, tmp_path, toy):
     """
     Before anything runs, with what the cluster has.
     """
     path = toy.write_config(tmp_path / "toys.yaml")
     process = kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run", "--workers", "9")
-    code, errors = ended(process, tmp_path)
+    code, errors = ends(process)
 
     assert code == 4
     # a node that another test took away may not be missed yet
     assert re.search(r"--workers 9: the cluster has (\d) CPUs on \1 nodes, room for \1\n", errors)
 
 
-def test_doctor_says_what_a_cluster_has(kvbench_in_a_cluster, tmp_path):
+def test_doctor_says_what_a_cluster_has(kvbench_in_a_cluster, ends, tmp_path):
     """
     A row for Ray and one for each node.
     """
-    code, errors = ended(kvbench_in_a_cluster("doctor", "--format", "json"), tmp_path)
+    code, errors = ends(kvbench_in_a_cluster("doctor", "--format", "json"))
     rows = json.loads((tmp_path / "stdout").read_text())
 
     assert code == 0, errors

@@ -25,6 +25,7 @@ from kvbench.sweep.plan import Cell
 from kvbench.sweep.session import Bench
 from kvbench.sweep.spec import ModelSpec
 
+START = "spawn"  # how a process begins: CUDA takes no fork of one that has used it
 ADVANCE_SECONDS = 0.1  # between two messages about the same cell
 END_SECONDS = 20.0  # that a process which hangs up has to end: one whose GPU failed may hang
 
@@ -135,7 +136,7 @@ class ProcessSeat(Seat):
 
     def start(self) -> None:
         """A new process here."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, self.variables), daemon=True)
         # Ctrl-C goes to the whole group; the parent alone heeds it, and a new process inherits what is ignored
