@@ -44,6 +44,9 @@ class Sweeps:
         self.toy = toy_sweeps()
         toys = str(Path(self.toy.__file__).parent)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [toys, os.environ.get("PYTHONPATH")]))
+        # Ray has threads, of which a fork would be a broken half: drivers begin from a process that has kvbench alone
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["kvbench.cli", "kvbench.sweep.command"])
         self.folder = folder
         self.random = random.Random(seed)
         self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
@@ -54,9 +57,7 @@ class Sweeps:
         """The command, in a process of its own."""
         flags = ["--output", str(output), "--executor", "ray", "--address", self.cluster.address]
         arguments = ["sweep", str(config), *flags]
-        process = multiprocessing.get_context("spawn").Process(
-            target=self.toy.kvbench, args=(arguments, output.with_name("stderr"))
-        )
+        process = self.context.Process(target=self.toy.kvbench, args=(arguments, output.with_name("stderr")))
         process.start()
         return process
 

@@ -140,7 +140,12 @@ def test_a_full_disk_is_no_cell_s_fault(sweep, ends, store):
     assert {record.status for record in store.load().records.values()} == {"done"}
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("executor", "kind"),
+    # which signal it was, the parent alone knows
+    [*((name, kind) for name in EXECUTORS for kind in (signal.SIGINT, signal.SIGTERM)), ("ray", signal.SIGINT)],
+    indirect=["executor"],
+)
 def test_a_stop_keeps_what_is_finished_and_the_same_command_goes_on(sweep, ends, store, kind):
     """
     Ctrl-C (to the whole group) and SIGTERM (to the parent): exit 130; what was done is not run again.
@@ -165,9 +170,11 @@ def test_a_stop_keeps_what_is_finished_and_the_same_command_goes_on(sweep, ends,
     assert all(after[name].finished == record.finished for name, record in kept.records.items())
 
 
+@pytest.mark.parametrize("executor", EXECUTORS, indirect=True)
 def test_a_killed_parent_loses_only_what_runs(sweep, ends, store):
     """
-    SIGKILL: no half record, nothing of before is lost, and the same command finishes the rest.
+    SIGKILL: no half record, nothing of before is lost, and the same command finishes the rest. The driver of a cluster
+    is killed in tests/fuzz/test_cluster_kills.py.
     """
     tasks = [{"task": "toy_a", "seconds": 0.2}]
     process = sweep(tasks=tasks)

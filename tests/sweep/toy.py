@@ -85,6 +85,7 @@ class ToyTask:
     once: str = ""
     breaks: str = ""
     fills: str = ""
+    holds: str = ""
     timed: bool = False
     tokens: int | None = None
 
@@ -148,6 +149,8 @@ class ToyTask:
                 time.sleep(10)
             except KeyboardInterrupt:
                 raise ValueError("what a library made of it") from None
+        while self.holds and not Path(self.holds).exists():
+            time.sleep(0.02)
         base = context.baseline("quality", self._exact)["quality"]
         for step in range(5):
             time.sleep(self.seconds / 5)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from kvbench.sweep.plan import Cell
 from kvbench.sweep.session import Bench
 from kvbench.sweep.spec import ModelSpec
 
-START = "spawn"  # how a process begins: CUDA takes no fork of one that has used it
+START: Literal["spawn"] = "spawn"  # how a process begins: CUDA takes no fork of one that has used it
 ADVANCE_SECONDS = 0.1  # between two messages about the same cell
 END_SECONDS = 20.0  # that a process which hangs up has to end: one whose GPU failed may hang
 

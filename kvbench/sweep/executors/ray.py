@@ -88,6 +88,8 @@ class Cluster:
             text = " ".join(str(error).split())
             what = "versions that differ" if "ersion mismatch" in text else "no Ray cluster"
             raise UnusableError(f"{what} at {address or 'RAY_ADDRESS or this machine'}: {text[:300]}") from None
+        # what Ray tells of nodes would stand on stdout, in the middle of a result
+        self.ray._private.worker._worker_logs_enabled = False
 
     def nodes(self) -> list[Node]:
         """Those that are alive now and have GPUs, or CPUs where none has a GPU."""
