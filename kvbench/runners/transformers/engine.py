@@ -25,6 +25,7 @@ from kvbench.runners.placement import Places, in_one_place
 from kvbench.runners.probe import Windows, windows
 from kvbench.runners.transformers.clock import Clock
 from kvbench.runners.transformers.forward import Forward
+from kvbench.runners.transformers.fused import Fused
 from kvbench.runners.transformers.generation import Generator
 from kvbench.runners.transformers.memory import Memory
 from kvbench.runners.transformers.passes import Passes, Scoring
@@ -56,6 +57,11 @@ class TransformersModel:
         """
         config = self.model.config.get_text_config(decoder=True)
         return windows(self.model, self.info.layers, cache_layer_indices(config))
+
+    @cached_property
+    def fused(self) -> Fused:
+        """What kernels compute of the model beside attention."""
+        return Fused(self.model, {head_dim for _, head_dim in self.info.layers})
 
     @classmethod
     def load(cls, source: ModelSource, dtype: ComputeDtype = "float32", device: str = "cpu") -> Self:
@@ -156,7 +162,8 @@ class TransformersRunner(FromHidden):
         )
         loaded = self.loaded
         self._clock = Clock(self.device)
-        self._forward = Forward(self.model, places, lambda: loaded.windows, impl, self.nudge)
+        fused = (lambda: loaded.fused) if impl == "triton" else None
+        self._forward = Forward(self.model, places, lambda: loaded.windows, impl, self.nudge, fused)
         self._passes = Passes(self._forward, self.memory, self._clock, self.scoring)
         # a graph is of one device
         one = len(places.devices) == 1

@@ -24,6 +24,7 @@ from kvbench.runners.nudge import nudged
 from kvbench.runners.placement import Places
 from kvbench.runners.probe import Windows, decoder_of
 from kvbench.runners.rope import Frequencies
+from kvbench.runners.transformers.fused import Fused
 from kvbench.runners.transformers.stand_ins import Counter, decoder_returns
 
 NAME = "kvbench"  # of our attention among transformers' implementations
@@ -181,10 +182,17 @@ class Forward:
     """A model as a function of a flat batch. impl: who computes its attention. windows: see `probe`.
 
     places: where it is. nudge: the seed of a noise of one ulp in the model's embedding; 0: without.
+    fused: what kernels compute of it beside attention; None for nothing.
     """
 
     def __init__(
-        self, model: Any, places: Places, windows: Callable[[], Windows], impl: Implementation, nudge: int = 0
+        self,
+        model: Any,
+        places: Places,
+        windows: Callable[[], Windows],
+        impl: Implementation,
+        nudge: int = 0,
+        fused: Callable[[], Fused] | None = None,
     ) -> None:
         self.model = model
         self.places = places
@@ -192,6 +200,7 @@ class Forward:
         self._windows = windows
         self._impl = impl
         self._nudge = nudge
+        self.fused = fused
         config = model.config.get_text_config(decoder=True)
         layers = cache_layer_indices(config)
         self._layer_index = {layer: i for i, layer in enumerate(layers)}
@@ -217,6 +226,12 @@ class Forward:
     def end(self) -> None:
         """No sequence is being computed."""
         self._state = None
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Inside the block the model attends through the paged cache, and kernels compute what they can of the rest."""
+        with paged_attention(self.model), self.fused().applied() if self.fused else nullcontext():
+            yield
 
     def hidden(self, tokens: Tensor, positions: Tensor, parts: Sequence[Part]) -> Tensor:
         """Last hidden states [T, H] of tokens [T] at positions [T], which these parts are of."""

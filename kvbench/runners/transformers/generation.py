@@ -16,7 +16,6 @@ from kvbench.runners.base import GenerateRequest, Generation, Progress
 from kvbench.runners.processors import Processors, with_defaults
 from kvbench.runners.settings import refusal
 from kvbench.runners.transformers.decode import DecodeBatch, Decoding, Made
-from kvbench.runners.transformers.forward import paged_attention
 from kvbench.runners.transformers.passes import Passes
 from kvbench.runners.transformers.prefix import Flat
 from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
@@ -64,7 +63,7 @@ class Generator:
         self._forward.end()
         stuck = False  # no page is free for a prompt's next tokens
 
-        with paged_attention(self._forward.model), memory.released_by_errors(), torch.inference_mode():
+        with self._forward.attending(), memory.released_by_errors(), torch.inference_mode():
             while True:
                 idle = True
                 # a pass with steps of running sequences waits for the last one: over several devices, prompts go first

@@ -15,7 +15,7 @@ from kvbench.attention import Batch, Near
 from kvbench.cache import OutOfPages, PageTable, on_device
 from kvbench.cache.ranges import Ints
 from kvbench.runners.transformers.clock import Clock
-from kvbench.runners.transformers.forward import Forward, Part, paged_attention
+from kvbench.runners.transformers.forward import Forward, Part
 from kvbench.runners.transformers.memory import Memory
 from kvbench.runners.transformers.prefix import MIN_SHARED, Flat, Tree, build_tree, unshared
 from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
@@ -63,7 +63,7 @@ class Passes:
         memory.reserve(longest, int(pages.sum()), pages_for_one(tree, longest, memory.page_size))
         scheduler = self.scheduler(tree, longest)
         self.forward.end()
-        with paged_attention(self.forward.model), memory.released_by_errors():
+        with self.forward.attending(), memory.released_by_errors():
             while not scheduler.finished:
                 chunks, copies = scheduler.take(1 if self.forward.alone else memory.limits.tokens)
                 if not len(chunks):

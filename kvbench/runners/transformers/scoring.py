@@ -155,7 +155,15 @@ def _score_rows(
         return
     distinct, row, target = (x.to(forward.places.last, non_blocking=True) for x in arrays)
     for own, (begin, end) in zip(distinct.split(rows.most), rows.lots, strict=True):
-        log_p = forward.log_probs(hidden[own])
-        these, at = target[begin:end], row[begin:end]
-        values[these] = log_p[at, targets[these]]
-        likeliest[these] = log_p.argmax(-1)[at] == targets[these]
+        these = target[begin:end]
+        values[these], likeliest[these] = _predicted(forward, hidden[own], row[begin:end], targets[these])
+
+
+def _predicted(forward: Forward, hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """[m] float32 log-probabilities of targets after rows of hidden [n, H]; [m] whether each is the likeliest."""
+    if not forward.fused:
+        log_p = forward.log_probs(hidden)
+        return log_p[rows, targets], log_p.argmax(-1)[rows] == targets
+    logits = forward.logits(hidden)
+    peak, best, total = forward.fused().peaks(logits)
+    return logits[rows, targets].float() - peak[rows] - total.log()[rows], best[rows] == targets
