@@ -115,6 +115,12 @@ class _Stack:
     planes: list[Plane]
     device: torch.device
 
+    @property
+    def pages(self) -> Tensor:
+        """[layers, P, n]: in elements of eight bytes where a page is so many, which are copied sooner than its own."""
+        flat = self.tensor.flatten(2)
+        return flat.view(torch.int64) if flat.shape[2] * flat.element_size() % 8 == 0 else flat
+
 
 class PagedCache:
     """Packed keys and values of all layers, in pages.
@@ -307,7 +313,8 @@ class PagedCache:
         at = {device: to_device(flat, torch.int64, device).view(-1, 2) for device in dict.fromkeys(self.devices)}
         for stack in self._stacks:
             source, destination = at[stack.device].unbind(1)
-            stack.tensor[:, destination] = stack.tensor[:, source]
+            pages = stack.pages
+            pages[:, destination] = pages[:, source]
 
 
 def fitting_tokens(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
@@ -27,6 +28,51 @@ class ScoreRequest:
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequests(Sequence[ScoreRequest]):
+    """Requests whose tokens [T] stand one after another, made once and asked of one runner after another.
+
+    contexts, counts: [requests], tokens of each context and of the continuation behind it.
+    kept: what runners of one model made of them and find again; nothing in it depends on a scheme.
+    """
+
+    tokens: NDArray[np.int32]
+    contexts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, requests: Sequence[ScoreRequest]) -> ScoreRequests:
+        """These requests, as they are or put together."""
+        if isinstance(requests, cls):
+            return requests
+        parts = [part for request in requests for part in (request.context, request.continuation)]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        tokens = np.fromiter(chain.from_iterable(parts), np.int32, int(lengths.sum()))
+        return cls(tokens, lengths[::2], lengths[1::2])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @cached_property
+    def firsts(self) -> NDArray[np.int64]:
+        """Where each request's first token stands."""
+        lengths = self.contexts + self.counts
+        made: NDArray[np.int64] = np.cumsum(lengths) - lengths
+        return made
+
+    @overload
+    def __getitem__(self, index: int) -> ScoreRequest: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ScoreRequest]: ...
+    def __getitem__(self, index: int | slice) -> ScoreRequest | list[ScoreRequest]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first, cut = int(self.firsts[index]), int(self.contexts[index])
+        tokens = tuple(self.tokens[first : first + cut + int(self.counts[index])].tolist())
+        return ScoreRequest(tokens[:cut], tokens[cut:])
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from kvbench.runners.base import (
     Runner,
     Score,
     ScoreRequest,
+    ScoreRequests,
     Scores,
 )
 from kvbench.runners.learned import digest, forms
@@ -68,7 +69,8 @@ class Timed(Around):
 
     def score(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> Sequence[Score]:
         """As the runner's."""
-        self.prompt_tokens += sum(len(r.context) + len(r.continuation) for r in requests)
+        requests = ScoreRequests.of(requests)
+        self.prompt_tokens += len(requests.tokens)
         with self._timed():
             scores = self.runner.score(requests, progress)
         if not Scores.of(scores).logprobs.isfinite().all():

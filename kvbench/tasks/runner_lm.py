@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import jinja2
@@ -13,18 +14,34 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest, Scores
+from kvbench.runners.base import GenerateRequest, Progress, Runner, ScoreRequest, ScoreRequests, Scores
 
 
 @dataclass
 class Encoded:
     """Tokens that are kept from cell to cell, in 4 bytes each.
 
-    texts: by text, and whether that begins with the tokenizer's prefix. pairs: of a context and its continuation.
+    texts: by text, and whether that begins with the tokenizer's prefix. asked: what was scored last.
     """
 
     texts: dict[tuple[str, bool], array[int]] = field(default_factory=dict)
-    pairs: dict[tuple[str, str], tuple[array[int], array[int]]] = field(default_factory=dict)
+    asked: Asked | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """instances: of lm-eval. truncated: how many of their requests were cut to max_length tokens."""
+
+    instances: list[Instance]
+    requests: ScoreRequests
+    max_length: int
+    truncated: int
+
+    def are(self, instances: list[Instance], max_length: int) -> bool:
+        """Whether these are the same instances, of a model that takes as many tokens."""
+        if (self.max_length, len(self.instances)) != (max_length, len(instances)):
+            return False
+        return all(map(is_, self.instances, instances))
 
 
 MAX_GEN_TOKENS = 256
@@ -50,6 +67,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
         self._progress = progress
         self._seed = seed
         self._encoded = encoded or Encoded()
+        self._scored: ScoreRequests | None = None
         self.truncated = 0
 
     @property
@@ -104,25 +122,32 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy decoding gives it) of each continuation."""
-        pairs, kept = self._encoded.pairs, set(self._encoded.texts)
-        if any(request.args not in pairs for request in requests):
-            # lm-eval encodes, a text at a time, a context without its last spaces and the whole
-            both = [request.args for request in requests if request.args[0]]
-            texts = [text for context, continuation in both for text in (context.rstrip(), context + continuation)]
-            self._encode_all(texts, self._prefix)
-            scores = super().loglikelihood(requests, disable_tqdm=True)
-            for key in self._encoded.texts.keys() - kept:
-                del self._encoded.texts[key]
-            return list(scores)
-        return self._loglikelihood_tokens([(request.args, *pairs[request.args]) for request in requests])
+        asked = self._encoded.asked
+        if asked and asked.are(requests, self.max_length):
+            self.truncated += asked.truncated
+            return self._loglikelihood_tokens(asked.requests)
+        # lm-eval encodes, a text at a time, a context without its last spaces and the whole
+        both, kept = [request.args for request in requests if request.args[0]], set(self._encoded.texts)
+        texts = [text for context, continuation in both for text in (context.rstrip(), context + continuation)]
+        self._encode_all(texts, self._prefix)
+        truncated = self.truncated
+        scores = super().loglikelihood(requests, disable_tqdm=True)
+        for key in self._encoded.texts.keys() - kept:
+            del self._encoded.texts[key]
+        assert self._scored is not None, "they were scored by `_loglikelihood_tokens`"
+        self._encoded.asked = Asked(requests, self._scored, self.max_length, self.truncated - truncated)
+        return list(scores)
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, Any, Any]], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, Any, Any]] | ScoreRequests, **_: Any
+    ) -> list[tuple[float, bool]]:
+        self._scored = requests if isinstance(requests, ScoreRequests) else self._score_requests(requests)
+        scores = Scores.of(self.runner.score(self._scored, self._progress))
+        return list(zip(scores.sums(), scores.greedy.tolist(), strict=True))
+
+    def _score_requests(self, requests: list[tuple[Any, Any, Any]]) -> ScoreRequests:
         wanted = []
-        contexts: dict[str, array[int]] = {}
-        for strings, context, continuation in requests:
-            if strings is not None and strings not in self._encoded.pairs:
-                kept = contexts.setdefault(strings[0], array("i", context))
-                self._encoded.pairs[strings] = kept, array("i", continuation)
+        for _strings, context, continuation in requests:
             if not context or not continuation or len(continuation) > self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens after {len(context)}: both need one token at least, "
@@ -133,8 +158,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]
             self.truncated += len(tokens) < len(context) + len(continuation)
             cut = len(tokens) - len(continuation)
             wanted.append(ScoreRequest(tuple(tokens[:cut]), tuple(tokens[cut:])))
-        scores = Scores.of(self.runner.score(wanted, self._progress))
-        return list(zip(scores.sums(), scores.greedy.tolist(), strict=True))
+        return ScoreRequests.of(wanted)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """The log-probability of each whole text, in windows of the model's length that score each token once."""

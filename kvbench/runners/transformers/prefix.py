@@ -22,7 +22,7 @@ MIN_SHARED = 8  # tokens of a prefix that is worth a segment of its own
 class Flat(NamedTuple):
     """Token sequences one after another: tokens [T]; of each sequence where its first token stands, and its length."""
 
-    tokens: Ints
+    tokens: NDArray[np.integer]
     firsts: Ints
     lengths: Ints
 
@@ -45,7 +45,7 @@ class Tree:
     exact: [N] bool, computed over exact keys and values, whatever the cache stores (see "prefill_exact").
     """
 
-    tokens: Ints
+    tokens: NDArray[np.integer]
     firsts: Ints
     parent: Ints
     start: Ints
@@ -156,7 +156,7 @@ def _lexicographic(sequences: Flat) -> Ints:
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 
 
-def _shared(tokens: Ints, first: Ints, length: Ints) -> Ints:
+def _shared(tokens: NDArray[np.integer], first: Ints, length: Ints) -> Ints:
     """How many leading tokens each sequence has in common with the one before it."""
     most = np.minimum(length[1:], length[:-1])
     differing = np.flatnonzero(tokens[ranges(first[1:], most)] != tokens[ranges(first[:-1], most)])

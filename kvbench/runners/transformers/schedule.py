@@ -35,7 +35,8 @@ class Chunks:
     def tokens(self) -> Ints:
         """[T], one chunk's after another's."""
         done = self.starts - self.tree.start[self.segments]
-        return self.tree.tokens[ranges(self.tree.firsts[self.segments] + done, self.counts)]
+        tokens = self.tree.tokens[ranges(self.tree.firsts[self.segments] + done, self.counts)]
+        return tokens.astype(np.int64, copy=False)
 
     @property
     def positions(self) -> Ints:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.cache import on_device
 from kvbench.cache.ranges import Grouped, Ints, ranges, starts_of
-from kvbench.runners.base import Progress, Score, ScoreRequest, Scores
+from kvbench.runners.base import Progress, Score, ScoreRequest, ScoreRequests, Scores
 from kvbench.runners.transformers.forward import Forward
 from kvbench.runners.transformers.passes import Passes
 from kvbench.runners.transformers.prefix import Flat, Tree, unshared
@@ -26,12 +26,14 @@ def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress |
     """One Score a request, in the order of the requests."""
     if not requests:
         return []
-    both = Flat.of([part for request in requests for part in (request.context, request.continuation)])
-    firsts, contexts, counts = both.firsts[::2], both.lengths[::2], both.lengths[1::2]
-    sequences = Flat(both.tokens, firsts, contexts + counts - 1)
-    tree = passes.split_tree(sequences, contexts) if passes.scoring == "prefill_exact" else passes.tree(sequences)
-    wanted = Wanted.of(tree, contexts, starts_of(counts))
-    (targets,) = on_device([both.tokens[ranges(firsts + contexts, counts)]], passes.forward.places.last)
+    asked = ScoreRequests.of(requests)
+    split = passes.scoring == "prefill_exact"
+    key = split, passes.forward.alone
+    if key not in asked.kept:
+        asked.kept[key] = Plan.of(passes, asked, split)
+    plan: Plan = asked.kept[key]
+    tree, wanted, counts = plan.tree, plan.wanted, asked.counts
+    (targets,) = on_device([plan.targets], passes.forward.places.last)
     values = torch.empty(len(targets), device=targets.device)
     likeliest = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
 
@@ -74,6 +76,24 @@ def hidden_states(
     if several and passes.forward.places.last.type == "cuda":
         torch.cuda.synchronize(passes.forward.places.last)
     return [torch.cat([own for segment in tree.path(leaf) for own in found[segment]]) for leaf in tree.leaf.tolist()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed of requests, whatever the scheme: their tree, what it must predict, and all targets [n]."""
+
+    tree: Tree
+    wanted: Wanted
+    targets: Ints
+
+    @classmethod
+    def of(cls, passes: Passes, asked: ScoreRequests, split: bool) -> Self:
+        """Of these requests. split: contexts are computed exactly, and what follows reads the cache."""
+        sequences = Flat(asked.tokens, asked.firsts, asked.contexts + asked.counts - 1)
+        tree = passes.split_tree(sequences, asked.contexts) if split else passes.tree(sequences)
+        wanted = Wanted.of(tree, asked.contexts, starts_of(asked.counts))
+        targets = asked.tokens[ranges(asked.firsts + asked.contexts, asked.counts)].astype(np.int64)
+        return cls(tree, wanted, targets)
 
 
 @dataclass(frozen=True)
