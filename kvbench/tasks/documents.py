@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
+
+HASHES = 2**17  # of texts, kept at once
 
 
 class Document(dict[str, Any]):
@@ -80,7 +82,7 @@ def _kept(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 @contextmanager
 def written_once() -> Iterator[None]:
-    """Inside the block lm-eval's evaluation writes a document as JSON, of which it takes the hash, once."""
+    """Inside the block lm-eval's evaluation writes a document as JSON once, and takes the hash of a text once."""
     from lm_eval import evaluator
 
     def dumps(value: Any, **options: Any) -> str:
@@ -90,8 +92,32 @@ def written_once() -> Iterator[None]:
             value.made["json"] = json.dumps(value, **options)
         return str(value.made["json"])
 
-    evaluator.json = SimpleNamespace(**{**vars(json), "dumps": dumps})
+    evaluator.json, hashed = SimpleNamespace(**{**vars(json), "dumps": dumps}), evaluator.hash_string
+    evaluator.hash_string = _hashed()
     try:
         yield
     finally:
-        evaluator.json = json
+        evaluator.json, evaluator.hash_string = json, hashed
+
+
+@cache
+def _hashed() -> Callable[[str], str]:
+    """lm-eval's hash of a text, which is kept with it."""
+    from lm_eval.utils import hash_string
+
+    return lru_cache(maxsize=HASHES)(hash_string)
+
+
+@contextmanager
+def without_softmax(tasks: Iterable[Any]) -> Iterator[None]:
+    """Inside the block no softmax of a document's answers is made, unless for the Brier score, which alone has it."""
+    from lm_eval import utils
+
+    if any("brier_score" in getattr(task, "_metric_fn_list", ("brier_score",)) for task in tasks):
+        yield
+        return
+    softmax, utils.softmax = utils.softmax, lambda _: None
+    try:
+        yield
+    finally:
+        utils.softmax = softmax

@@ -155,6 +155,7 @@ class LmEval(Options):
             for one in once:
                 stack.enter_context(one)
             loaded, encoded = _load(self.model_dump_json(), identity, runner.tokenizer)
+            stack.enter_context(documents.without_softmax(loaded["tasks"].values()))
             model = RunnerLM(runner, context.progress, context.seed, encoded)
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=OTHER_SEED)

@@ -6,11 +6,13 @@ import os
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval import utils
 from lm_eval.api.task import ConfigurableTask
 from pyarrow.parquet import read_table
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from kvbench.measured import series_of
 from kvbench.results import headline, write_samples
 from kvbench.runners.toy import ToyRunner
-from kvbench.tasks import lm_eval, lm_eval_index, make_task
+from kvbench.tasks import documents, lm_eval, lm_eval_index, make_task
 
 METRICS = {
     "arc_easy": {"acc", "acc_norm"},
@@ -404,3 +406,16 @@ def test_a_mirror_s_pipe_is_not_opened(mirror):
 
     with pytest.raises(ValueError, match=r"test\.jsonl cannot be read: it is no regular file, but a pipe or a device"):
         make_task("gsm8k", mirror).identity()
+
+
+@pytest.mark.parametrize("metric", ["acc", "brier_score"])
+def test_a_softmax_is_made_where_a_metric_reads_it(metric):
+    """
+    The softmax of a document's answers is left out of an evaluation but for the Brier score, and comes back after it.
+    """
+    own, task = utils.softmax, SimpleNamespace(_metric_fn_list={metric: None})
+    with documents.without_softmax([task]):
+        inside = utils.softmax([0.0, 0.0])
+
+    assert (inside is None) == (metric == "acc")
+    assert utils.softmax is own
