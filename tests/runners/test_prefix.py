@@ -1,5 +1,6 @@
 """Which prefixes requests share."""
 
+from collections import Counter
 from itertools import takewhile
 
 import numpy as np
@@ -41,6 +42,29 @@ def expected(requests, chosen, start, min_shared):
         rest = [i for i in group if requests[i] != shared]
         found.append((shared[start:], ending, expected(requests, rest, len(shared), min_shared)))
     return found
+
+
+@settings(max_examples=150)
+@given(REQUESTS, st.integers(1, 4), st.integers(0, 40))
+def test_depths_that_save_too_little_are_given_up(requests, min_shared, worth):
+    """
+    Nothing is shared from that depth on, from which on all sharing saves fewer tokens than it must; above it all is.
+    """
+    sequences = Flat.of(requests)
+    whole, tree = build_tree(sequences, min_shared), build_tree(sequences, min_shared, worth)
+    shared = [len(whole.path(i)) - 1 for i in range(len(whole))]
+    used = Counter(segment for leaf in whole.leaf for segment in whole.path(leaf))
+    saved = [
+        sum((used[i] - 1) * (whole.end[i] - whole.start[i]) for i in range(len(whole)) if shared[i] >= depth)
+        for depth in range(whole.depth)
+    ]
+    cut = next((depth for depth, tokens in enumerate(saved) if 0 < tokens < worth), None)
+
+    assert tree.depth == (whole.depth if cut is None else cut + 1)
+    tokens = [int((one.end - one.start).sum()) for one in (whole, tree)]
+    assert tokens[1] - tokens[0] == (0 if cut is None else saved[cut])
+    for request, leaf in zip(requests, tree.leaf.tolist(), strict=True):
+        assert [token for segment in tree.path(leaf) for token in tokens_of(tree, segment)] == request
 
 
 @settings(max_examples=150)

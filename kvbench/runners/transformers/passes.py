@@ -21,6 +21,7 @@ from kvbench.runners.transformers.prefix import MIN_SHARED, Flat, Tree, build_tr
 from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
+LAUNCHED = 2**35  # tokens times weights of a layer, which a GPU multiplies in the time that the layer's launch takes
 More = Callable[[Chunks], Sequence[NDArray[Any]]]
 
 
@@ -32,10 +33,16 @@ class Passes:
         self.memory = memory
         self.clock = clock
         self.scoring = scoring
+        self._worth = 0
+        if memory.device.type == "cuda":
+            weights = sum(parameter.numel() for parameter in forward.model.parameters())
+            self._worth = LAUNCHED * len(memory.devices) // max(1, weights)
 
     def tree(self, sequences: Flat, min_shared: int = MIN_SHARED) -> Tree:
         """What is to be computed of these sequences: their prefix tree, or one after another where they run alone."""
-        return unshared(sequences) if self.forward.alone else build_tree(sequences, min_shared)
+        if self.forward.alone:
+            return unshared(sequences)
+        return build_tree(sequences, min_shared, self._worth)
 
     def split_tree(self, sequences: Flat, contexts: Ints) -> Tree:
         """Contexts, of so many tokens, are shared and exact; what follows one reads the cache, a segment a request."""

@@ -113,29 +113,54 @@ def unshared(sequences: Flat) -> Tree:
     return Tree(tokens, firsts, np.full(count, -1), np.zeros_like(lengths), lengths, np.arange(count))
 
 
-def build_tree(sequences: Flat, min_shared: int = MIN_SHARED) -> Tree:
+def build_tree(sequences: Flat, min_shared: int = MIN_SHARED, worth: int = 0) -> Tree:
     """The prefix tree of token sequences (none empty).
 
     min_shared: a prefix is split off where it saves at least this many tokens of each of its requests, for every
     segment is one more sequence in a batch.
+    worth: tokens that segments so many deep and deeper save in all, with fewer of which nothing is shared there: a
+    segment is computed in a pass after its parent's.
     """
-    tokens, firsts, lengths = sequences
-    assert lengths.all(), "a sequence is empty"
+    assert sequences.lengths.all(), "a sequence is empty"
     order = _lexicographic(sequences)
-    first, length = firsts[order], lengths[order]
-    shared = _shared(tokens, first, length)
+    first, length = sequences.firsts[order], sequences.lengths[order]
+    shared = _shared(sequences.tokens, first, length)
+    tree, saved = _levels(sequences.tokens, order, first, length, shared, min_shared, None)
+    # what is lost by sharing nothing from a depth on
+    lost = np.cumsum(saved[::-1])[::-1]
+    if deep := np.flatnonzero((lost > 0) & (lost < worth)).tolist():
+        tree, _ = _levels(sequences.tokens, order, first, length, shared, min_shared, deep[0])
+    return tree
+
+
+def _levels(
+    tokens: NDArray[np.integer],
+    order: Ints,
+    first: Ints,
+    length: Ints,
+    shared: Ints,
+    min_shared: int,
+    depth: int | None,
+) -> tuple[Tree, list[int]]:
+    """The tree of sequences in their order, each with its `shared` tokens with the one before; tokens saved by depth.
+
+    depth: from which on nothing is shared; None: wherever min_shared tokens are.
+    """
     leaf = np.empty(len(order), dtype=np.int64)
     found: list[tuple[Ints, Ints, Ints, Ints]] = []
+    saved: list[int] = []
     count = 0
     # the sequences that go on, in order, each after its segment `parent`, which ends at position `start`
     places, parent, start = np.arange(len(order)), np.full(len(order), -1), np.zeros(len(order), dtype=np.int64)
     while len(places):
         # a segment begins at another parent, or where too little is shared with the sequence before
         begins = np.ones(len(places), dtype=bool)
-        begins[1:] = (parent[1:] != parent[:-1]) | (shared[places[1:]] < start[1:] + min_shared)
+        if len(found) != depth:
+            begins[1:] = (parent[1:] != parent[:-1]) | (shared[places[1:]] < start[1:] + min_shared)
         own = np.flatnonzero(begins)
         end = np.minimum.reduceat(np.where(begins, length[places], shared[places]), own)
         found.append((first[places[own]] + start[own], parent[own], start[own], end))
+        saved.append(int(((np.diff(own, append=len(places)) - 1) * (end - start[own])).sum()))
         which = np.cumsum(begins) - 1
         parent, start = count + which, end[which]
         count += len(own)
@@ -143,8 +168,8 @@ def build_tree(sequences: Flat, min_shared: int = MIN_SHARED) -> Tree:
         leaf[order[places[ended]]] = parent[ended]
         places, parent, start = places[~ended], parent[~ended], start[~ended]
     none = np.empty(0, dtype=np.int64)
-    first, parent, start, end = (np.concatenate(column) for column in zip((none,) * 4, *found, strict=True))
-    return Tree(tokens, first, parent, start, end, leaf)
+    firsts, parents, starts, ends = (np.concatenate(column) for column in zip((none,) * 4, *found, strict=True))
+    return Tree(tokens, firsts, parents, starts, ends, leaf), saved
 
 
 def _lexicographic(sequences: Flat) -> Ints:
