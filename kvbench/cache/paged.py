@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvbench.cache.device import to_device
+from kvbench.cache.device import on_device
 from kvbench.dtypes import Cast, Dtype, Rows
 from kvbench.schemes import Layers, Scheme, Side
 from kvbench.transforms import Params
@@ -309,8 +311,8 @@ class PagedCache:
         """Copy whole pages (source, destination), in all layers."""
         if not copies:
             return
-        flat = [page for copy in copies for page in copy]
-        at = {device: to_device(flat, torch.int64, device).view(-1, 2) for device in dict.fromkeys(self.devices)}
+        flat = np.fromiter(chain.from_iterable(copies), np.int64, 2 * len(copies))
+        at = {device: on_device([flat], device)[0].view(-1, 2) for device in dict.fromkeys(self.devices)}
         for stack in self._stacks:
             source, destination = at[stack.device].unbind(1)
             pages = stack.pages

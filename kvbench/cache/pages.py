@@ -64,6 +64,10 @@ class PagePool:
         self._free = list(range(pages - 1, -1, -1))  # the lowest page is taken first
 
     @property
+    def pages(self) -> int:
+        return len(self._references)
+
+    @property
     def free_pages(self) -> int:
         return len(self._free)
 

@@ -165,7 +165,7 @@ class Generator:
 
     def _mixed_pass(self, chunks: Chunks, batch: DecodeBatch) -> tuple[Tensor, list[Made]]:
         """The hidden states of the chunks' tokens, and a token more of every running sequence."""
-        tokens, positions, parts, _ = self._passes.inputs(chunks)
+        tokens, positions, parts, _ = self._passes.put(self._passes.inputs(chunks))
         if not batch.running:
             return self._forward.hidden(tokens, positions, parts), []
         next_tokens, next_positions, decoded = batch.inputs()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +19,44 @@ from kvbench.runners.transformers.clock import Clock
 from kvbench.runners.transformers.forward import Forward, Part
 from kvbench.runners.transformers.memory import Memory
 from kvbench.runners.transformers.prefix import MIN_SHARED, Flat, Tree, build_tree, unshared
-from kvbench.runners.transformers.schedule import Chunks, Scheduler, pages_for_one
+from kvbench.runners.transformers.schedule import Chunks, Copies, Scheduler, pages_for_one
 
 Scoring = Literal["fused", "replay", "prefill_exact"]
 LAUNCHED = 2**35  # tokens times weights of a layer, which a GPU multiplies in the time that the layer's launch takes
-More = Callable[[Chunks], Sequence[NDArray[Any]]]
+KEPT_TOKENS = 2**21  # of requests, more of which no passes are kept of
+
+
+class Rows(Protocol):
+    """What a pass's chunks need besides."""
+
+    @property
+    def arrays(self) -> Sequence[NDArray[Any]]: ...
+
+
+More = Callable[[Chunks], Rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a pass takes, as arrays on the host: tokens, positions, `more` others, and those of the batch on each side.
+
+    sides: of how many arrays each is, and whether it is computed exactly. begins: with the beginning of a sequence.
+    """
+
+    arrays: list[NDArray[Any]]
+    more: int
+    sides: list[tuple[int, bool]]
+    begins: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one forward pass computes. copies: of pages, before it. rows: what its chunks need besides."""
+
+    chunks: Chunks
+    copies: Copies
+    inputs: Inputs
+    rows: Any
 
 
 class Passes:
@@ -60,45 +94,70 @@ class Passes:
         batch_tokens = max(tokens, longest) if self.forward.alone else tokens
         return Scheduler(self.memory.pool, tree, batch_tokens, chunk=1 if self.scoring == "replay" else None)
 
-    def prefill(self, tree: Tree, more: More | None = None) -> Iterator[tuple[Chunks, Tensor, list[Tensor]]]:
-        """Every chunk of the tree, parents before children: those of a pass with their hidden states [tokens, H].
+    def prefill(
+        self, tree: Tree, more: More | None = None, kept: dict[Any, Any] | None = None
+    ) -> Iterator[tuple[Pass, Tensor, list[Tensor]]]:
+        """Every pass over the tree, parents before children, with its hidden states [tokens, H].
 
-        more: arrays that a pass's chunks need besides, which come with them on the device.
+        more: what a pass's chunks need besides, whose arrays come with them on the device.
+        kept: where the passes are kept, and are taken from by a later call for the same tree and `more`.
         """
         memory, longest = self.memory, tree.longest
         pages = -((tree.start - tree.end) // memory.page_size) + 1
         memory.reserve(longest, int(pages.sum()), pages_for_one(tree, longest, memory.page_size))
-        scheduler = self.scheduler(tree, longest)
         self.forward.end()
         with self.forward.attending(), memory.released_by_errors():
-            while not scheduler.finished:
-                chunks, copies = scheduler.take(1 if self.forward.alone else memory.limits.tokens)
-                if not len(chunks):
-                    raise OutOfPages(f"the cache is too small for sequences of {longest} tokens")
-                memory.copy_pages(copies)
-                with self.clock.prefill(int(chunks.counts.sum())), torch.inference_mode():
-                    tokens, positions, parts, further = self.inputs(chunks, more(chunks) if more else ())
+            for one in self._planned(tree, longest, more, kept):
+                memory.copy_pages(one.copies)
+                with self.clock.prefill(int(one.chunks.counts.sum())), torch.inference_mode():
+                    tokens, positions, parts, further = self.put(one.inputs)
                     hidden = self.forward.hidden(tokens, positions, parts)
-                scheduler.computed(chunks)
-                yield chunks, hidden, further
-                done = chunks.segments[chunks.completes]
-                requests = tree.ending.counts[done]
-                for segment, count in zip(done[requests > 0].tolist(), requests[requests > 0].tolist(), strict=True):
-                    scheduler.drop(segment, count)
+                yield one, hidden, further
 
-    def inputs(
-        self, chunks: Chunks, more: Sequence[NDArray[Any]] = ()
-    ) -> tuple[Tensor, Tensor, list[Part], list[Tensor]]:
-        """Tokens, positions and parts of a pass, and `more` arrays: by one copy to the device."""
-        if chunks.starts[0] == 0:
-            self.forward.begin()
+    def _planned(self, tree: Tree, longest: int, more: More | None, kept: dict[Any, Any] | None) -> Iterator[Pass]:
+        """The passes over a tree, of whose sequences none is left in the pool behind the last one."""
+        memory, pool = self.memory, self.memory.pool
+        # which pages are free decides where sequences lie: all of them, and no ring beside
+        if memory.rings is not None or pool.free_pages < pool.pages or len(tree.tokens) > KEPT_TOKENS:
+            kept = None
+        key = pool.pages, pool.page_size, memory.limits, self.scoring
+        if kept is not None and key in kept:
+            yield from kept[key]
+            return
+        scheduler, made = self.scheduler(tree, longest), []
+        while not scheduler.finished:
+            chunks, copies = scheduler.take(1 if self.forward.alone else memory.limits.tokens)
+            if not len(chunks):
+                raise OutOfPages(f"the cache is too small for sequences of {longest} tokens")
+            rows = more(chunks) if more else None
+            one = Pass(chunks, copies, self.inputs(chunks, rows.arrays if rows else ()), rows)
+            yield one
+            if kept is not None:
+                made.append(one)
+            scheduler.computed(chunks)
+            done = chunks.segments[chunks.completes]
+            requests = tree.ending.counts[done]
+            for segment, count in zip(done[requests > 0].tolist(), requests[requests > 0].tolist(), strict=True):
+                scheduler.drop(segment, count)
+        if kept is not None:
+            kept[key] = made
+
+    def inputs(self, chunks: Chunks, more: Sequence[NDArray[Any]] = ()) -> Inputs:
+        """What a pass of these chunks takes, and `more` arrays, on the host."""
         # those that are computed exactly, and the others
         sides = ((slice(chunks.exact), True), (slice(chunks.exact, None), False))
         own = [(self._arrays(chunks.tables[one], chunks.counts[one]), exactly) for one, exactly in sides]
         arrays = [chunks.tokens, chunks.positions, *more, *chain.from_iterable(each for each, _ in own)]
-        given = iter(on_device(arrays, self.memory.device))
-        tokens, positions, *further = islice(given, 2 + len(more))
-        parts = [self.part(self._batch(*islice(given, len(each))), exactly) for each, exactly in own if each]
+        sizes = [(len(each), exactly) for each, exactly in own if each]
+        return Inputs(arrays, len(more), sizes, bool(chunks.starts[0] == 0))
+
+    def put(self, inputs: Inputs) -> tuple[Tensor, Tensor, list[Part], list[Tensor]]:
+        """Tokens, positions and parts of a pass, and what came with them: by one copy to the device."""
+        if inputs.begins:
+            self.forward.begin()
+        given = iter(on_device(inputs.arrays, self.memory.device))
+        tokens, positions, *further = islice(given, 2 + inputs.more)
+        parts = [self.part(self._batch(*islice(given, count)), exactly) for count, exactly in inputs.sides]
         return tokens, positions, parts, further
 
     def grown(self, tables: Sequence[PageTable]) -> Batch:

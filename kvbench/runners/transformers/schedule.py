@@ -29,7 +29,7 @@ class Chunks:
     counts: Ints
 
     def __len__(self) -> int:
-        return len(self.tables)
+        return len(self.segments)
 
     @property
     def tokens(self) -> Ints:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,17 +36,11 @@ def score(passes: Passes, requests: Sequence[ScoreRequest], progress: Progress |
     values = torch.empty(len(targets), device=targets.device)
     likeliest = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
 
-    rows: deque[Rows] = deque()
-
-    def more(chunks: Chunks) -> list[NDArray[Any]]:
-        rows.append(Rows.of(*wanted.rows(chunks), most))
-        return rows[-1].arrays
-
-    done = 0
     most = max(16, passes.memory.limits.logits // passes.forward.vocabulary)
-    for chunks, hidden, arrays in passes.prefill(tree, more):
-        _score_rows(passes.forward, hidden, rows.popleft(), arrays, targets, values, likeliest)
-        ended = int(tree.ending.counts[chunks.segments[chunks.completes]].sum())
+    done = 0
+    for one, hidden, arrays in passes.prefill(tree, lambda chunks: Rows.of(*wanted.rows(chunks), most), asked.kept):
+        _score_rows(passes.forward, hidden, one.rows, arrays, targets, values, likeliest)
+        ended = int(tree.ending.counts[one.chunks.segments[one.chunks.completes]].sum())
         done += ended
         if progress is not None and ended:
             progress(done, len(requests))
@@ -66,7 +59,8 @@ def hidden_states(
     # over several devices no pass waits for a copy of the last one, which takes memory that the host can't page out
     several = len(passes.forward.places.devices) > 1
     done = 0
-    for chunks, hidden, _ in passes.prefill(tree):
+    for one, hidden, _ in passes.prefill(tree):
+        chunks = one.chunks
         rows = hidden.to("cpu", non_blocking=several).split(chunks.counts.tolist())
         for segment, own in zip(chunks.segments.tolist(), rows, strict=True):
             found[segment].append(own)
