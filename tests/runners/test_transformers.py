@@ -11,10 +11,11 @@ import transformers
 
 from kvbench.cache import OutOfPages
 from kvbench.dtypes import all_dtypes
-from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest
+from kvbench.runners.base import GenerateRequest, ModelInfo, ScoreRequest, ScoreRequests
 from kvbench.runners.transformers import Limits, TransformersModel
 from kvbench.runners.transformers.decode import DecodeBatch
 from kvbench.runners.transformers.forward import Forward
+from kvbench.runners.transformers.schedule import Scheduler
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
@@ -255,6 +256,45 @@ def test_documents_longer_than_a_pass_are_cut(monkeypatch):
     for a, b in zip(scores, runner.score(requests), strict=True):
         torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
     assert runner.generate(prompts) == answers
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+@pytest.mark.parametrize("scoring", ["fused", "prefill_exact"])
+def test_requests_asked_again_are_scored_without_a_plan(kind, scoring, monkeypatch):
+    """
+    Other schemes' runners score the same requests in the passes of the first, to the bit as if asked for the first
+    time; one of other limits, or whose rows lie in rings, plans its own.
+    """
+    if (kind, scoring) == ("qwen3_5", "prefill_exact"):
+        pytest.skip("it runs one sequence at a time")
+    loaded, requests = tiny(kind), score_requests()
+
+    def runner(text, **more):
+        return loaded.runner(Scheme.parse(text), page_size=4, scoring=scoring, **more)
+
+    def logprobs(one, asked):
+        return torch.cat([score.logprobs for score in one.score(asked)])
+
+    expected = {text: logprobs(runner(text), requests) for text in ("auto", "int8", "int4+s4")}
+    asked = ScoreRequests.of(requests)
+    generating = runner("auto")
+    generating.generate([GenerateRequest(request.context, 3) for request in requests])
+    assert torch.equal(logprobs(generating, asked), expected["auto"])  # in a larger pool
+    assert torch.equal(logprobs(runner("auto"), asked), expected["auto"])
+    planned = []
+    take = Scheduler.take
+    monkeypatch.setattr(Scheduler, "take", lambda *given, **more: planned.append(1) or take(*given, **more))
+
+    for text in ("int8", "auto"):
+        assert torch.equal(logprobs(runner(text), asked), expected[text])
+    assert not planned
+    if kind == "gemma3":
+        assert torch.equal(logprobs(runner("int4+s4"), asked), expected["int4+s4"])
+        assert planned
+    planned.clear()
+    monkeypatch.setattr("kvbench.runners.transformers.memory.CPU_LIMITS", Limits(64, 3, 2**24, 0.0))
+    torch.testing.assert_close(logprobs(runner("int8"), asked), expected["int8"], rtol=0, atol=0.01)
+    assert planned
 
 
 def test_answers_end_at_a_stop_string():
