@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kvbench.attention import Batch, Implementation, Near, append, attend
-from kvbench.cache import PagedCache, PagePool, PageTable, Rings
+from kvbench.cache import PagedCache, PagePool, PageTable, Rings, on_device
 from kvbench.environment import describe
 from kvbench.schemes import Scheme
 
@@ -68,7 +68,10 @@ def step(case: Case, length: int, device: torch.device) -> Callable[[], None]:
             rings.trim(table)
     for table in tables:
         pool.extend(table, 1)
-    near = None if rings is None else Near.make(rings, tables, [1] * SEQUENCES, scheme.page_tokens, device)
+    near = None
+    if rings is not None:
+        arrays = Near.arrays(rings, tables, [1] * SEQUENCES, scheme.page_tokens)
+        near = Near.of(on_device(arrays, device), rings.page_size)
     batch = Batch.make(tables, [1] * SEQUENCES, PAGE, device, near)
     exact = None
     if window is not None:
