@@ -30,22 +30,22 @@ class _AskedError(Exception):
     """Raised in place of an answer, with the requests."""
 
 
-def requests_of(task: Any, runner: Any) -> list[Any]:
+def requests_of(task: Any, runner: Any) -> Any:
     """All that a task asks to be scored."""
 
     def asked(requests: Any, *_: Any) -> None:
-        raise _AskedError(list(requests))
+        raise _AskedError(requests)
 
     with mock.patch.object(runner, "score", asked):
         try:
             task.run(runner, RunContext(lambda *_: {}, lambda *_: None))
         except _AskedError as error:
-            found: list[Any] = error.args[0]
+            found: Any = error.args[0]
             return found
     raise ValueError(f"{task.name} asks for no score")
 
 
-def scored(runner: Any, requests: list[Any]) -> float:
+def scored(runner: Any, requests: Any) -> float:
     """Seconds until the GPU has done it."""
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -54,7 +54,7 @@ def scored(runner: Any, requests: list[Any]) -> float:
     return time.perf_counter() - began
 
 
-def busy(runner: Any, requests: list[Any]) -> tuple[float, int]:
+def busy(runner: Any, requests: Any) -> tuple[float, int]:
     """Seconds in which the GPU works, and its launches."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         scored(runner, requests)

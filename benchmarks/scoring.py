@@ -104,7 +104,7 @@ def main() -> None:
     tokens = sum(len(request.prompt) for request in prompts)
     print(f"gsm8k_cot 5-shot, {len(prompts)} prompts of {tokens} tokens in all, {ANSWER_TOKENS} tokens of each answer")
     reused, answers = seconds(lambda: runner.generate(prompts))
-    with mock.patch.object(passes, "build_tree", lambda sequences, _: build_tree(sequences, min_shared=2**40)):
+    with mock.patch.object(passes, "build_tree", lambda sequences, *_: build_tree(sequences, min_shared=2**40)):
         alone, others = seconds(lambda: runner.generate(prompts))
     equal = sum(a == b for a, b in zip(answers, others, strict=True))
     print(f"  with prefix reuse      {reused:7.2f} s")
