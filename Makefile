@@ -91,6 +91,7 @@ docs: env
 	$(BIN)/python docs/generate_field.py
 	$(BIN)/python docs/generate_two_bits.py
 	$(BIN)/python docs/generate_kernels.py
+	$(BIN)/python docs/generate_engine.py
 
 pages: env
 	$(BIN)/python docs/generate_pages.py

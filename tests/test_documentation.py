@@ -5,6 +5,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -17,13 +19,14 @@ def test_the_dtypes_page_is_that_of_the_registry():
     assert (DOCS / "dtypes.md").read_text(encoding="utf-8") == document(), "run `make docs`"
 
 
-def test_the_tables_of_kernels_are_those_of_the_records():
+@pytest.mark.parametrize(("name", "generator"), [("kernels", "generate_kernels"), ("method", "generate_engine")])
+def test_the_tables_of_a_page_are_those_of_the_records(name, generator):
     """
     `make docs` would change nothing.
     """
-    page = runpy.run_path(str(DOCS / "generate_kernels.py"))["page"]
+    page = runpy.run_path(str(DOCS / f"{generator}.py"))["page"]
 
-    assert (DOCS / "kernels.md").read_text(encoding="utf-8") == page(), "run `make docs`"
+    assert (DOCS / f"{name}.md").read_text(encoding="utf-8") == page(), "run `make docs`"
 
 
 def test_the_yaml_page_and_the_schema_are_those_of_the_code():
