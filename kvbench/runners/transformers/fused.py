@@ -163,9 +163,9 @@ def _random(*shape: int, like: Tensor) -> Tensor:
 
 
 def nearly(x: Tensor, y: Tensor) -> bool:
-    """The same numbers, but for a few that were rounded to the next one, and what float32 loses beside the largest."""
+    """The same numbers, but for a few rounded otherwise, twice at most, and what float32 loses beside the largest."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     x, y, eps = x.float(), y.float(), torch.finfo(y.dtype).eps
     off, lost = (x - y).abs(), 1e-6 * y.abs().max()
-    return float((off <= lost).float().mean()) > 0.998 and bool((off <= eps * y.abs() + lost).all())
+    return float((off <= lost).float().mean()) > 0.998 and bool((off <= 2 * eps * y.abs() + lost).all())
