@@ -266,28 +266,28 @@ class _Unlooked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("all_idle", [False, True])
-def test_rows_of_a_trellis_are_written_without_a_look(all_idle):
+def test_rows_of_a_trellis_are_written_without_a_look(all_idle, device):
     """
     Tokens that are skipped change no byte, and the device alone knows which they are: a graph can hold the step.
     """
     scheme = scheme_of("tcq4321", "tcq2", "center+rank:randomized_hadamard", "+w64s4")
     assert not waits(scheme, "triton")
     assert waits(scheme_of("tcq4321", "midrise2"), "triton")
-    case = Case(scheme, torch.device("cpu"), lengths=(9,))
-    packed, exact = case.caches["cpu"]
+    case = Case(scheme, device, lengths=(9,))
+    packed, exact = case.caches[str(device)]
     packed.keep_decoded(scheme.dtypes)
     before = [cache.keys[0].row_bytes.clone() for cache in (packed, exact)]
-    x, slots = torch.randn(2, 3, HKV, 64).half(), torch.tensor([-1, 20, -1])
+    x, slots = torch.randn(2, 3, HKV, 64, device=device).half(), torch.tensor([-1, 20, -1], device=device)
     slots = slots.fill_(-1) if all_idle else slots
 
     with _Unlooked():
-        packed.append(0, *x, slots, torch.full((3,), 20))
+        packed.append(0, *x, slots, torch.full((3,), 20, device=device))
 
     changed = [(a.keys[0].row_bytes != b).any(-1).nonzero() for a, b in zip((packed, exact), before, strict=True)]
     assert changed[0].tolist() == ([] if all_idle else [[0, head, 20] for head in range(HKV)])
     assert not len(changed[1])
     torch.testing.assert_close(
         packed.keys[0].decoded[:, :, 20],
-        packed.keys[0].read(torch.tensor([0]), torch.float16)[:, :, 20],
+        packed.keys[0].read(torch.tensor([0], device=device), torch.float16)[:, :, 20],
         equal_nan=True,
     )
