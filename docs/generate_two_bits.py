@@ -176,7 +176,7 @@ def answers() -> str:
         for base in (None, INT8)
     ]
     rows = []
-    for (_, dtype, rotation), metrics in sorted(own.items(), key=lambda item: -bits(*item[0][1:])[0]):
+    for (_, dtype, rotation), metrics in sorted(own.items(), key=lambda item: (-bits(*item[0][1:])[0], item[0])):
         cells = [_beside(found_.get((dtype, rotation))) for found_ in beside]
         share = f"{100 * metrics[SCORE]['value']:.1f} %"
         rows.append([*name_of(dtype, rotation), f"{bits(dtype, rotation)[0]:.2f}", share, *cells])
@@ -196,7 +196,7 @@ def needles() -> str:
     """How many of 80 numbers each scheme finds, on each model."""
     found_ = records("two-bits-tasks", "needle")
     rows = []
-    for dtype, rotation in sorted({place[1:] for place in found_}, key=lambda place: -bits(*place)[0]):
+    for dtype, rotation in sorted({place[1:] for place in found_}, key=lambda place: (-bits(*place)[0], place)):
         cells = []
         for model in MODELS.values():
             metric = found_.get((model, dtype, rotation), {}).get("acc")
