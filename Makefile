@@ -29,8 +29,9 @@ GPU_PYTHON ?= $(BIN)/python
 JOBS ?= 2
 ARGS ?=
 BIN := .venv/bin
-# -qq: errors alone; warnings of a machine's own pip configuration are noise here
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+# -qq: errors alone; warnings of a machine's own pip configuration are noise here. --no-compile: Python compiles what it
+# imports; of all that is installed that is little, and pip would take more than half of its time for it
+INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input
 PINNED := $(INSTALL) -c requirements-cpu.txt
 
 env: .venv/installed
