@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -73,8 +75,11 @@ def test_the_embedded_tokenizer_cuts_at_digits(embedded):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_the_one_of_transformers_loader(embedded):
+def test_the_embedded_model_is_the_one_of_transformers_loader(embedded, monkeypatch):
     """Weights and logits equal those of `from_pretrained(gguf_file=…)` to the bit, and, digits apart, the tokens."""
+    # it reads the file three times, and makes the map of names once for each part of the model
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
     model, tokenizer, _, _ = embedded
     file = catalog.resolve("smollm2-135m-instruct").path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
