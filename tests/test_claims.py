@@ -512,7 +512,7 @@ def test_the_ablation_on_a_larger_model_is_that_of_the_records():
 
 
 def test_what_readme_says_of_gsm8k_is_measured():
-    """The answers of two presets beside 16 bits, with their intervals, and the needles of the one at two bits."""
+    """The answers of three presets beside 16 bits, with their intervals, and the needles of those at two bits."""
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     rows = [row for row in comparisons("schemes").rows if row.model.startswith("qwen")]
     place = {(row.task, row.metric, row.dtype, row.rotation): row for row in rows}
@@ -527,15 +527,16 @@ def test_what_readme_says_of_gsm8k_is_measured():
     assert agrees(low, 100 * window.ci_low)
     assert agrees(high, 100 * window.ci_high)
 
-    tiers = place[*gsm8k, *SCHEMES["`tiers421_centered_window`"]]
-    less, low, high = re.search(
-        r"keys in tiers answer ([\d.]+) points less \(95 % interval (−[\d.]+) to \+([\d.]+)\) and find all 80 needles",
+    tiers, trellis = (SCHEMES[f"`{name}_centered_window`"] for name in ("tiers421", "tcq4321"))
+    less, *interval, more, low, high = re.search(
+        r"keys in tiers answer ([\d.]+) points less \(95 % interval (−[\d.]+) to \+([\d.]+)\), at 2.35 in a trellis "
+        r"([\d.]+) more \((−[\d.]+) to \+([\d.]+)\), and both find all 80 needles",
         text,
     ).groups()
-    assert agrees(less, 100 * (tiers.baseline - tiers.value))
-    assert agrees(low, 100 * tiers.ci_low)
-    assert agrees(high, 100 * tiers.ci_high)
-    assert place["needle", "acc", *SCHEMES["`tiers421_centered_window`"]].value == 1
+    for scheme, figures in ((tiers, (f"−{less}", *interval)), (trellis, (more, low, high))):
+        row = place[*gsm8k, *scheme]
+        assert all(map(agrees, figures, (100 * (row.value - row.baseline), 100 * row.ci_low, 100 * row.ci_high)))
+        assert place["needle", "acc", *scheme].value == 1
 
 
 def test_the_trellis_s_constants_are_those_that_were_found():
