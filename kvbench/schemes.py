@@ -120,11 +120,6 @@ class Side:
             q = transform.query(q, known)
         return total
 
-    @property
-    def keeps_scores(self) -> bool:
-        """Whether query(q)·apply(k) is q·k: no transform has a `score` or a `lift`."""
-        return all(type(one).score is Transform.score and type(one).lift is Transform.lift for one in self.transforms)
-
     def lift(self, q: Tensor, params: Sequence[Params] = ()) -> Tensor | None:
         """[T, HQ] of transformed queries: what a stored key's score gets, over the square of its length."""
         own = [transform.lift(q, known) for transform, known in self._with(params)]

@@ -17,17 +17,16 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvbench.attention.batch import Batch
-from kvbench.attention.trellis import serves
 from kvbench.cache import PagedCache
 from kvbench.cache.paged import Plane
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Tiers
 from kvbench.dtypes.base import STEPS
 from kvbench.dtypes.int2 import THRESHOLD
-from kvbench.dtypes.trellis import TrellisPerTokenHead
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
 from kvbench.transforms import Transform
 from kvbench.transforms.base import POSITIONS, grouped
+from kvbench.transforms.center import CenterConstant
 
 MULTIPLE = 64  # a head_dim for which to ask whether a transform has a form for kernels
 
@@ -80,7 +79,9 @@ def attend(
     if shifted is not None:
         q = q * grouped(shifted.reciprocal().to(dtype), q.shape[1])  # powers of two: exact
     if _copied(keys) and turned_apart(keys.side):
-        q = keys.side.query(q.float(), keys.params).to(dtype)
+        # what a centre adds to scores is large, and 11 bits of a turned query lose less of it than 8
+        turned = keys.side.query(q.float(), keys.params)
+        q = turned.to(torch.float16 if _centred(keys.side) else dtype)
     out: Tensor = attention.attend(
         q,
         k,
@@ -104,8 +105,8 @@ def attend(
         lowered = values.side.lower(values.head_dim, values.params)
         assert lowered is not None, "`lacking` refuses it"
         assert lowered.offset is not None, "nothing else learns of values"
-        out = (out.to(torch.float32) + grouped(lowered.offset, out.shape[1])).to(out.dtype)
-    return out
+        out = (out.to(torch.float32) + grouped(lowered.offset, out.shape[1])).to(dtype)
+    return out.to(dtype)
 
 
 @cache
@@ -122,9 +123,15 @@ def in_copy(dtype: Dtype) -> bool:
 def turned_apart(side: SchemeSide) -> bool:
     """Whether queries and outputs are turned by torch: no kernel has the rotation, and the rows are read in a copy.
 
-    A centre is the kernels' or the reference's: what it adds to scores is too much for queries rounded after a turn.
+    A centre that comes first is turned too, once, and the kernels add what it takes from the scores.
     """
-    return in_copy(side.dtype) and side.keeps_scores and side.lower(MULTIPLE) is None
+    keep = all(one.keeps_scores for one in side.transforms[_centred(side) :])
+    return in_copy(side.dtype) and keep and side.lower(MULTIPLE) is None
+
+
+def _centred(side: SchemeSide) -> bool:
+    """Whether the first of its transforms is a centre."""
+    return isinstance(next(iter(side.transforms), None), CenterConstant)
 
 
 def writes(side: SchemeSide) -> bool:
@@ -133,9 +140,8 @@ def writes(side: SchemeSide) -> bool:
 
 
 def flows(side: SchemeSide) -> bool:
-    """Whether the definition writes a side's rows without a look at what the device computed, which most don't."""
-    trellis = isinstance(side.dtype, TrellisPerTokenHead) and serves(side.dtype, torch.float32)
-    return (trellis or isinstance(side.dtype.decode, Cast)) and side.lower(MULTIPLE) is not None
+    """Whether the definition writes a side's rows without a look at what the device computed: all but whole pages'."""
+    return not side.dtype.page_tokens and (turned_apart(side) or side.lower(MULTIPLE) is not None)
 
 
 def _copied(plane: Plane) -> bool:
@@ -329,12 +335,14 @@ def turn(side: SchemeSide | Transform, head_dim: int, device: torch.device) -> T
 
 def center(keys: Plane) -> Center | None:
     """What the transforms subtract from a layer's keys, as they learned it; None where that is nothing."""
-    if not any(keys.params) or turned_apart(keys.side):
+    if not any(keys.params):
         return None
+    if keys.codes not in _CENTERS and turned_apart(keys.side):
+        _CENTERS[keys.codes] = _turned_center(keys) if _centred(keys.side) else None
     if keys.codes not in _CENTERS:
+        device = keys.codes.device
         lowered = keys.side.lower(keys.head_dim, keys.params)
         assert lowered is not None, "`turn` refuses it"
-        device = keys.codes.device
         offset = None if lowered.offset is None else lowered.offset.to(device)
         if offset is not None:
             shifted = shift(keys)
@@ -345,6 +353,15 @@ def center(keys: Plane) -> Center | None:
             _CENTERS[keys.codes] = None
     found: Center | None = _CENTERS[keys.codes]
     return found
+
+
+def _turned_center(keys: Plane) -> Center:
+    """A layer's centre as queries see it that torch has turned."""
+    first, *others = zip(keys.side.transforms, keys.params, strict=False)
+    offset = first[1]["offset"].to(torch.float64)  # [pages or 1, HKV, D]
+    for transform, known in others:
+        offset = transform.apply(offset, known, None)
+    return Center.make(offset.to(keys.codes.device), None, POSITIONS)
 
 
 def shift(keys: Plane) -> Tensor | None:

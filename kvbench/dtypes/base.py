@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -343,7 +343,7 @@ class Dtype:
             assert storage is not None, "auto is resolved before it is used"
             values = rows.codes.contiguous().view(storage).to(dtype)
         elif isinstance(self.decode, Codebook):
-            table = torch.tensor(self.decode.centroids, dtype=dtype, device=rows.codes.device)
+            table = constant(self.decode.centroids, dtype, rows.codes.device)
             values = table[self.unpack(rows.codes)]
         else:
             assert isinstance(self.decode, Affine), "other forms have a `dequantize` of their own"
@@ -383,6 +383,13 @@ def round_half_away(x: Tensor) -> Tensor:
     return torch.copysign((x.abs() + 0.5).floor(), x)
 
 
+@lru_cache(maxsize=64)  # asked for in every layer of every pass; a copy to a device would wait for the host
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n] of these values, there."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def over(x: Tensor, divisor: float) -> Tensor:
     """x / divisor, rounded once: by a number alone, torch multiplies with its rounded inverse on a GPU."""
     return x / x.new_full((), divisor)
@@ -397,6 +404,7 @@ def stored_as(dtype: torch.dtype, x: Tensor, broken: Tensor) -> Tensor:
 def mark_broken(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [..., D] and scales [...] in which every row whose scale is not finite is (0, NaN)."""
     broken = ~scale.isfinite()
-    if not bool(broken.any()):
+    # a look is cheap on a CPU alone
+    if broken.device.type == "cpu" and not bool(broken.any()):
         return codes, scale
     return codes.masked_fill(broken.unsqueeze(-1), 0), scale.masked_fill(broken, math.nan)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows, over, round_half_away, stored_as
+from kvbench.dtypes.base import Affine, Cast, Codebook, Dtype, Rows, constant, over, round_half_away, stored_as
 from kvbench.dtypes.fp8 import e4m3
 from kvbench.dtypes.int2 import sum_by_halves
 
@@ -150,7 +150,7 @@ class Iq4(Blocks):
     """
 
     def encode(self, blocks: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
-        levels = blocks.new_tensor(IQ4_NL)
+        levels = constant(IQ4_NL, blocks.dtype, blocks.device)
         first = over(farthest(blocks), IQ4_NL[0])
         codes = torch.bucketize(blocks * inverse(first), (levels[1:] + levels[:-1]) / 2, out_int32=True, right=True)
         weighted = blocks * blocks * levels[codes]

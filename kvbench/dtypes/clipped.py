@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Affine, Dtype, Rows, over
+from kvbench.dtypes.base import Affine, Dtype, Rows, constant, over
 from kvbench.dtypes.fp8 import e4m3
 from kvbench.dtypes.int2 import sum_of_squares
 
@@ -46,7 +46,7 @@ class ClippedPerGroup(Dtype):
             best = torch.where(better, error, best)
             codes = torch.where(better, tried, codes)
             stored = torch.where(better, torch.cat([step, minimum], -1), stored)
-        broken = torch.tensor([math.nan, 0.0], device=x.device)
+        broken = constant((math.nan, 0.0), torch.float32, x.device)
         return Rows(
             self.pack(codes.masked_fill(~whole, 0).to(torch.uint8).flatten(-2)),
             torch.where(whole, stored, broken).to(torch.float8_e4m3fn),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvbench.dtypes import e5m3
-from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers
+from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers, constant
 from kvbench.dtypes.int2 import sum_by_halves, sum_of_squares
 
 SEARCHED = range(-3, 8)  # the scales that are tried, in codes from that of the row's root mean square on
@@ -138,8 +138,8 @@ class TiersPerTokenHead(_Searched):
         assert rows.scale is not None
         codes = self.unpack(rows.codes)
         widths = self.tiers.by_channel(codes.shape[-1])
-        middle = torch.tensor([2.0 ** (bits - 1) - 0.5 for bits in widths], device=codes.device)
-        steps = torch.tensor([STEPS[bits] for bits in widths], dtype=dtype, device=codes.device)
+        middle = constant(tuple(2.0 ** (bits - 1) - 0.5 for bits in widths), torch.float32, codes.device)
+        steps = constant(tuple(STEPS[bits] for bits in widths), dtype, codes.device)
         return (codes - middle).to(dtype) * self.clean_scale(rows.scale).to(dtype).unsqueeze(-1) * steps
 
 
@@ -193,7 +193,7 @@ class TiersPerChannel(TiersPerTokenHead):
         assert rows.scale is not None
         codes = self.unpack(rows.codes)
         widths = self.tiers.by_channel(codes.shape[-1])
-        half = torch.tensor([2.0 ** (bits - 1) - 0.5 for bits in widths], device=codes.device)
+        half = constant(tuple(2.0 ** (bits - 1) - 0.5 for bits in widths), torch.float32, codes.device)
         zero = rows.scale[..., 1].contiguous().view(torch.int8) / 8
         scale = e5m3.decode(rows.scale[..., 0]).to(dtype)
         return (codes - half + zero.unsqueeze(-2)).to(dtype) * scale.unsqueeze(-2)

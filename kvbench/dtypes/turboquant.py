@@ -15,9 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Codebook, Dtype, Rows, Sketch, over
+from kvbench.dtypes.base import Codebook, Dtype, Rows, Sketch, constant, over
 from kvbench.dtypes.int2 import LARGE, SHRINK, sum_of_squares
-from kvbench.transforms.rotation import SEED
+from kvbench.transforms.rotation import CPU, SEED
 
 GRID = 2.0**16  # a projection's entries are multiples of its inverse, so that their sums are exact in float64
 
@@ -66,7 +66,7 @@ class TurboQuantMse(Dtype):
         # by way of float64, since torch's float32 square root on CPUs is not always the nearest value
         root = sum_of_squares(x * shrink.unsqueeze(-1)).double().sqrt().float() / shrink
         scale = over(root, math.sqrt(x.shape[-1]))
-        book = torch.tensor(self.centroids, device=x.device)
+        book = constant(self.centroids, torch.float32, x.device)
         z = x * torch.where(scale > 0, 1 / scale, 0).unsqueeze(-1)
         codes = torch.bucketize(z.contiguous(), (book[1:] + book[:-1]) / 2)
         return codes, scale.to(torch.float16)
@@ -88,7 +88,7 @@ class TurboQuantProd(TurboQuantMse):
         codes, scale = self._nearest(x)
         left = x.double() - self._centre(codes, scale)
         norm = left.square().sum(-1).sqrt().to(torch.float16)
-        signs = left @ projection(x.shape[-1]).T.to(x.device) >= 0
+        signs = left @ projection(x.shape[-1], x.device).T >= 0
         stored = torch.stack([scale, norm], -1)
         whole = stored.isfinite().all(-1, keepdim=True)
         codes = (codes << 1 | signs).masked_fill(~whole, 0)
@@ -99,22 +99,23 @@ class TurboQuantProd(TurboQuantMse):
         codes = self.unpack(rows.codes).to(torch.int64)
         scale, norm = rows.scale.double().unbind(-1)
         head_dim = codes.shape[-1]
-        sketch = ((codes & 1) * 2 - 1).double() @ projection(head_dim).to(codes.device)
+        sketch = ((codes & 1) * 2 - 1).double() @ projection(head_dim, codes.device)
         sketch *= (math.sqrt(math.pi / 2) / head_dim * norm).unsqueeze(-1)
         return (self._centre(codes >> 1, scale) + sketch).to(dtype)
 
     def _centre(self, codes: Tensor, scale: Tensor) -> Tensor:
         """[..., D] float64, what the upper bits alone are read as."""
-        book = torch.tensor(self.centroids, dtype=torch.float64, device=codes.device)
+        book = constant(self.centroids, torch.float64, codes.device)
         return book[codes] * scale.double().unsqueeze(-1)
 
 
 @lru_cache(maxsize=16)
-def projection(head_dim: int) -> Tensor:
-    """[D, D] float64 on the CPU: S."""
+def projection(head_dim: int, device: torch.device = CPU) -> Tensor:
+    """[D, D] float64: S, drawn on the CPU."""
     generator = torch.Generator("cpu").manual_seed(SEED + 1)
     drawn = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
-    return (drawn * GRID).round() / GRID
+    with torch.inference_mode(False):
+        return ((drawn * GRID).round() / GRID).to(device)
 
 
 _SOURCE = "TurboQuant, https://arxiv.org/abs/2504.19874"

@@ -169,6 +169,11 @@ class Transform:
         """[T, HQ], times the square of a stored key's length: what is added to its score; or None for 0."""
         return None
 
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether query(q)·apply(k) is q·k: there is no `score` and no `lift`."""
+        return type(self).score is Transform.score and type(self).lift is Transform.lift
+
     def undo(self, o: Tensor, params: Params) -> Tensor:
         """[T, HQ, D] outputs, of weights that sum to one, as untransformed values would give them; o's dtype."""
         return o

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvbench.transforms.rotation import SEED, Rotation
+from kvbench.transforms.rotation import CPU, SEED, Rotation
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,26 @@ class RandomRotation(Rotation):
         return 0
 
     def rotate(self, x: Tensor) -> Tensor:
-        return _turned(x, orthogonal(x.shape[-1]).T).to(torch.promote_types(x.dtype, torch.float32))
+        return _turned(x, orthogonal(x.shape[-1], x.device).T).to(torch.promote_types(x.dtype, torch.float32))
 
     def rotate_query(self, q: Tensor) -> Tensor:
-        return _turned(q, orthogonal(q.shape[-1]).T).to(q.dtype)
+        return _turned(q, orthogonal(q.shape[-1], q.device).T).to(q.dtype)
 
     def unrotate(self, o: Tensor) -> Tensor:
-        return _turned(o, orthogonal(o.shape[-1])).to(o.dtype)
+        return _turned(o, orthogonal(o.shape[-1], o.device)).to(o.dtype)
 
 
 def _turned(x: Tensor, matrix: Tensor) -> Tensor:
-    return x.to(torch.float64) @ matrix.to(x.device)
+    return x.to(torch.float64) @ matrix
 
 
 @lru_cache(maxsize=16)
-def orthogonal(head_dim: int) -> Tensor:
-    """[D, D] float64 on the CPU."""
+def orthogonal(head_dim: int, device: torch.device = CPU) -> Tensor:
+    """[D, D] float64, drawn on the CPU."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))
-    turned: Tensor = q * r.diagonal().sign()
+    with torch.inference_mode(False):
+        turned: Tensor = (q * r.diagonal().sign()).to(device)
     return turned
 
 

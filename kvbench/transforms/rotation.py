@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvbench.transforms.base import NOTHING, Lowered, Params, Transform
 
+CPU = torch.device("cpu")
 SEED = 0x9E3779B9  # of what is drawn at random: signs, matrices
 
 
@@ -69,7 +70,7 @@ class Rotation(Transform):
         head_dim = x.shape[-1]
         if self.block(head_dim) == 1:
             return x
-        matrix = reader_matrix(self, head_dim).to(dtype=x.dtype, device=x.device)
+        matrix = reader_matrix(self, head_dim, x.dtype, x.device)
         # rows are multiplied from the left: x @ Mᵀ is M applied to each
         return x @ (matrix if transpose else matrix.T)
 
@@ -99,14 +100,15 @@ def _signs(rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.
         return None if signs is None else signs.to(device, dtype)
 
 
-@lru_cache(maxsize=16)  # asked for in every layer of every pass
-def reader_matrix(rotation: Rotation, head_dim: int) -> Tensor:
-    """[D, D] float64 M = 2^-(m-a) H diag(signs): queries become M q, outputs Mᵀ o."""
+@lru_cache(maxsize=16)  # likewise
+def reader_matrix(rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[D, D] M = 2^-(m-a) H diag(signs): queries become M q, outputs Mᵀ o."""
     block = rotation.block(head_dim)
     m = block.bit_length() - 1
-    matrix = butterfly(torch.eye(head_dim, dtype=torch.float64), block) * 2.0 ** -(m - rotation.exponent(head_dim))
-    signs = rotation.signs(head_dim)
-    return matrix if signs is None else matrix * signs.to(torch.float64)
+    with torch.inference_mode(False):
+        matrix = butterfly(torch.eye(head_dim, dtype=torch.float64), block) * 2.0 ** -(m - rotation.exponent(head_dim))
+        signs = rotation.signs(head_dim)
+        return (matrix if signs is None else matrix * signs.to(torch.float64)).to(device, dtype)
 
 
 def butterfly(x: Tensor, block: int) -> Tensor:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from scipy import integrate
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvbench.dtypes import Affine, Cast, Codebook, Dtype, Rows, Sketch, Tiers, Trellis, all_dtypes
+from kvbench.transforms import Sample
 
 HEAD_DIMS = [64, 80, 96, 128, 256]
 
@@ -571,3 +574,35 @@ def test_reading_in_float64_loses_nothing(dtype):
     assert_close(dtype.dequantize(rows, torch.float32).double(), exact, rtol=2**-23, atol=0)
     assert dtype.dequantize(rows, torch.bfloat16).dtype == torch.bfloat16
     assert_close(dtype.dequantize(rows, torch.bfloat16).double(), exact, rtol=2**-6, atol=0)
+
+
+class _Unasked(TorchDispatchMode):
+    """Inside nothing asks what a tensor on a device holds, and nothing is copied there or back."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = ({x.device.type for x in tree_leaves(y) if torch.is_tensor(x) and x.dim()} for y in (args, out))
+        assert not made or given <= made, f"{func} copies between the host and the device"
+        return out
+
+
+def test_definitions_wait_for_nothing(monkeypatch):
+    """
+    One of each kind writes and reads rows of a device without a look at them and without a copy from the host, once
+    what it makes for the device is there: a CUDA graph can hold it. The device here is torch's `meta`, which has no
+    numbers to look at.
+    """
+    kinds = {type(dtype): dtype for dtype in all_dtypes().values() if not dtype.page_tokens and dtype.name != "auto"}
+    for dtype in kinds.values():
+        shape = (2, 64)
+        rows = torch.randn(64, *shape)
+        known = dtype.learn(Sample(rows, rows, torch.arange(64), None, 512)) if dtype.learns else {}
+        bound = dtype.bind({name: x.to("meta") for name, x in known.items()}) if dtype.learns else dtype
+        scale = torch.ones((), device="meta") if dtype.has_tensor_scale else None
+        x = torch.empty(5, *shape, device="meta")
+        bound.dequantize(bound.quantize(x, scale), torch.float32, scale)
+        with monkeypatch.context() as patch, _Unasked():
+            patch.setattr(torch, "tensor", None)
+            patch.setattr(torch.Tensor, "new_tensor", None)
+            y = bound.dequantize(bound.quantize(x, scale), torch.float32, scale)
+        assert y.shape == x.shape, dtype.name

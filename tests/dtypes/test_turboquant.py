@@ -123,7 +123,7 @@ def test_a_sketch_is_right_in_the_mean(bits, monkeypatch):
     drawn = []
     for seed in range(250):
         s = torch.randn(128, 128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        monkeypatch.setattr(turboquant, "projection", lambda _, s=s: s)
+        monkeypatch.setattr(turboquant, "projection", lambda *_, s=s: s)
         drawn.append((q * dtype.dequantize(dtype.quantize(x), torch.float64)).sum(-1) - exact)
     off = torch.stack(drawn)  # [projections, rows]
 

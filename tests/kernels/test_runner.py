@@ -133,11 +133,11 @@ def test_a_repetition_penalty_knows_every_token_of_a_lane(model):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("scheme", ["int4", "tcq2+w64s4"])
+@pytest.mark.parametrize("scheme", ["int4", "tcq2+w64s4", "q4_1:iq4_nl", "turboquant3_prod:exl3_2bit"])
 def test_graphs_hold_over_calls(model, scheme):
     """
     Graphs of an earlier call, whose pages other prompts and scores have had since, give the answers of a new runner;
-    those of a trellis too, whose rows definitions write and the kernels read decoded.
+    those of a trellis and of others too, whose rows definitions write and the kernels read decoded.
     """
     scheme = Scheme.parse(scheme)
     requests = [GenerateRequest(r.context, 9) for r in REQUESTS]

@@ -204,6 +204,14 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("q4_1", "iq4_nl", "hadamard_32:hadamard_64", "+s4", 64, {"sliding_window": 40}),
         ("turboquant3_prod", "turboquant3_mse", "random_rotation", "+w64s4", 64, {"softcap": 20.0}),
         ("clipped3_per_group", "clipped3_per_group", "reorder", "+w64s4", 64, {}),
+        (
+            "turboquant3_mse",
+            "turboquant3_mse",
+            "center+random_rotation:random_rotation",
+            "+w64s4",
+            64,
+            {"softcap": 20.0},
+        ),
         ("nuq3_per_channel", "nuq3_per_token_head", "center:none", "+s1", 64, {}),
         ("tcq4321", "tcq2", "center+rank_far:randomized_hadamard", "+w64s4", 64, {}),
         ("tcq4321", "tcq2", "center+rank:center_constant+randomized_hadamard", "", 64, {"sliding_window": 40}),
@@ -272,7 +280,7 @@ def test_rows_of_a_trellis_are_written_without_a_look(all_idle, device):
     """
     scheme = scheme_of("tcq4321", "tcq2", "center+rank:randomized_hadamard", "+w64s4")
     assert not waits(scheme, "triton")
-    assert waits(scheme_of("tcq4321", "midrise2"), "triton")
+    assert waits(Scheme.parse("kivi2").resolve(torch.float16), "triton")
     case = Case(scheme, device, lengths=(9,))
     packed, exact = case.caches[str(device)]
     packed.keep_decoded(scheme.dtypes)
