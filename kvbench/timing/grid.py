@@ -138,14 +138,12 @@ def _measure(
     row: dict[str, Any], request: KernelRequest, scheme: Scheme, batch: int, context: int, timed: bool
 ) -> None:
     """Fills in the gate's verdict and, behind it, the times."""
-    make = partial(make_work, request, scheme, batch, context, timed)
-    work = make()
+    work, row["rel_error"], row["gate"] = gated(request, scheme, batch, context, timed)
     row["read_bytes"] = work.nbytes
-    row["rel_error"], row["gate"] = _gate_write(work) if request.op == "write" else _gate_attention(work, _attend(work))
     if not timed or row["gate"] != "ok":
         return
-    works = _cold(work, make)
-    sampled = time_calls([partial(_call, request, each) for each in works], request.samples)
+    works = _cold(work, partial(make_work, request, scheme, batch, context, timed))
+    sampled = time_calls([partial(call, request, each) for each in works], request.samples)
     throttled = throttle_reasons()
     row.update(
         us=sampled.median,
@@ -165,12 +163,20 @@ def _measure(
             row["same_dtype_speedup"] = same.us[same.best] / sampled.median
 
 
+def gated(request: KernelRequest, scheme: Scheme, batch: int, context: int, timed: bool) -> tuple[Work, float, str]:
+    """What is timed of a cell, the error of what was computed on it once, and the gate's verdict."""
+    work = make_work(request, scheme, batch, context, timed)
+    error, verdict = _gate_write(work) if request.op == "write" else _gate_attention(work, _attend(work))
+    return work, error, verdict
+
+
 def _cold(first: Work, make: Callable[[], Work]) -> list[Work]:
     """This work and others like it: so many that none is found in the L2 cache when its turn comes."""
     return [first, *(make() for _ in range(cold_copies(first.nbytes) - 1))]
 
 
-def _call(request: KernelRequest, work: Work) -> None:
+def call(request: KernelRequest, work: Work) -> None:
+    """What is timed."""
     if request.op == "write":
         triton.append(work.cache, 0, work.k, work.v, work.batch.slot_mapping, work.batch.positions, work.exact)
     else:

@@ -1,4 +1,5 @@
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,3 +181,26 @@ def test_a_model_s_config_states_a_shape(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="num_attention_heads"):
         shape_of_model(tmp_path)
+
+
+def test_counters_go_to_the_cell_whose_kernels_they_are_of():
+    """
+    As ncu prints its raw page: its own lines first, units below names, thousands with commas, n/a where there is none.
+    """
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "counters.py"))
+    names = ["Kernel Name", "Grid Size", *script["METRICS"].values()]
+    lines = [["_decode_kernel(int *)", "(8, 1, 1)", *["1,500"] * 99], ["merge_kernel", "", *["2.5"] * 99]]
+    lines += [["_store_kernel", "", *["n/a"] * 99]]
+    text = "\n".join(",".join(f'"{one}"' for one in line[: len(names)]) for line in [names, [""] * 99, *lines])
+
+    kernels = script["counted"]("==PROF== Connected\n" + text)
+    rows = script["together"]([{"op": "decode"}, {"op": "write"}], kernels)
+
+    assert [(row["op"], row["kernel"]) for row in rows] == [
+        ("decode", "_decode_kernel"),
+        ("decode", "merge_kernel"),
+        ("write", "_store_kernel"),
+    ]
+    assert (rows[0]["us"], rows[1]["issue"], rows[2]["issue"]) == (1.5, 2.5, None)
+    with pytest.raises(ValueError, match="2 kernels more than those of the cells"):
+        script["together"]([{"op": "decode"}], kernels + kernels[:1])
