@@ -13,8 +13,8 @@ from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, split_bo
 from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge
-from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_count, tier_field, tier_queries
-from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, together
+from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_bits, rest_count, tier_field, tier_queries
+from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, stored_scales, together
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile
 from kvbench_kernels.unpack import (
     E4M3,
@@ -61,9 +61,11 @@ def _prefetch_tile(
     prefetch(k_ptr, base * K_ROW, BLOCK_N * K_ROW)
     prefetch(v_ptr, base * V_WORDS, BLOCK_N * V_WORDS)
     if K_SCALES:
-        prefetch(k_scale_ptr, base, BLOCK_N)
+        K_FOURS: tl.constexpr = 4 if k_scale_ptr.dtype.element_ty == tl.int32 else 1
+        prefetch(k_scale_ptr, base // K_FOURS, BLOCK_N // K_FOURS)
     if V_SCALES:
-        prefetch(v_scale_ptr, base, BLOCK_N)
+        V_FOURS: tl.constexpr = 4 if v_scale_ptr.dtype.element_ty == tl.int32 else 1
+        prefetch(v_scale_ptr, base // V_FOURS, BLOCK_N // V_FOURS)
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def _store_part(
 def _decode_kernel(
     q_ptr,  # [T, HQ, D] any float
     k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; SYMMETRIC4: [P, HKV, S, bytes] int8
-    k_scale_ptr,  # [P, HKV, S] float32, or one float32
+    k_scale_ptr,  # [P, HKV, S] float32 or uint8 or, of tiles that lie in a page, [P, HKV, S / 4] int32; or one float32
     v_ptr,
     v_scale_ptr,
     page_table_ptr,  # [B, stride_table] int32
@@ -164,7 +166,8 @@ def _decode_kernel(
     center_ptr,  # [pairs, stride_center, COLUMNS] float32: room for their part of the scores; or None
     center_last,  # N - 1
     stride_center,  # pages
-    k_rest_ptr,  # [P, HKV, S, words] int16: what follows the keys' words; or None
+    k_rest_ptr,  # [P, HKV, S, words] int16: what follows the keys' words; or [P, HKV, S] int32, two of them; or None
+    rest_bits_ptr,  # [words] int16: the lowest bit of each word's channel in them; or None
     order_ptr,  # [HKV, D] int32: the keys' channels in another order, and their spreads; or None
     spread_ptr,
     HKV: tl.constexpr,
@@ -426,6 +429,7 @@ def _decode_kernel(
     if K_KIND == TIERS:
         queries, q_offset = tier_queries(turned, q_inverse, kw, K_CODEBOOK, K_WORDS)
         REST_WORDS: tl.constexpr = rest_count(K_CODEBOOK[0], K_WORDS)
+        rest_bit = tl.load(rest_bits_ptr + kw)
     for stream in tl.static_range(0 if K_KIND == TIERS or K_WHOLE else K_STREAMS):
         q = turned[stream] * q_inverse  # [COLUMNS, BLOCK_KW]
         if K_MASKED:
@@ -491,14 +495,19 @@ def _decode_kernel(
             score = whole_scores(k_words, whole_q, K_CODEBOOK, ASSEMBLY)
         if K_KIND == TIERS:
             # the rest of a token's channels, each beside its word
-            if S % BLOCK_N == 0:
+            if k_rest_ptr.dtype.element_ty == tl.int32:
+                both = tl.load(k_rest_ptr + base + n)
+                k_rest = tl.join(both.to(tl.int16), (both >> 16).to(tl.int16))[:, None, :]  # [ROWS, 1, 2]
+                k_rest = tl.reshape(tl.broadcast_to(k_rest, [ROWS, BLOCK_KW // 2, 2]), [ROWS, BLOCK_KW])
+            elif S % BLOCK_N == 0:
                 beside = tl.arange(0, ROWS)[:, None] * ABREAST + (kw // K_WORDS)[None, :]
                 rest_at = k_rest_ptr + base * REST_WORDS + beside * REST_WORDS
+                k_rest = tl.load(rest_at + (kw % REST_WORDS)[None, :])
             else:
                 rest_at = k_rest_ptr + (tl.where((kw < K_WORDS)[None, :], row_0[:, None], row_1[:, None]) * REST_WORDS)
-            k_rest = tl.load(rest_at + (kw % REST_WORDS)[None, :])
+                k_rest = tl.load(rest_at + (kw % REST_WORDS)[None, :])
             for i in tl.static_range(fields(K_CODEBOOK[0])):
-                k = tier_field(k_words, k_rest, kw, i, K_CODEBOOK[0], K_WORDS, ASSEMBLY)
+                k = tier_field(k_words, k_rest, rest_bit, i, K_CODEBOOK[0], ASSEMBLY)
                 score = tl.dot(k, queries[i], score)
         for stream in tl.static_range(0 if K_KIND == TIERS or K_WHOLE else K_STREAMS):
             if K_MASKED:
@@ -509,14 +518,14 @@ def _decode_kernel(
                 score = tl.dot(k, queries[stream], score)
 
         if V_SCALE == 1:
-            v_stored = tl.load(v_scale_ptr + row, mask=visible, other=1.0)
+            v_stored = stored_scales(v_scale_ptr, row, base, visible, 1, BLOCK_N)
             v_scale, v_zero = row_scale(v_stored, V_KIND, V_BITS, V_UNIT)
             v_log = log2(v_scale, ASSEMBLY)
             bias = by_column(tl.where(visible, v_log, float("-inf")), ABREAST, BLOCK_G)
         else:
             bias = by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
         if K_SCALE == 1:
-            k_stored = tl.load(k_scale_ptr + row, mask=visible, other=0.0)
+            k_stored = stored_scales(k_scale_ptr, row, base, visible, 0, BLOCK_N)
             k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
             k_scale = by_column(k_scale * score_scale, ABREAST, BLOCK_G)
         else:
@@ -704,13 +713,16 @@ def decode(
     assembly = q.is_cuda and not INTERPRETED
     block_g = max(8 // abreast, triton.next_power_of_2(heads))
     center_pages = 0 if center is None or center.last == 0 else -(-max_seq_len // center.page)
+    rest = k.following
+    if rest is not None and rest.shape[-1] == 2 and abreast == 1 and page_size % tuning.block_n == 0:
+        rest = rest.view(torch.int32)  # a load a token and not one a channel
     center_room = torch.empty(pairs, center_pages, block_g * abreast, dtype=torch.float32, device=q.device)
     _decode_kernel[(pairs, splits)](
         q,
         k.codes.view(torch.int8) if k.layout.kind == SYMMETRIC4.value else k.words,
-        k.scale,
+        k.scale_fours if page_size % tuning.block_n == 0 else k.scale,
         v.words,
-        v.scale,
+        v.scale_fours if page_size % tuning.block_n == 0 else v.scale,
         page_table,
         seq_lens,
         query_starts,
@@ -732,7 +744,8 @@ def decode(
         center_room if center_pages else None,
         0 if center is None else center.last,
         center_pages,
-        k.following,
+        rest,
+        None if k.rest is None else rest_bits(int(k.layout.codebook[0]), head_dim, q.device),
         None if rank is None else rank.order,
         None if rank is None else rank.spread,
         kv_heads,

@@ -132,6 +132,12 @@ class Side:
         """1: a scale each row. 0: one for all. -1: none."""
         return -1 if self.scale is None else min(self.scale.dim(), 1)
 
+    @cached_property
+    def scale_fours(self) -> Tensor | None:
+        """Scales of 8 bits as [P, HKV, S / 4] int32, others as they are."""
+        scale = self.scale
+        return scale if scale is None or scale.dtype != torch.uint8 else scale.view(torch.int32)
+
     @property
     def scale_words(self) -> Tensor:
         """[P, HKV, S, N]: a row's blocks' scales, as the largest integers that they fill."""

@@ -11,6 +11,7 @@ A layout's `codebook` is one number whose eight digits are the widths, and then 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -83,6 +84,17 @@ def rest_words(widths: int, head_dim: int) -> int:
     if head_dim < 64 or head_dim & (head_dim - 1):
         raise ValueError(f"kernels read tiers of 64, 128, 256, ... channels, not {head_dim}; the reference reads any")
     return int(sum(field[4] for field in _fields(widths))) * head_dim // 128
+
+
+@cache
+def rest_bits(widths: int, head_dim: int, device: torch.device) -> Tensor:
+    """[words] int16 of a row's words and as many beyond: the bit of its channel in the first field that follows.
+
+    In memory, for only what comes from there is laid out as the products of decode ask for without a detour.
+    """
+    words = head_dim // 8
+    i = torch.arange(max(16, 2 * words), device=device) % words
+    return (1 << i // rest_words(widths, head_dim)).to(torch.int16)
 
 
 @triton.constexpr_function
@@ -162,15 +174,19 @@ def tier_bits(kw, I: tl.constexpr, TIERS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def tier_field(words, rest, kw, I: tl.constexpr, TIERS: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def tier_field(words, rest, bit, I: tl.constexpr, TIERS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Field I of a tile of words [N, BLOCK_KW], fp16: its bits under a mask, a subnormal number.
 
-    rest: [N, BLOCK_KW], the following word that each channel's bits are in.
+    rest: [N, BLOCK_KW], the following word that each channel's bits are in.  bit: [BLOCK_KW], `rest_bits` of the words.
     """
     shift: tl.constexpr = _down(TIERS, I)
-    ones: tl.constexpr = (1 << field_bits(TIERS, I)) - 1
-    mask = (ones << tier_bits(kw, I, TIERS, WORDS)).to(tl.int16)[None, :]
-    source = rest if field_follows(TIERS, I) else words
+    low: tl.constexpr = field_place(TIERS, I) - shift
+    if field_follows(TIERS, I):
+        source = rest
+        mask = (bit << low)[None, :]
+    else:
+        source = words
+        mask = tl.full([1, words.shape[1]], ((1 << field_bits(TIERS, I)) - 1) << low, tl.int16)
     mask = tl.broadcast_to(mask, source.shape)
     if ASSEMBLY:
         return tl.inline_asm_elementwise(_masked_assembly(shift), "=r,r,r", [source, mask], tl.float16, True, 2)

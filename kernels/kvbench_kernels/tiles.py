@@ -24,6 +24,21 @@ def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr
 
 
 @triton.jit
+def stored_scales(scale_ptr, row, base, visible, OTHER: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] scales of rows as they are stored, OTHER where no row is visible.
+
+    scale_ptr: of float32 or uint8; or of int32, four scales of 8 bits, where the rows follow each other from `base`
+        on: a pipeline brings no less than four bytes at once, and a plain load is waited for.
+    """
+    if scale_ptr.dtype.element_ty == tl.int32:
+        n = tl.arange(0, BLOCK_N)
+        code = tl.load(scale_ptr + (base // 4 + n // 4)) >> 8 * (n % 4)
+        return tl.where(visible, code, OTHER).to(tl.uint8)
+    else:
+        return tl.load(scale_ptr + row, mask=visible, other=OTHER)
+
+
+@triton.jit
 def row_offsets(page, head, token, HKV: tl.constexpr, S: tl.constexpr, ROW: tl.constexpr):
     """[...] int64, where rows of ROW elements begin: of these pages, one head and each page's token % S."""
     # the place in the page is multiplied apart. Triton takes the sum page * S + token % S for a multiple of S wherever

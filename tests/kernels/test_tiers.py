@@ -199,7 +199,7 @@ def test_midrise_values_of_any_length(head_dim, device):
         ("int4", "midrise2", "center+rank:hadamard", "+w0s2", 64, {}),
         ("int8", "int8", "center+rank:none", "", 64, {}),
         ("int4", "int4", "center+balance_shift+randomized_hadamard:randomized_hadamard", "+w64s4", 64, {}),
-        *([("tiers421_per_token_head", "midrise2", "center+rank:hadamard", "+w64s4", 256, {})] if GPU else []),
+        *([("tiers421_per_token_head", "midrise2", "center+rank_far:hadamard", "+w64s4", 256, {})] if GPU else []),
         # what kernels have no code for is read in a copy of 16 bits; a dense rotation turns queries before
         ("q4_1", "iq4_nl", "hadamard_32:hadamard_64", "+s4", 64, {"sliding_window": 40}),
         ("turboquant3_prod", "turboquant3_mse", "random_rotation", "+w64s4", 64, {"softcap": 20.0}),
