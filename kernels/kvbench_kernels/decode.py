@@ -237,10 +237,8 @@ def _decode_kernel(
     V_NAN: tl.constexpr = V_KIND == FLOAT or V_KIND == E4M3
     # codes that are multiplied as they lie in their words, see `masked`, and what a value is more than its code
     K_MASKED: tl.constexpr = K_KIND == UNSIGNED
-    # values as whole numbers too, where 16 columns make a second product dearer than the instructions it takes
-    V_WHOLE: tl.constexpr = (
-        V_KIND == SYMMETRIC4 and V_STEP != 0.0 and ABREAST == 1 and BLOCK_G > 8 and in_upper_bytes(V_CODEBOOK)
-    )
+    # values as whole numbers too
+    V_WHOLE: tl.constexpr = V_KIND == SYMMETRIC4 and V_STEP != 0.0 and in_upper_bytes(V_CODEBOOK)
     V_MASKED: tl.constexpr = (V_KIND == UNSIGNED or V_KIND == SYMMETRIC4) and not V_WHOLE
     K_OFFSET: tl.constexpr = -(2.0 ** (K_BITS - 1))
     K_WHOLE: tl.constexpr = K_KIND == SYMMETRIC4  # keys as whole numbers, see whole.py

@@ -58,19 +58,23 @@ def _half_assembly(codebook, stream):
     table = 0
     for place, n in enumerate((-outer, -inner, inner, outer)):
         table |= _upper_byte(n) << 8 * place
-    # the codes of two words come to lie at bits 4 and 12 of a selector; at 0 and 8 it gets the zeros beyond the table
-    shift = 4 - 2 * (stream % 4) - 16 * (stream // 4)
-    move = f"shl.b32 both, both, {shift};" if shift > 0 else f"shr.b32 both, both, {-shift};" if shift else ""
+    # a selector's nibbles are codes of two words, of this stream and of the second next or the second last one, which
+    # the assembler finds is the same lookup. The table is the second operand, and so there is a 4 beside each code: a
+    # first operand is moved into a register again before each lookup
+    shift = 2 * (stream % 2) + 16 * (stream // 4)
+    move = f"shr.b32 both, both, {shift};" if shift else ""
+    take = "prmt.b32 $0, both, zeros, 0x2404;" if stream % 4 < 2 else "and.b32 $0, both, 0xFF00FF00;"
     return f"""{{
-.reg .b32 both, mask, table, zeros;
+.reg .b32 both, mask, table, second, zeros;
 prmt.b32 both, $1, $1, 0x3120;
 {move}
-mov.b32 mask, 0x3030;
-mov.b32 zeros, 0x0404;
-lop3.b32 both, both, mask, zeros, 0xea;
+mov.b32 mask, 0x3333;
+mov.b32 second, 0x4444;
+lop3.b32 both, both, mask, second, 0xea;
 mov.b32 table, {table};
 mov.b32 zeros, 0;
-prmt.b32 $0, table, zeros, both;
+prmt.b32 both, zeros, table, both;
+{take}
 }}"""
 
 
@@ -95,19 +99,23 @@ def _of_codes(code, CODEBOOK: tl.constexpr):
 def _assembly(codebook):
     outer, inner = whole_values(codebook)
     table = (-outer & 255) | (-inner & 255) << 8 | inner << 16 | outer << 24
-    # a selector's nibbles are codes: those at even places of two words, then those at odd ones
+    # a selector's nibbles are codes, and 4 as the table is the second operand (see `_half_assembly`): those at even
+    # places of two words, then those at odd ones
     return f"""{{
-.reg .b32 even, odd, table;
+.reg .b32 even, odd, mask, second, table, zeros;
+mov.b32 mask, 0x33333333;
+mov.b32 second, 0x44444444;
 mov.b32 table, {table};
-and.b32 even, $4, 0x33333333;
+mov.b32 zeros, 0;
+lop3.b32 even, $4, mask, second, 0xea;
 shr.u32 odd, $4, 2;
-and.b32 odd, odd, 0x33333333;
-prmt.b32 $0, table, table, even;
-prmt.b32 $1, table, table, odd;
+lop3.b32 odd, odd, mask, second, 0xea;
+prmt.b32 $0, zeros, table, even;
+prmt.b32 $1, zeros, table, odd;
 shr.u32 even, even, 16;
 shr.u32 odd, odd, 16;
-prmt.b32 $2, table, table, even;
-prmt.b32 $3, table, table, odd;
+prmt.b32 $2, zeros, table, even;
+prmt.b32 $3, zeros, table, odd;
 }}"""
 
 
@@ -177,16 +185,19 @@ def _in_order(x, LANES: tl.constexpr):
 
 @triton.jit
 def _two_bytes(x, q_inverse, LANES: tl.constexpr):
-    q = tl.trans(tl.reshape(x, [x.shape[0], 4 * x.shape[1]])) * (q_inverse * WHOLE_ONE)
+    q = tl.reshape(x, [x.shape[0], 4 * x.shape[1]])
     if LANES:
         # the addition of 1.5·2^23 rounds
+        q = tl.trans(q) * (q_inverse * WHOLE_ONE)
         q = (q + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        upper = (q + 128) >> 8
+        return upper.to(tl.int8), (q - (upper << 8)).to(tl.int8)
     else:
-        # these pass through shared memory byte by byte, and where a byte of a sum's bits is stored, ptxas converts the
-        # sum: every lower part would be 255
-        q = nearest(q).to(tl.int32)
-    upper = (q + 128) >> 8
-    return upper.to(tl.int8), (q - (upper << 8)).to(tl.int8)
+        # these pass through shared memory, in which a lane's bytes then lie side by side; and where a byte of a sum's
+        # bits is stored there, ptxas converts the sum: every lower part would be 255
+        q = nearest(q * (q_inverse * WHOLE_ONE)).to(tl.int32)
+        upper = (q + 128) >> 8
+        return tl.trans(upper.to(tl.int8)), tl.trans((q - (upper << 8)).to(tl.int8))
 
 
 @triton.jit
