@@ -58,18 +58,39 @@ class Rounding:
 
 
 @triton.jit
-def _quotient(x, scale, inverse):
+def _quotient(x, scale, inverse, NEAR: tl.constexpr):
     """x / scale as IEEE rounds it, where it is below 2^20, else about that; inverse: 1 / scale, rounded.
 
     Two of Newton's steps, each with an exact remainder: five instructions, where a division takes a dozen and a branch.
     The scales of 4 bits are at least 1e-6, and small enough that the inverse is no subnormal number.
+    NEAR: all quotients are below 2^20.
     """
     x, scale = tl.broadcast(x, scale)
     x, inverse = tl.broadcast(x, inverse)
     first = x * inverse
     second = tl.fma(tl.fma(-scale, first, x), inverse, first)
     third = tl.fma(tl.fma(-scale, second, x), inverse, second)
-    return tl.where(tl.abs(first) < 2.0**20, third, first)
+    return third if NEAR else tl.where(tl.abs(first) < 2.0**20, third, first)
+
+
+@triton.jit
+def _unsigned_codes(x, scale, inverse, zero, whole, BITS: tl.constexpr, NEAR: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The tiles' x / scale + zero, halves away from 0, within the codes of so many bits; 0 where a row is not whole.
+
+    NEAR: all rows are whole, and all quotients below 2^20.
+    """
+    largest: tl.constexpr = (1 << BITS) - 1.0
+    codes = ()
+    for i in tl.static_range(len(x)):
+        if BITS == 4 and ASSEMBLY:
+            value = _quotient(x[i], scale[:, None], inverse[:, None], NEAR)
+        else:
+            value = tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape))
+        # nothing below 0 counts, so what is cut off are the digits
+        value = tl.maximum(value + zero[:, None], 0.0) + 0.5
+        code = tl.minimum(value, largest + 0.5).to(tl.int32)
+        codes = codes + (code if NEAR else tl.where(whole[:, None], code, 0),)
+    return codes
 
 
 @triton.jit
@@ -184,21 +205,20 @@ def _store_side(
             # a row without a finite scale reads back as NaN throughout
             whole = tl.abs(scale) < float("inf")
         codes = ()
-        for i in tl.static_range(COUNT):
+        if ROUND == ROUND_UNSIGNED_ROW:
+            near = whole & (tl.maximum(high, -low) * inverse < 2.0**20)
+            if tl.min(near.to(tl.int32), axis=0) > 0:
+                unsigned = _unsigned_codes(x, scale, inverse, zero, whole, BITS, True, ASSEMBLY)
+            else:
+                unsigned = _unsigned_codes(x, scale, inverse, zero, whole, BITS, False, ASSEMBLY)
+            codes = unsigned
+        for i in tl.static_range(0 if ROUND == ROUND_UNSIGNED_ROW else COUNT):
             if ROUND == ROUND_E4M3:
                 code = to_e4m3(clamp(tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape)), 448.0))
             elif ROUND == ROUND_E4M3_ROW:
                 code = to_e4m3(clamp(x[i] * inverse, 448.0))
             elif ROUND == ROUND_INT8_ROW:
                 code = tl.minimum(tl.maximum(half_away(x[i] * inverse), -128.0), 127.0).to(tl.int32)
-            elif ROUND == ROUND_UNSIGNED_ROW:
-                if BITS == 4 and ASSEMBLY:
-                    value = _quotient(x[i], scale[:, None], inverse[:, None])
-                else:
-                    value = tl.div_rn(x[i], tl.broadcast_to(scale[:, None], x[i].shape))
-                # half away from 0, and nothing below 0 counts
-                value = tl.floor(tl.maximum(value + zero[:, None], 0.0) + 0.5)
-                code = tl.minimum(value, largest).to(tl.int32)
             else:
                 z = x[i] * inverse
                 code = (z > -THRESHOLD).to(tl.int32) + (z >= 0).to(tl.int32) + (z > THRESHOLD).to(tl.int32)
