@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbench_kernels.blocks import decode_blocks
 from kvbench_kernels.center import Center, center_scores, split_center_scores, two_parts
 from kvbench_kernels.exact import HEADROOM, TYPES, Exact, attend_exact, split_bounds
-from kvbench_kernels.hadamard import Turn, butterfly_across, rotate
+from kvbench_kernels.hadamard import Turn, butterfly, butterfly_across, span
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge
 from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_bits, rest_count, tier_field, tier_queries
@@ -87,6 +87,36 @@ def _load_queries(q_at, channel, stride_d, order_ptr, spread_ptr, of_head):
         return tl.load(q_at + (place * stride_d)[None, :]).to(tl.float32) * spread[None, :]
     else:
         return tl.load(q_at + (channel * stride_d)[None, :])
+
+
+@triton.jit
+def _load_streams(
+    q_at,
+    stride_d,
+    order_ptr,
+    spread_ptr,
+    of_head,
+    kw,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ABREAST: tl.constexpr,
+):
+    """A tuple of tiles [COLUMNS, BLOCK_KW], the queries' channels of each stream."""
+    if BITS == 8:
+        # neighbouring channels are a word's two streams
+        channel = tl.minimum(tl.arange(0, 2 * kw.shape[0]), D - 1)
+        both = _load_queries(q_at, channel, stride_d, order_ptr, spread_ptr, of_head)
+        return tl.split(tl.reshape(both, [COLUMNS, kw.shape[0], 2]))
+    else:
+        loaded = ()
+        for stream in tl.static_range(16 // BITS):
+            channel = channels(kw % WORDS if ABREAST > 1 else kw, stream, BITS, WORDS)
+            if kw.shape[0] != WORDS:
+                channel = tl.minimum(channel, D - 1)
+            loaded = loaded + (_load_queries(q_at, channel, stride_d, order_ptr, spread_ptr, of_head),)
+        return loaded
 
 
 @triton.jit
@@ -190,6 +220,8 @@ def _decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     TURN_QUERIES: tl.constexpr,
+    TURN_ROWS: tl.constexpr,  # block of the queries' turn, where it is done row by row; or 0
+    SPAN: tl.constexpr,
     ABREAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -285,20 +317,19 @@ def _decode_kernel(
         q_all = tl.load(q_ptr + query * stride_qt + (r_head * stride_qh)[:, None] + channel * stride_qd)
         if k_signs_ptr is not None:
             signs = tl.load(k_signs_ptr + channel)
+    elif TURN_ROWS > 0:
+        row_at = q_ptr + query * stride_qt + ((head_0 + tl.where(is_head, g, 0)) * stride_qh)[:, None]
+        for i in tl.static_range(D // SPAN):
+            d = (i * SPAN + tl.arange(0, SPAN))[None, :]
+            tile = tl.load(row_at + d * stride_qd).to(tl.float32)  # [BLOCK_G, SPAN]
+            if k_signs_ptr is not None:
+                tile *= tl.load(k_signs_ptr + d)
+            loaded = loaded + (tile,)
     else:
         q_at = q_ptr + query * stride_qt + (tl.where(has_head, head, 0) * stride_qh)[:, None]
-        if K_BITS == 8:
-            # neighbouring channels are a word's two streams
-            channel = tl.minimum(tl.arange(0, 2 * BLOCK_KW), D - 1)
-            q_all = _load_queries(q_at, channel, stride_qd, order_ptr, spread_ptr, kv_head * D)
-            loaded = tl.split(tl.reshape(q_all, [COLUMNS, BLOCK_KW, 2]))
-        else:
-            for stream in tl.static_range(K_STREAMS):
-                channel = channels(kw % K_WORDS if ABREAST > 1 else kw, stream, K_BITS, K_WORDS)
-                if BLOCK_KW != K_WORDS:
-                    channel = tl.minimum(channel, D - 1)
-                q = _load_queries(q_at, channel, stride_qd, order_ptr, spread_ptr, kv_head * D)
-                loaded = loaded + (q,)  # [COLUMNS, BLOCK_KW]
+        loaded = _load_streams(
+            q_at, stride_qd, order_ptr, spread_ptr, kv_head * D, kw, D, K_BITS, K_WORDS, COLUMNS, ABREAST
+        )
 
     # the split's tokens: whole tiles
     first = 0
@@ -338,11 +369,24 @@ def _decode_kernel(
             ordered = _signs(kw, whole_words(kw), K_WORDS).to(q_all.dtype)
             ordered = butterfly_across(slices(tl.dot(q_all, ordered), COLUMNS))
     else:
+        if TURN_ROWS > 0:
+            # through the place of the split's own outputs, for what comes from memory is laid out as products ask for
+            rows_q = butterfly(loaded, TURN_ROWS)
+            for i in tl.static_range(D // SPAN):
+                turned_at = part_o_ptr + (part * D)[:, None] + (i * SPAN + tl.arange(0, SPAN))[None, :]
+                tl.store(turned_at, rows_q[i] * k_factor, mask=is_head[:, None])
+            tl.debug_barrier()
+            own_part = (pair * SPLITS + split) * HEADS + tl.where(has_head, g_column, 0)
+            streams_q = _load_streams(
+                part_o_ptr + (own_part * D)[:, None], 1, None, None, 0, kw, D, K_BITS, K_WORDS, COLUMNS, ABREAST
+            )
+        else:
+            streams_q = loaded
         turned = ()
         # a column's words are those of its own token
         is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == own[:, None])
         for stream in tl.static_range(K_STREAMS):
-            turned = turned + (tl.where(is_query, loaded[stream].to(tl.float32), 0.0),)
+            turned = turned + (tl.where(is_query, streams_q[stream].to(tl.float32), 0.0),)
         ordered = turned
     peak = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     for stream in tl.static_range(K_STREAMS):
@@ -704,10 +748,9 @@ def decode(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_turn, v_turn = k_turn or Turn(), v_turn or Turn()
-    # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words
+    # as a product with the matrix of +-1, which is exact for 16-bit queries; it needs whole power-of-two rows of words.
+    # Others are turned row by row, as keys are
     turn_here = k_turn.block == head_dim and q.element_size() == 2 and words * abreast in (16, 32, 64)
-    if k_turn.block > 1 and not turn_here:
-        q = rotate(q, k_turn, dtype=torch.float32)
     assembly = q.is_cuda and not INTERPRETED
     block_g = max(8 // abreast, triton.next_power_of_2(heads))
     center_pages = 0 if center is None or center.last == 0 else -(-max_seq_len // center.page)
@@ -725,7 +768,7 @@ def decode(
         seq_lens,
         query_starts,
         alibi_slopes,
-        k_turn.signs if turn_here else None,
+        k_turn.signs,
         part_o,
         part_m,
         part_l,
@@ -756,6 +799,8 @@ def decode(
         HAS_SOFTCAP=softcap != 0,
         HAS_WINDOW=window != 0,
         TURN_QUERIES=turn_here,
+        TURN_ROWS=0 if turn_here or k_turn.block == 1 else k_turn.block,
+        SPAN=span(head_dim),
         ABREAST=abreast,
         BLOCK_G=block_g,
         BLOCK_N=tuning.block_n,
