@@ -595,7 +595,7 @@ def decode_blocks(
     tuning = tuning or choose_block_tuning(k.layout, v.layout, head_dim)
     tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
     bits = max(k.layout.bits, v.layout.bits)
-    block_x, exact_weight = exact_tile(bits, tuning.block_n)
+    block_x, exact_weight, _ = exact_tile(bits, tuning.block_n)
     exact_tiles = 0
     if exact is not None:
         exact.check(k, head_dim)

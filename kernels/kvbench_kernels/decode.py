@@ -229,7 +229,8 @@ def _decode_kernel(
     BLOCK_VW: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    EXACT: tl.constexpr = 0,  # packed tiles that a tile of tokens in 16 bits counts for; 0: there are no such tokens
+    EXACT: tl.constexpr = 0,  # what a tile of tokens in 16 bits counts for; 0: there are no such tokens
+    PACKED: tl.constexpr = 1,  # what a packed one counts for
     SINKS: tl.constexpr = 0,
     RECENT: tl.constexpr = 0,
     WINDOW_PAGE: tl.constexpr = 64,
@@ -337,7 +338,7 @@ def _decode_kernel(
         first = tl.maximum(length - window, 0)
     first_exact = first
     start, end, nothing, first, newest, exact_start, exact_end = split_bounds(
-        length, first, split, SPLITS, BLOCK_N, EXACT, SINKS, RECENT, WINDOW_PAGE, BLOCK_X
+        length, first, split, SPLITS, BLOCK_N, EXACT, SINKS, RECENT, WINDOW_PAGE, BLOCK_X, PACKED
     )
     part = (pair * SPLITS + split) * HEADS + g
     if nothing or not has_query:
@@ -732,12 +733,13 @@ def decode(
     # where a token's words are half a product's, and its heads no more than half of those that a program can take
     packed_bits = max(k.layout.bits, v.layout.bits)
     abreast = 2 if packed_bits <= 4 and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
-    block_x, exact_weight = exact_tile(packed_bits, tuning.block_n)
+    block_x, exact_weight, packed_weight = exact_tile(packed_bits, tuning.block_n)
     block_x = max(16 * abreast, block_x)
     exact_tiles = 0
     if exact is not None:
         exact.check(k, head_dim)
-        exact_tiles = exact_weight * -(-min(exact.most_tokens, max_seq_len) // block_x)
+        exact_tiles = -(-min(exact.most_tokens, max_seq_len) // block_x)
+        exact_tiles = -(-exact_weight * exact_tiles // packed_weight)  # as packed ones
     splits = tuning.splits(pairs, tokens, exact_tiles)
     if center is not None:
         center.check(k, head_dim, tuning.block_n)
@@ -809,6 +811,7 @@ def decode(
         STAGES=tuning.stages,
         ASSEMBLY=assembly,
         EXACT=0 if exact is None else exact_weight,
+        PACKED=packed_weight,
         **({} if exact is None else exact.constants),
         K_EXACT_TYPE=None if exact is None else TYPES[exact.k.dtype],
         V_EXACT_TYPE=None if exact is None else TYPES[exact.v.dtype],

@@ -104,8 +104,11 @@ def split_bounds(
     RECENT: tl.constexpr,
     WINDOW_PAGE: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    PACKED: tl.constexpr = 1,
 ):
     """Which tokens a split of decode reads, in whole tiles; first: the first that the query sees.
+
+    EXACT, PACKED: what a tile in 16 bits and a packed one count for. EXACT 0: there are none in 16 bits.
 
     A tuple: packed ones from start to end; whether there are none at all; the first packed one and the first of the
     newest, as `exact_bounds` has them; and the exact ones from start to end, counted among themselves.
@@ -117,18 +120,18 @@ def split_bounds(
         end = tl.minimum(start + tiles_each * BLOCK_N, length)
         return start, end, start >= end, first, length, 0, 0
     else:
-        # exact tiles come first, then packed ones; a split has its share of their bytes, whichever they are
+        # exact tiles come first, then packed ones; a split has its share of what they count for, whichever they are
         first_packed, newest = exact_bounds(length, first, SINKS, RECENT, WINDOW_PAGE)
         exact_tokens = first_packed - first + length - newest
         exact_tiles = tl.cdiv(exact_tokens, BLOCK_X)
         first_tile = first_packed // BLOCK_N
         tiles = tl.where(first_packed < newest, tl.cdiv(newest, BLOCK_N) - first_tile, 0)
-        each = tl.cdiv(exact_tiles * EXACT + tiles, SPLITS)
+        each = tl.cdiv(exact_tiles * EXACT + tiles * PACKED, SPLITS)
         exact_start = tl.minimum(tl.cdiv(split * each, EXACT), exact_tiles) * BLOCK_X
         exact_end = tl.minimum(tl.cdiv((split + 1) * each, EXACT) * BLOCK_X, exact_tokens)
-        tile_0 = tl.maximum(split * each - exact_tiles * EXACT, 0)
+        tile_0 = tl.cdiv(tl.maximum(split * each - exact_tiles * EXACT, 0), PACKED)
         start = (first_tile + tile_0) * BLOCK_N
-        end = first_tile + tl.maximum((split + 1) * each - exact_tiles * EXACT, 0)
+        end = first_tile + tl.cdiv(tl.maximum((split + 1) * each - exact_tiles * EXACT, 0), PACKED)
         end = tl.minimum(end * BLOCK_N, newest)
         nothing = (start >= end) & (exact_start >= exact_end)
         return start, end, nothing, first_packed, newest, exact_start, exact_end

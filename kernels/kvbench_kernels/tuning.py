@@ -71,12 +71,13 @@ def choose_block_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
     return Tuning(block_n, 3, 8 if narrow else 4, registers=255)
 
 
-def exact_tile(packed_bits: int, block_n: int) -> tuple[int, int]:
-    """(tokens of a tile in 16 bits, packed tiles of block_n tokens that it counts for).
+def exact_tile(packed_bits: int, block_n: int) -> tuple[int, int, int]:
+    """Of a tile in 16 bits the tokens, what it counts for, and what a packed tile of block_n tokens counts for.
 
     As many bytes, or at 4 bits twice as many. Measured on an H100; tiles of 2 bits take longer than their bytes.
     """
-    return max(16, block_n // {16: 1, 8: 2, 4: 2}.get(packed_bits, 4)), 2 if packed_bits == 4 else 1
+    block_x = max(16, block_n // {16: 1, 8: 2, 4: 2}.get(packed_bits, 4))
+    return (block_x, 1, 3) if packed_bits == 2 else (block_x, 2 if packed_bits == 4 else 1, 1)
 
 
 @dataclass(frozen=True)
