@@ -14,7 +14,7 @@ from kvbench_kernels.prefill import prefill
 from kvbench_kernels.tiers import Rank
 from kvbench_kernels.tuning import SHORT, multiprocessors
 
-MANY = 32  # pairs of a sequence and a KV head, for each multiprocessor, that keep a GPU busy without splits
+MANY = 8  # pairs of a sequence and a KV head, for each multiprocessor, that keep a GPU busy without splits
 
 
 def attend(

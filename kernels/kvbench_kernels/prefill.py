@@ -15,12 +15,13 @@ from kvbench_kernels.layout import Side, check
 from kvbench_kernels.spread_blocks import spread_blocks
 from kvbench_kernels.tiers import Rank, rest_count, tier_rows, tier_steps
 from kvbench_kernels.tiles import row_scale, stack
-from kvbench_kernels.tuning import INTERPRETED, PrefillTuning, choose_prefill_tuning
+from kvbench_kernels.tuning import INTERPRETED, SHORT, PrefillTuning, choose_prefill_tuning
 from kvbench_kernels.unpack import E4M3, FLOAT, SIGNED, SYMMETRIC4, TIERS, UNSIGNED, channels, exp2, unpack
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # query rows of a KV head, per sequence on average, from which on a cache is first spread in memory, once for all
 SPREAD_ROWS = 512
+SHORT_SPREAD_ROWS = 512  # the same where contexts are short
 # tokens spread, padded to the longest sequence, for each query token at most: the copy's memory has a limit
 SPREAD_RATIO = 16
 # codes whose tiles for short contexts were measured
@@ -759,16 +760,19 @@ def prefill(
     # longer rows would need too large a matrix to be turned back
     # rows in blocks always: no program decodes them for itself
     in_blocks = k.layout.in_blocks
+    # short tiles were measured with these codes, and with nothing beside them
+    plain = not in_blocks and exact is None and center is None and rank is None and qq_bias is None
+    plain = plain and {k.layout.kind, v.layout.kind} <= SHORT_KINDS
+    reach = page_table.shape[1] * page_size
+    rows = min(SPREAD_ROWS, SHORT_SPREAD_ROWS) if plain and reach <= SHORT else SPREAD_ROWS
     spread = in_blocks or (
         packed
-        and tokens * group >= SPREAD_ROWS * seq_lens.shape[0]
+        and tokens * group >= rows * seq_lens.shape[0]
         and page_table.numel() * page_size <= SPREAD_RATIO * max(tokens, page_size)
         and (head_dim <= 256 or k_turn.block == v_turn.block == 1)
     )
-    # short tiles were measured with these codes, and with nothing beside them
-    plain = not spread and exact is None and center is None and rank is None and qq_bias is None
-    plain = plain and {k.layout.kind, v.layout.kind} <= SHORT_KINDS
-    own = {"pairs": seq_lens.shape[0] * kv_heads, "reach": page_table.shape[1] * page_size} if plain else {}
+    bits = 0 if spread else max(k.layout.bits, v.layout.bits)
+    own = {"pairs": seq_lens.shape[0] * kv_heads, "reach": reach, "bits": bits} if plain else {}
     tuning = tuning or choose_prefill_tuning(head_dim, **own)
     if center is not None:
         center.check(k, head_dim, 1 if spread else tuning.block_n)
@@ -780,7 +784,6 @@ def prefill(
         exact_args = (exact.k, exact.v)
     by_page = None
     if center is not None and center.last > 0 and not spread:
-        reach = page_table.shape[1] * page_size
         by_page = scores_by_page(q, center, reach, scale=scale, softcap=softcap)
     block_g = triton.next_power_of_2(group)
     block_m = max(block_g, tuning.block_m)
@@ -814,7 +817,7 @@ def prefill(
         float_constants = (FLOAT.value, 16, (), 1.0, 0.0, -1)
         constants = (*float_constants, *float_constants)
         k_words = v_words = head_dim
-        bits = (16, 16)
+        widths = (16, 16)
         block = [tuning.block_n, max(16, triton.next_power_of_2(head_dim))]
         k_tensor, v_tensor = (TensorDescriptor.from_tensor(x.view(-1, head_dim), block) for x in values)
         k_scale, v_scale = units
@@ -824,7 +827,7 @@ def prefill(
         k_tensor, k_scale, v_tensor, v_scale = k.words, k.scale, v.words, v.scale
         constants = (*k.constants, *v.constants)
         k_words, v_words = k.layout.words(head_dim), v.layout.words(head_dim)
-        bits = (k.layout.bits, v.layout.bits)
+        widths = (k.layout.bits, v.layout.bits)
         if k_turn.block > 1:
             q = rotate(q, k_turn, dtype=torch.float32)
     _prefill_kernel[(tokens // block_t + seq_lens.shape[0], kv_heads)](
@@ -869,8 +872,8 @@ def prefill(
         BLOCK_G=block_g,
         BLOCK_M=block_m,
         BLOCK_N=tuning.block_n,
-        BLOCK_KW=max(bits[0], triton.next_power_of_2(k_words)),
-        BLOCK_VW=max(bits[1], triton.next_power_of_2(v_words)),
+        BLOCK_KW=max(widths[0], triton.next_power_of_2(k_words)),
+        BLOCK_VW=max(widths[1], triton.next_power_of_2(v_words)),
         STAGES=tuning.stages,
         ASSEMBLY=q.is_cuda and not INTERPRETED,
         EXACT=exact is not None,

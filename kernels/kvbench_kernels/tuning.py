@@ -94,17 +94,26 @@ class PrefillTuning:
 
 
 SHORT = 256  # tokens of a context that a few tiles hold
+# for many short contexts, by the bits of a stored number; 0: of a copy in 16 bits
+SHORT_TILES = {
+    0: PrefillTuning(64, 32, 4, 2),
+    16: PrefillTuning(64, 32, 4, 2),
+    8: PrefillTuning(16, 32, 1, 2),
+    4: PrefillTuning(16, 32, 1, 2),
+    2: PrefillTuning(16, 32, 1, 2),
+}
 
 
-def choose_prefill_tuning(head_dim: int, pairs: int = 0, reach: int = 0) -> PrefillTuning:
+def choose_prefill_tuning(head_dim: int, pairs: int = 0, reach: int = 0, bits: int = 0) -> PrefillTuning:
     """Measured on an H100 with 32/8 heads and head_dim 128, many short contexts on an H200 with 9/3 and 64.
 
     pairs: of a sequence and a KV head, and reach: tokens of the longest context; 0 where they are not short and plain.
+    bits: of a number, as SHORT_TILES has them.
     """
     if INTERPRETED:
         return PrefillTuning(32, 64, 8, 2)
     if head_dim <= 64 and 0 < reach <= SHORT and pairs >= 8 * multiprocessors():
-        return PrefillTuning(16, 32, 1, 2)
+        return SHORT_TILES[bits]
     if head_dim <= 128:
         return PrefillTuning(64, 64, 4, 3)
     return PrefillTuning(64, 64 if head_dim <= 256 else 32, 8, 2)

@@ -5,7 +5,7 @@ import torch
 from kvbench_kernels import attention, decode, prefill, tuning
 from kvbench_kernels.attention import attend
 from kvbench_kernels.hadamard import Turn
-from kvbench_kernels.tuning import PrefillTuning, Tuning
+from kvbench_kernels.tuning import Tuning
 from kvbench_kernels.tuning import choose_prefill_tuning as choose
 
 from kvbench.attention import Batch
@@ -150,7 +150,8 @@ def test_many_short_sequences_are_one_launch(dtype, device, monkeypatch):
 
     case.check()
 
-    assert chosen == [PrefillTuning(16, 32, 1, 2)]
+    bits = max(plane.dtype.code_bits for plane in (case.cache.keys[0], case.cache.values[0]))
+    assert chosen == [tuning.SHORT_TILES[bits]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
