@@ -26,7 +26,8 @@ class Draws:
         if population is not self._given:
             self._given, self._population = population, np.fromiter(population, object, len(population))
         index = (self._generator.random_sample(k) * len(population)).astype(np.int64)
-        return list(self._population[index].tolist())
+        drawn: list[Any] = self._population[index].tolist()
+        return drawn
 
 
 @contextmanager
