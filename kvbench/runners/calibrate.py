@@ -67,6 +67,7 @@ def learn(loaded: TransformersModel, scheme: Scheme) -> Tensors:
             ropes.get(number),
             loaded.info.max_length,
             layer.scaling,
+            window=loaded.windows[number],
         )
         key, value = scheme.layer(index, len(layers))
         of_values = value.unlearned

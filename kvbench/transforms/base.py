@@ -72,7 +72,7 @@ class Sample:
     queries: [T, HQ, D], where a transform or a dtype reads them.
     positions: [T] int64. rope: None where it is not known.
     max_length: the model's positions. scaling: factor of the scores, or None for D^-1/2.
-    stored: what rows are read as once they are stored.
+    stored: what rows are read as once they are stored. window: the last tokens that the layer reads; None for all.
     """
 
     keys: Tensor
@@ -82,6 +82,7 @@ class Sample:
     max_length: int
     scaling: float | None = None
     stored: Callable[[Tensor], Tensor] = lambda rows: rows
+    window: int | None = None
 
     @property
     def later(self) -> Tensor:

@@ -47,6 +47,8 @@ class Correction(Transform):
             q = sample.queries[start:end][at].to(torch.float32)
             keys = torch.arange(end - start)
             hidden = (keys > at[:, None]) | (keys < FIRST)  # which a window with sinks reads in 16 bits
+            if sample.window is not None:
+                hidden |= keys <= at[:, None] - sample.window
             exact, stored = (
                 (torch.einsum("thd,lhd->htl", q, k) * scaling).masked_fill(hidden, -torch.inf) for k in (whole, kept)
             )

@@ -64,6 +64,22 @@ def test_pieces_of_documents_are_left_out():
     assert torch.equal(correction.learn(later)["factor"], correction.learn(first)["factor"])
 
 
+def test_keys_that_a_layer_does_not_read_do_not_count():
+    """
+    Behind a sliding window of 100 tokens: what rows are stored as that no query of the later half reads is nothing.
+    """
+    keys = torch.randn(TOKENS, HEADS, HEAD_DIM)
+    seen = TOKENS // 2 - 99
+
+    def stored(rows):
+        return torch.cat([0.5 * rows[:seen], rows[seen:]])
+
+    whole = sample(stored, keys, documents=1)
+    assert not correction.learn(replace(whole, window=100))["factor"].any()
+    assert correction.learn(replace(whole, window=101))["factor"].any()
+    assert correction.learn(whole)["factor"].any()
+
+
 @pytest.mark.parametrize("window", [None, Window(4, 0)], ids=["packed", "window"])
 def test_attention_lifts_the_keys_it_reads_packed(window):
     """
