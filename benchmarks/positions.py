@@ -60,7 +60,8 @@ def layers_of(model: str, tokens: int) -> list[Layer]:
         k, q, positions = map(torch.cat, pieces)
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
         first, last = slice(starts[0], starts[1]), slice(starts[-2], starts[-1])
-        sample = Sample(k[first], q[first], positions[first], ropes[number], loaded.info.max_length, scalings[number])
+        facts = ropes[number], loaded.info.max_length, scalings[number]
+        sample = Sample(k[first], q[first], positions[first], *facts, window=loaded.windows[number])
         layers.append(Layer(sample, k[last].float(), q[last].float(), positions[last]))
     return layers
 
@@ -78,6 +79,8 @@ def loss(layer: Layer, side: Side, at: int) -> float:
     place = torch.arange(len(keys))
     near = (place >= (which[:, None] // PAGE - 1) * PAGE) | (place < SINKS)
     hidden = place > which[:, None]
+    if sample.window is not None:
+        hidden |= place <= which[:, None] - sample.window
     group = queries.shape[1] // keys.shape[1]
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
