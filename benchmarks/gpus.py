@@ -81,7 +81,8 @@ SHAPE = {
 def scale(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds by number of GPUs, and how often the numbers are those of the first run."""
     folder = Path(tempfile.mkdtemp(prefix="gpus-"))
-    config = {**SCALE, "model": options.model, **json.loads(options.set)}
+    model = {"name": options.model, "gpus": options.share} if options.share < 1 else options.model
+    config = {**SCALE, "model": model, **json.loads(options.set)}
     (folder / "scale.yaml").write_text(yaml.safe_dump(config))
     runs: dict[int, dict[str, Any]] = {}
     records: dict[int, dict[str, Record]] = {}
@@ -142,7 +143,7 @@ def run_sweep(folder: Path, options: argparse.Namespace, count: int, first: int)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + count])
     if options.executor == "ray":
-        flags = ["--executor", "ray", "--address", "local", "--workers", str(count)]
+        flags = ["--executor", "ray", "--address", options.address, "--workers", str(round(count / options.share))]
     else:
         seats = range(count) if torch.cuda.is_available() else ["cpu"] * count
         flags = ["--devices", ",".join(map(str, seats))]
@@ -357,6 +358,8 @@ def main() -> None:
         "--gpus", type=groups, default="4,1+2", help="how many, by and by; 1+2: at once, beside each other"
     )
     one.add_argument("--executor", choices=["ray", "process"], default="ray")
+    one.add_argument("--address", default="local", help="of a cluster with these GPUs; local: one is started each time")
+    one.add_argument("--share", type=float, default=1.0, help="of a GPU that each of Ray's workers takes")
     one.add_argument("--set", default="{}", help="JSON laid over the sweep")
     one.add_argument("--stop", type=float, help="seconds after which a run is stopped")
     two = verbs.add_parser("split")
