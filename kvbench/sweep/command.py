@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvbench.environment import describe
 from kvbench.results import DEFAULT_FOLDER, Contents, Record, Store
@@ -16,6 +16,7 @@ from kvbench.runners.model_files import RefusedError
 from kvbench.stats import parse_margin
 from kvbench.sweep.agreement import known
 from kvbench.sweep.canary import Judgement, judge_all
+from kvbench.sweep.clock import Clock
 from kvbench.sweep.config import Sweep, load_sweep
 from kvbench.sweep.executors.base import Executor
 from kvbench.sweep.executors.inline import Inline
@@ -23,10 +24,12 @@ from kvbench.sweep.executors.process import Processes
 from kvbench.sweep.job import Job
 from kvbench.sweep.parts import REAL, Parts, default_device
 from kvbench.sweep.plan import Cell, choose, done_otherwise, missing_data, plan
-from kvbench.sweep.progress import Clock, Display
 from kvbench.sweep.run import NotInEffectError, not_in_effect, run_cells
 from kvbench.sweep.stopping import UnusableError, terminable
 from kvbench.yaml_text import ConfigError
+
+if TYPE_CHECKING:
+    from kvbench.sweep.progress import Display
 
 OK, GATE_FAILED, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
 
@@ -173,6 +176,8 @@ def fetch_models(cells: Sequence[Cell], parts: Parts) -> list[str]:
 
 
 def _run(planned: Planned, options: Options, parts: Parts, absent: Sequence[str]) -> int:
+    from kvbench.sweep.progress import Display  # imports rich, which a plan has no use for
+
     sweep, store, cells = planned.sweep, planned.store, planned.cells
     contents = store.load()
     _check_run(planned, contents, options.fresh)

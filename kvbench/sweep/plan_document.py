@@ -12,10 +12,10 @@ from kvbench.files import unwritable
 from kvbench.measured import of_records, prompt_forms
 from kvbench.render import Column, Document, Table
 from kvbench.sweep import estimate
+from kvbench.sweep.clock import Clock, duration
 from kvbench.sweep.command import Planned, not_done
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, Share, default_device
 from kvbench.sweep.plan import Cell, done_otherwise, doubts, missing_data, too_long, unserved, unsuited
-from kvbench.sweep.progress import Clock, duration
 from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.tasks.throughput import RESERVE_BYTES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from kvbench.results import Record, Store
 from kvbench.sweep.agreement import known
@@ -11,7 +12,9 @@ from kvbench.sweep.canary import Judgement, judge_all
 from kvbench.sweep.executors.base import Executor
 from kvbench.sweep.job import Event, Finished, Job
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.progress import Display
+
+if TYPE_CHECKING:
+    from kvbench.sweep.progress import Display
 
 
 class NotInEffectError(RuntimeError):

@@ -36,9 +36,20 @@ print("torch" in sys.modules)
 
 def test_a_plan_loads_torch_alone_of_what_is_large(tmp_path):
     """
-    What runs a model, scores it or keeps its results waits until a sweep runs; Ray and vLLM until they are asked for.
+    What runs a model, scores it, keeps or shows its results waits until a sweep runs; Ray and vLLM until asked for.
     """
-    large = ["transformers", "lm_eval", "datasets", "pandas", "pyarrow", "triton", "ray", "vllm", "kvbench_kernels"]
+    large = [
+        "rich",
+        "transformers",
+        "lm_eval",
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "triton",
+        "ray",
+        "vllm",
+        "kvbench_kernels",
+    ]
     code = """
 import sys
 from kvbench.cli import app

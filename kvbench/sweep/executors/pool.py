@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvbench.sweep.clock import Clock
 from kvbench.sweep.job import Event, Finished, Job, Tell
 from kvbench.sweep.parts import ModelFacts
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.progress import Clock
 from kvbench.sweep.session import failed
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import raise_if_stopped
