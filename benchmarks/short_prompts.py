@@ -22,6 +22,7 @@ from kvbench_kernels import prefill as prefills
 from kvbench_kernels.attention import attend
 from kvbench_kernels.prefill import prefill
 from kvbench_kernels.tuning import PrefillTuning
+from triton.runtime.errors import OutOfResources
 
 from kvbench.attention import Batch, append
 from kvbench.attention import triton as kernels
@@ -34,7 +35,7 @@ GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float16)
 HQ, HKV, HEAD_DIM, PAGE = 9, 3, 64, 16
 # query rows, keys, warps, stages; None: as the kernels choose
-TILES = [None, (16, 32, 1, 2), (32, 32, 1, 2), (32, 16, 1, 2), (64, 32, 4, 2), (32, 32, 2, 2), (64, 64, 4, 3)]
+TILES = [None, (16, 32, 1, 2), (32, 32, 1, 2), (32, 16, 1, 2), (64, 32, 4, 2)]
 
 
 def sequences(kind: str) -> list[tuple[int, int]]:
@@ -98,8 +99,12 @@ def rows_of(kind: str, name: str, tiles: list[tuple[int, int, int, int] | None])
             places = new.page_table, new.seq_lens, new.query_starts
             prefill(q, *sides, *places, scale=scale, out=out, single=True, tuning=tuning, **turns)
 
-        with mock.patch.object(prefills, "SHORT_SPREAD_ROWS", 1 if copies else 2**20):
-            us = microseconds(run)
+        try:
+            with mock.patch.object(prefills, "SHORT_SPREAD_ROWS", 1 if copies else 2**20):
+                us = microseconds(run)
+        except (RuntimeError, OutOfResources) as error:  # no kernel of this tile
+            print(kind, name, tile, error, flush=True)
+            continue
         error = float((out.float() - own).norm() / own.norm())
         row = {"batch": kind, "dtype": name, "tile": tile, "copied": copies, "us": us, "store_us": store}
         found.append({**row, "against_own": error, "tokens": count, "sequences": len(new.seq_lens)})
@@ -117,14 +122,12 @@ def main() -> None:
         print("not run: there is no GPU here to time on")
         return
     tiles = TILES if GPU else TILES[:1]
-    rows = [
-        row
-        for kind in ("arc", "lambada")
-        for name in options.dtype or (("fp16", "int8", "int4", "int2") if GPU else ("int4",))
-        for row in rows_of(kind, name, tiles)
-    ]
-    if options.output:
-        options.output.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, object]] = []
+    for kind in ("arc", "lambada"):
+        for name in options.dtype or (("fp16", "int8", "int4", "int2") if GPU else ("int4",)):
+            rows += rows_of(kind, name, tiles)
+            if options.output:  # of what is stopped, what was done is kept
+                options.output.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
