@@ -13,7 +13,7 @@ import pytest
 
 from kvbench.results import Store
 from kvbench.sweep.command import Options, make_executor, run_sweep
-from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences, nowhere
+from kvbench.sweep.executors.ray import Cluster, Node, capacity, check_address, differences, find_cluster, nowhere
 from kvbench.sweep.executors.ray_worker import Needs, look
 from kvbench.sweep.parts import ModelFacts
 from kvbench.sweep.spec import ModelSpec
@@ -139,6 +139,25 @@ def test_an_address_without_a_cluster_is_said_at_once():
     for wrong in ("ray://head:10001", "head", "head:port"):
         with pytest.raises(UnusableError, match="expected auto or HOST:PORT"):
             check_address(wrong)
+
+
+def test_a_cluster_that_has_ended_is_none(tmp_path, monkeypatch):
+    """
+    Where Ray remembers one of this machine that nothing answers for, one is started; RAY_ADDRESS is said to be wrong.
+    """
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvbench[ray]'")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray/ray_current_cluster").write_text(f"127.0.0.1:{port}")
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        assert find_cluster(None) == "local"
+        free.listen()
+        assert find_cluster(None).endswith(f":{port}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(UnusableError, match=rf"no Ray cluster at 127.0.0.1:{port}: .*refused"):
+        find_cluster(None)
 
 
 def test_versions_that_differ_are_named():

@@ -74,16 +74,17 @@ class Cluster:
         self.known: dict[str, Node] = {}
         self.here = describe()
         self.needs: ray_worker.Needs | None = None
-        check_address(address)
-        own = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
         try:
+            found = find_cluster(address)
             self.ray.init(
-                address=address,
-                include_dashboard=False if own else None,
+                address=found,
+                include_dashboard=False if found == "local" else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 ignore_reinit_error=True,
             )
+        except UnusableError:
+            raise
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, self.ray.exceptions.RayError) as error:
             text = " ".join(str(error).split())
             what = "versions that differ" if "ersion mismatch" in text else "no Ray cluster"
@@ -148,8 +149,28 @@ class Cluster:
         return node
 
 
+def find_cluster(address: str | None) -> str:
+    """HOST:PORT of the cluster that Ray would connect to; "local", where one of this machine alone is to be started.
+
+    Also where Ray remembers one of this machine that has ended: it would try that for minutes.
+
+    Raises:
+        ConnectionError, UnusableError: there is none.
+    """
+    given = address or os.environ.get("RAY_ADDRESS") or None
+    check_address(given)
+    found = importlib.import_module("ray._private.services").canonicalize_bootstrap_address(address)
+    try:
+        check_address(found)
+    except UnusableError:
+        if given:
+            raise
+        return "local"
+    return found or "local"
+
+
 def check_address(address: str | None) -> None:
-    """Raises UnusableError where nothing listens at HOST:PORT, which Ray would try for a minute."""
+    """Raises UnusableError where nothing listens at HOST:PORT, which Ray would try for minutes."""
     if address in (None, "auto", "local"):
         return
     host, colon, port = str(address).rpartition(":")
