@@ -764,7 +764,8 @@ def prefill(
     plain = not in_blocks and exact is None and center is None and rank is None and qq_bias is None
     plain = plain and {k.layout.kind, v.layout.kind} <= SHORT_KINDS
     reach = page_table.shape[1] * page_size
-    rows = min(SPREAD_ROWS, SHORT_SPREAD_ROWS) if plain and reach <= SHORT else SPREAD_ROWS
+    short = plain and head_dim <= 64 and reach <= SHORT
+    rows = min(SPREAD_ROWS, SHORT_SPREAD_ROWS) if short else SPREAD_ROWS
     spread = in_blocks or (
         packed
         and tokens * group >= rows * seq_lens.shape[0]
