@@ -40,6 +40,7 @@ def load_ray() -> Any:
     Raises:
         UnusableError: it is not installed.
     """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it tries again is no news; what fails, an error says
     try:
         return importlib.import_module("ray")
     except ImportError as error:
@@ -88,7 +89,10 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, self.ray.exceptions.RayError) as error:
             text = " ".join(str(error).split())
             what = "versions that differ" if "ersion mismatch" in text else "no Ray cluster"
-            raise UnusableError(f"{what} at {address or 'RAY_ADDRESS or this machine'}: {text[:300]}") from None
+            token = (
+                "; where it asks for a token, set RAY_AUTH_MODE=token" if text.startswith("Failed to connect") else ""
+            )
+            raise UnusableError(f"{what} at {address or 'RAY_ADDRESS or this machine'}: {text[:300]}{token}") from None
         # what Ray tells of nodes would stand on stdout, in the middle of a result
         self.ray._private.worker._worker_logs_enabled = False
 
@@ -149,10 +153,10 @@ class Cluster:
         return node
 
 
-def find_cluster(address: str | None) -> str:
-    """HOST:PORT of the cluster that Ray would connect to; "local", where one of this machine alone is to be started.
+def find_cluster(address: str | None) -> str | None:
+    """The address as Ray takes it; "local", which starts a cluster, in place of one of this machine that has ended.
 
-    Also where Ray remembers one of this machine that has ended: it would try that for minutes.
+    Ray remembers that one, and would try it for minutes.
 
     Raises:
         ConnectionError, UnusableError: there is none.
@@ -166,7 +170,8 @@ def find_cluster(address: str | None) -> str:
         if given:
             raise
         return "local"
-    return found or "local"
+    # as it was given: Ray shows the token of this machine's cluster where it finds that by itself, and not at HOST:PORT
+    return address if found else "local"
 
 
 def check_address(address: str | None) -> None:
