@@ -5,6 +5,7 @@ import re
 import runpy
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ RESULTS = ROOT / "results"
 SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2", "Gemma-3-270M": "search-gemma"}
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
 INT8 = ("int8_per_token_head", "center:none")
+FULL = (5, 11, 17)  # Gemma's layers without a sliding window
 SPEED = "8 × 8k"
 SPEEDS = {"8B's shape": "qwen3-8b (random weights)", "1.5B": "qwen2.5-coder-1.5b-instruct"}
 SCORE, MARGIN = "exact_match,strict-match", "2pp"
@@ -103,6 +105,18 @@ def positions() -> str:
             for at, value in row["kld"].items():
                 rows[name][heads.index(f"{model}, at {at}")] = nats(value)
     return table(["keys, transforms", *heads], [[name, *cells] for name, cells in rows.items()])
+
+
+def kinds() -> str:
+    """Each key side's loss of attention on Gemma: in its layers that read a window of tokens, and in the others."""
+    run = json.loads((RESULTS / "positions" / "gemma3.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in run["rows"]:
+        dtype, transforms = row["keys"].replace("_per_token_head", "").split("/")
+        losses = list(enumerate(row["layers"]["0"]))
+        means = [fmean(loss for i, loss in losses if (i in FULL) is full) for full in (False, True)]
+        rows.append([f"`{dtype}`, `{transforms}`", *map(nats, means)])
+    return table(["keys, transforms", "15 layers that read 512 tokens", "3 layers that read all"], rows)
 
 
 def records(folder: str, task: str) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
@@ -227,6 +241,7 @@ def speeds() -> str:
 TABLES = {
     "searches": searches,
     "positions": positions,
+    "kinds": kinds,
     "designs": designs,
     "far": far,
     "answers": answers,
