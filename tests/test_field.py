@@ -187,18 +187,20 @@ def test_what_is_derived_on_a_cpu_is_measured():
 
 def test_what_is_said_of_answers_is_measured():
     """
-    Each share of GSM8K is a record's of 200; within a tenth of a nat none is WORSE, above one none has an answer right.
+    Each share of GSM8K is a record's of 200; within a tenth of a nat none is WORSE, beyond a fifth all are, above one
+    none has an answer right.
     """
     prose, qwen, score = section("Answers"), made()["MODELS"]["Qwen"], "exact_match,strict-match"
     found = re.findall(rf"{NAMED} (\d+\.\d) %", prose)
-    assert len(found) == 11
+    assert len(found) >= 15
     for label, figure in found:
         assert agrees(figure, 100 * metric("field", qwen, "gsm8k", label, score)), label
     few = 0
     for label, (scheme, _, kld) in of_all("Qwen").items():
         place = made()["place"](scheme)
-        if (row := made()["comparisons"]("field").get((qwen, "gsm8k", score, *place))) and kld < 0.1:
-            assert row.verdict == "INCONCLUSIVE", label
+        if (row := made()["comparisons"]("field").get((qwen, "gsm8k", score, *place))) is not None:
+            assert row.verdict == ("INCONCLUSIVE" if kld < 0.1 else "WORSE"), (label, kld)
+            assert kld < 0.1 or kld > 0.2, (label, kld)
         if metrics := made()["records"]("field").get((qwen, "gsm8k-50", *place)):
             assert kld > 1
             assert metrics[score]["value"] == 0, label
