@@ -3,12 +3,14 @@
 import json
 import re
 import runpy
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+import yaml
 
 from kvbench.measured import paired, read
 from kvbench.report.compare import compare
@@ -219,6 +221,29 @@ def needles() -> str:
             cells.append(f"{round(metric['value'] * metric['n'])}" if metric else ABSENT)
         rows.append([*name_of(dtype, rotation), *cells])
     return table(["keys, values", "keys' transforms", "values'", *MODELS], rows)
+
+
+def by_kind() -> str:
+    """Gemma with keys by the kind of its layers: bits, divergence and perplexity's ratio."""
+    listed = yaml.safe_load((ROOT / "configs" / "two-bits-gemma.yaml").read_text(encoding="utf-8"))["schemes"]
+    found_ = records("two-bits-gemma", "divergence")
+    rows = []
+    for scheme in map(Scheme.of, listed[1:]):
+        columns, own = scheme.columns(), defaultdict(list)
+        metrics = found_.get((MODELS["Gemma"], columns["dtype"], columns["rotation"]))
+        for layer in scheme.layers:
+            if layer.key:
+                own[layer.key.dtype.name].append(str(layer.index))
+        others = "; ".join(f"`{name}` in {', '.join(layers)}" for name, layers in own.items())
+        size = 8 * scheme.nbytes(LAYERS["Gemma"], 8192, torch.bfloat16) / (8192 * 2 * 18 * 256)
+        cells = [nats(metrics["kld@1536-2048"]["value"]), f"{metrics['ppl_ratio']['value']:.3f}"] if metrics else []
+        window = scheme.window.label() if scheme.window else ABSENT
+        rows.append(
+            [f"`{scheme.key.dtype.name}`, `{scheme.key.name}`", others or "the same", window, f"{size:.2f}", *cells]
+        )
+    rows = [row for row in rows if len(row) > 4]
+    heads = ["keys", "of other layers", "window", "bits", "KLD, 1536 to 2048", "ppl ×"]
+    return table(heads, sorted(rows, key=lambda row: (row[3], row)))
 
 
 def speeds() -> str:
