@@ -21,12 +21,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "two-bits.md"
 renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 RESULTS = ROOT / "results"
-SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2", "Gemma-3-270M": "search-gemma"}
+SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2"}
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
 INT8 = ("int8_per_token_head", "center:none")
 FULL = (5, 11, 17)  # Gemma's layers without a sliding window
-SPEED = "8 × 8k"
-SPEEDS = {"8B's shape": "qwen3-8b (random weights)", "1.5B": "qwen2.5-coder-1.5b-instruct"}
 SCORE, MARGIN = "exact_match,strict-match", "2pp"
 MODELS = {"Qwen": "qwen2.5-coder-1.5b-instruct", "SmolLM2": "smollm2-135m-instruct", "Gemma": "gemma3-270m"}
 LAYERS = {"Qwen": ((2, 128),) * 28, "SmolLM2": ((3, 64),) * 30, "Gemma": ((1, 256),) * 18}
@@ -246,28 +244,12 @@ def by_kind() -> str:
     return table(heads, sorted(rows, key=lambda row: (row[3], row)))
 
 
-def speeds() -> str:
-    """Tokens a second of a prompt and of decoding, and how many tokens the memory holds, on each model."""
-    found_ = records("two-bits-speed", SPEED)
-    rows = []
-    for dtype, rotation in sorted({place[1:] for place in found_}, key=lambda place: (-bits(*place)[0], place)):
-        cells = []
-        for model in SPEEDS.values():
-            metrics = found_.get((model, dtype, rotation))
-            cells += [f"{metrics[name]['value']:,.0f}" if metrics else ABSENT for name in ("prefill", "decode")]
-            cells.append(f"{metrics['memory_holds']['value'] / 1e6:.2f}" if metrics else ABSENT)
-        rows.append([*name_of(dtype, rotation), f"{bits(dtype, rotation)[0]:.2f}", *cells])
-    heads = ["keys, values", "keys' transforms", "values'", "bits"]
-    for model in SPEEDS:
-        heads += [f"{model}: prompts", "decoding", "holds, millions"]
-    return table(heads, rows)
-
-
 TABLES = {
     "searches": searches,
     "positions": positions,
     "kinds": kinds,
     "designs": designs,
+    "by_kind": by_kind,
     "far": far,
     "answers": answers,
     "needles": needles,
