@@ -76,8 +76,6 @@ class Throughput(Options):
     def run(self, runner: Runner, context: RunContext) -> Outcome:
         """The medians of the rates of the repeats, each on tokens of its own, so that no prompt is known before.
 
-        Each repeat has CUDA graphs of its own too: some are slower than their equals, most of all later ones.
-
         Raises:
             ValueError: prompt and answer are longer than the model's positions, the runner measures nothing, or nothing
                 was decoded after the prompts.
@@ -108,8 +106,6 @@ class Throughput(Options):
     def _sample(self, runner: Any, repeat: int) -> dict[str, Any]:
         """One measurement: what the runner counted while it answered, and the seconds that passed in all."""
         requests = self._requests(runner, str(repeat))
-        if hasattr(runner, "renew_graphs"):
-            runner.renew_graphs()
         before, began = runner.stats(), time.perf_counter()
         runner.generate(requests)
         seconds, after = time.perf_counter() - began, runner.stats()

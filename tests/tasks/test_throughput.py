@@ -92,19 +92,6 @@ def test_no_prompt_is_asked_twice():
     assert {len(prompt) for prompt in prompts} == {20}
 
 
-def test_each_repeat_has_graphs_of_its_own():
-    """
-    Graphs are captured anew before each repeat that counts, and not between the prompts and steps of one.
-    """
-    runner, order = Recorder(), []
-    runner.renew_graphs = lambda: order.append("graphs")
-    generate = runner.generate
-    runner.generate = lambda requests, *more: order.append("answers") or generate(requests, *more)
-    make_task({"task": "throughput", "prompt": 4, "new": 2, "batch": 1, "repeats": 2}, None).run(runner, CONTEXT)
-
-    assert order == ["answers", *2 * ["graphs", "answers"]]
-
-
 def test_no_answer_ends_before_its_length(shape):
     """
     An end token is a token like another: a scheme that brings it up at once was counted as a slow one.

@@ -219,10 +219,6 @@ class TransformersRunner(FromHidden):
             sizes["kv_window_bytes"] = caches[1].nbytes if caches else 0
         return {**self._clock.totals(), **sizes, "pass_tokens": self.memory.limits.tokens}
 
-    def renew_graphs(self) -> None:
-        """Has the next call that decodes capture its CUDA graphs anew; where there are none, nothing changes."""
-        self.memory.graphed.clear()
-
     @property
     def alone(self) -> bool:
         """Whether sequences are computed one at a time."""
