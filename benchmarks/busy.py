@@ -93,8 +93,8 @@ def main() -> None:
             print(
                 f"{name} {cell}: {median(walls):.3f} s, of which the GPU works {works:.3f} ({share:.0f} %)", flush=True
             )
-    if options.output:
-        options.output.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
+            if options.output:  # of what is stopped, what was done is kept
+                options.output.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ WHOLE = (
     ("GSM8K", "engine-h100-1.json", "gsm8k"),
     ("ARC-Easy, H200", "engine-h200.json", "arc_easy"),
     ("PIQA, H200", "engine-h200.json", "piqa"),
+    ("PIQA, H200, again", "engine-h200-piqa-2.json", "piqa"),
+    ("PIQA, H200, once more", "engine-h200-piqa-3.json", "piqa"),
     ("LAMBADA, H200", "engine-h200.json", "lambada_openai"),
+    ("GSM8K, 1.5B, H200", "engine-h200-gsm8k.json", "gsm8k"),
 )
 CELLS = ("fp16", "A/A", "int8", "int4", "int2")
 WORKS = (("ARC-Easy", "arc_easy"), ("PIQA", "piqa"), ("LAMBADA", "lambada_openai"))

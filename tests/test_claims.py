@@ -246,24 +246,67 @@ def test_the_excess_of_a_repeated_speed_is_the_measured_one():
         assert prompts[name, "again"] == pytest.approx(prompts[name, "fp16"], rel=5e-3)
 
 
-def test_hflms_times_at_a_smaller_batch_are_the_measured_ones():
-    """docs/method.md's seconds of HFLM at batches of 64 are those of results/hflm."""
+def test_hflms_times_by_batch_are_the_measured_ones():
+    """docs/method.md's seconds of HFLM on PIQA by batch size are those of results/hflm."""
     text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
-    rows = json.loads((ROOT / "results/hflm/engine-h200.json").read_text(encoding="utf-8"))["rows"]
-    at_64 = [row["seconds"] for row in rows if row["cell"] == "HFLM batch 64"]
-    shown = re.search(r"at 64 it took ([\d.]+), ([\d.]+) and ([\d.]+) s", text).groups()
-    assert all(agrees(figure, value) for figure, value in zip(shown, at_64, strict=True))
+    rows = json.loads((ROOT / "results/hflm/engine-h200-piqa-3.json").read_text(encoding="utf-8"))["rows"]
+    shown = re.search(r"took it ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) s in batches of 64", text).groups()
+    theirs = [row["seconds"] for row in rows if row["cell"].startswith("HFLM")]
+    assert all(agrees(figure, value) for figure, value in zip(shown, theirs, strict=True))
 
 
-def test_what_short_tiles_save_is_the_measured_time():
-    """docs/method.md's microseconds a layer are those of results/short-h200.json."""
+def test_what_quantized_cells_take_beside_fp16_is_the_measured_ratio():
+    """docs/method.md's least and most of quantized cells' times over fp16's are those of results/hflm."""
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    found = {}
+    for file in ("engine-h200.json", "engine-h200-piqa-2.json", "engine-h200-piqa-3.json"):
+        rows = json.loads((ROOT / "results/hflm" / file).read_text(encoding="utf-8"))["rows"]
+        for task in {row["task"] for row in rows}:
+            fp16 = next(row["seconds"] for row in rows if (row["task"], row["cell"]) == (task, "fp16"))
+            own = [r["seconds"] / fp16 for r in rows if r["task"] == task and r["cell"] in ("int8", "int4", "int2")]
+            found.setdefault(task, []).extend(own)
+    shown = re.search(
+        r"takes ([\d.]+) to ([\d.]+) of the time on ARC-Easy, ([\d.]+) to ([\d.]+) on PIQA, "
+        r"and on LAMBADA ([\d.]+) to ([\d.]+),",
+        text,
+    ).groups()
+    measured = [end(found[task]) for task in ("arc_easy", "piqa", "lambada_openai") for end in (min, max)]
+    assert all(agrees(figure, value) for figure, value in zip(shown, measured, strict=True))
+
+
+def test_what_short_tiles_take_is_the_measured_time():
+    """docs/method.md's microseconds a layer are those of results/short-h200.json, each of the fastest tile."""
     rows = json.loads((ROOT / "results/short-h200.json").read_text(encoding="utf-8"))["rows"]
     text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
-    sentence = text.partition("take a layer")[2].partition("](")[0]
-    shown = [int(figure) for pair in re.findall(r"(\d+) → (\d+)", sentence) for figure in pair]
-    found = {(row["dtype"], tuple(row["tile"] or ())): row["us"] for row in rows if row["batch"] == "arc"}
-    tiles = ((), (16, 32, 1, 2))
-    assert shown == [round(found[name, tile]) for name in ("fp16", "int8", "int4", "int2") for tile in tiles]
+    shown = re.search(
+        r"take a layer (\d+) µs in 16 bits, (\d+) in int8, (\d+) in int4 and (\d+) in int2", text
+    ).groups()
+    for figure, name in zip(shown, ("fp16", "int8", "int4", "int2"), strict=True):
+        assert int(figure) == round(
+            min(r["us"] for r in rows if (r["batch"], r["dtype"]) == ("arc", name) and r["tile"])
+        )
+
+
+def test_what_a_graph_takes_is_the_measured_time():
+    """docs/method.md's steps of one graph at two times, and of equal cells, are those of results/checks-h200."""
+    rows = json.loads((ROOT / "results/checks-h200/graphs.json").read_text(encoding="utf-8"))["rows"]
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    found = {(row["experiment"], row["graph"]): row["ms"] for row in rows}
+    shown = re.search(r"took ([\d.]+) ms a step, seconds later ([\d.]+), and another ([\d.]+) and then ([\d.]+)", text)
+    names = (
+        ("1 captured anew, same pool", "0"),
+        ("2 instantiated anew", "the first again"),
+        ("6 runner after runner", "0, again"),
+        ("6 runner after runner", "0, the first of them"),
+    )
+    assert all(agrees(figure, found[name]) for figure, name in zip(shown.groups(), names, strict=True))
+    shown = re.search(r"\(([\d.]+) to ([\d.]+) ms with graphs of their own for each repeat, ([\d.]+) to ([\d.]+)", text)
+    ends = [
+        end(row["ms"] for row in rows if row["experiment"] == f"9 throughput, {mode}")
+        for mode in ("renewed", "shared")
+        for end in (min, max)
+    ]
+    assert all(agrees(figure, value) for figure, value in zip(shown.groups(), ends, strict=True))
 
 
 def test_what_lies_between_a_graphs_kernels_is_the_measured_gap():

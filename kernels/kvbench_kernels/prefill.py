@@ -21,7 +21,7 @@ from kvbench_kernels.unpack import E4M3, FLOAT, SIGNED, SYMMETRIC4, TIERS, UNSIG
 _LOG2E = tl.constexpr(1.4426950408889634)
 # query rows of a KV head, per sequence on average, from which on a cache is first spread in memory, once for all
 SPREAD_ROWS = 512
-SHORT_SPREAD_ROWS = 512  # the same where contexts are short
+SHORT_SPREAD_ROWS = 128  # the same where contexts are short
 # tokens spread, padded to the longest sequence, for each query token at most: the copy's memory has a limit
 SPREAD_RATIO = 16
 # codes whose tiles for short contexts were measured

@@ -96,11 +96,11 @@ class PrefillTuning:
 SHORT = 256  # tokens of a context that a few tiles hold
 # for many short contexts, by the bits of a stored number; 0: of a copy in 16 bits
 SHORT_TILES = {
-    0: PrefillTuning(64, 32, 4, 2),
-    16: PrefillTuning(64, 32, 4, 2),
+    0: PrefillTuning(32, 32, 1, 2),
+    16: PrefillTuning(32, 16, 1, 2),
     8: PrefillTuning(16, 32, 1, 2),
     4: PrefillTuning(16, 32, 1, 2),
-    2: PrefillTuning(16, 32, 1, 2),
+    2: PrefillTuning(32, 16, 1, 2),
 }
 
 
