@@ -470,7 +470,7 @@ def test_the_trial_s_figures_come_again():
                 continue
             value = found[model, scheme.columns()["dtype"], scheme.columns()["rotation"]]["kld@1536-2048"]
             assert agrees(here, value), (label, model, value)
-            assert 0.7 < value / float(trial) < 1.25 or (label, model) == ("`int8_per_token_head`", models[0]), label
+            assert 0.65 < value / float(trial) < 1.25 or (label, model) == ("`int8_per_token_head`", models[0]), label
             shown[name, model] = value
     limits = {"int8_centered": 0.002, "int4_centered": 0.025, "int4_centered_window": 0.006}
     for name, limit in (limits | {"int2_centered_window": 0.09}).items():
