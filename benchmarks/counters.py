@@ -27,8 +27,7 @@ INSTALLED = "/usr/local/cuda/bin/ncu"
 LAST = ("merge_kernel", "_store_kernel")  # of a cell's kernels the last
 STALLS = (
     "barrier", "branch_resolving", "dispatch_stall", "drain", "imc_miss", "lg_throttle", "long_scoreboard",
-    "math_pipe_throttle", "membar", "mio_throttle", "misc", "no_instruction", "not_selected", "selected",
-    "short_scoreboard", "sleeping", "tex_throttle", "wait",
+    "math_pipe_throttle", "mio_throttle", "no_instruction", "not_selected", "selected", "short_scoreboard", "wait",
 )  # fmt: skip
 METRICS = {
     "us": "gpu__time_duration.sum",
@@ -36,8 +35,8 @@ METRICS = {
     "registers": "launch__registers_per_thread",
     "dram_bytes": "dram__bytes_read.sum",
     "dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "l1": "l1tex__throughput.avg.pct_of_peak_sustained_active",
+    "l2": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
+    "l1": "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
     "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "alu": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
     "fma": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",

@@ -15,7 +15,7 @@ from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge
 from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_bits, rest_count, tier_field, tier_queries
 from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, stored_scales, together
-from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile
+from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile, multiprocessors
 from kvbench_kernels.unpack import (
     E4M3,
     FLOAT,
@@ -738,9 +738,11 @@ def decode(
     exact_tiles = 0
     if exact is not None:
         exact.check(k, head_dim)
+        if pairs * tuning.splits(pairs, tokens) <= 4 * multiprocessors():
+            packed_weight = 1  # alone on its scheduler a program waits as long for either tile
         exact_tiles = -(-min(exact.most_tokens, max_seq_len) // block_x)
         exact_tiles = -(-exact_weight * exact_tiles // packed_weight)  # as packed ones
-    splits = tuning.splits(pairs, tokens, exact_tiles)
+    splits = tuning.splits(pairs, tokens, exact_tiles, heads)
     if center is not None:
         center.check(k, head_dim, tuning.block_n)
         if center.last == 0 and not softcap and sinks is None:

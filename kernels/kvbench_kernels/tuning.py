@@ -16,6 +16,9 @@ from kvbench_kernels.layout import Layout
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+LONG = 16  # tiles of a split over which its beginning and end weigh little
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How decode attention is cut up.
@@ -24,6 +27,7 @@ class Tuning:
     programs: how many programs, of one warp each, a multiprocessor holds at once; splits fill these places once.
     least: tokens of a split, at least.
     registers: of a thread, at most; None leaves it to the compiler.
+    crowded: programs instead where each split then still has LONG tiles; 0: never more.
     """
 
     block_n: int
@@ -31,13 +35,19 @@ class Tuning:
     programs: int
     least: int = 256
     registers: int | None = None
+    crowded: int = 0
 
-    def splits(self, pairs: int, tokens: int, further: int = 0) -> int:
+    def splits(self, pairs: int, tokens: int, further: int = 0, heads: int = 1) -> int:
         """Splits of each (sequence, KV head): all programs run at once, and none is too short for the merge to pay.
 
         further: tiles beside the tokens'; they get splits of their own where there is room for these.
+        heads: query heads of a program.
         """
         fill = multiprocessors() * self.programs // pairs
+        crowded = multiprocessors() * self.crowded // pairs
+        # tiles in 16 bits leave no memory for as many programs, and more heads no registers to gain by them
+        if crowded and not further and heads <= 8 and tokens >= LONG * self.block_n * crowded:
+            fill = crowded
         # the merge reads every split, so there are no more than 64, or than long contexts pay for
         worth = max(64, 3 * math.isqrt(tokens // self.block_n) // 2)
         splits = max(1, min(tokens // self.least, fill, worth))
@@ -49,7 +59,7 @@ def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
     """Measured on an H100 with 32/8 heads and head_dim 128; wider rows get shorter tiles.
 
     A multiprocessor has four schedulers. One warp for each is best while memory is what is waited for; at 2 bits
-    a second one adds a third to what it does.
+    a second one adds a third to what it does. At 4 bits it adds 3 % where splits are long, 12 at head_dim 64 (H200).
     """
     if INTERPRETED:
         return Tuning(32, 3, 4, least=32)
@@ -59,7 +69,7 @@ def choose_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:
         return Tuning(max(16, block_n // 2), 3, 4)
     if bits == 8:
         return Tuning(block_n, 3, 4)
-    return Tuning(block_n, 3, 4 if bits == 4 else 8, registers=255)
+    return Tuning(block_n, 3, 4, registers=255, crowded=8) if bits == 4 else Tuning(block_n, 3, 8, registers=255)
 
 
 def choose_block_tuning(k: Layout, v: Layout, head_dim: int) -> Tuning:

@@ -219,6 +219,17 @@ def test_a_row_of_one_token_is_as_exact(device):
     case.check()
 
 
+def test_a_scheduler_gets_a_second_program_where_splits_stay_long(monkeypatch):
+    """
+    Of 64 tokens a tile: 16 tiles a split suffice, 8 do not, nor 16 beside tokens in 16 bits or of 16 query heads.
+    """
+    monkeypatch.setattr(tuning, "multiprocessors", lambda: 132)
+    cut = Tuning(64, 3, 4, crowded=8)
+
+    assert [cut.splits(64, tokens) for tokens in (8192, 16384)] == [8, 16]
+    assert cut.splits(64, 16384, further=1) == cut.splits(64, 16384, heads=16) == 8
+
+
 @pytest.mark.parametrize("programs", [1, 6, 12, 50], ids=str)
 @pytest.mark.parametrize("heads", [(4, 1), (3, 1)], ids=str)
 def test_any_number_of_splits_is_merged(programs, heads, device, monkeypatch):
