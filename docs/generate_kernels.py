@@ -1,6 +1,5 @@
 """Writes the tables of docs/kernels.md from the committed records, between its marks: `make docs`; a test compares."""
 
-import csv
 import json
 import runpy
 from functools import cache
@@ -11,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
 renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 GRID, BLOCKS, WINDOWS = "kernels-h200", "kernels-blocks-h200", "windows-h200.json"
-INSTRUCTIONS = "checks-h200/instructions.csv"
+TIERS, COUNTERS = "kernels-tiers-h200", "counters-h200.json"
 CENTRES = "checks-h200/centres.txt"
 ABSENT = "–"
 USUAL = (32, 8, 128, 64)  # query heads, KV heads, head_dim, page size
@@ -46,6 +45,39 @@ DESIGNS = {
     "flat": "three tiles; pages not through the pipeline, products in three chains",
     "aff": "the last two together, one tile",
     "cl3": "by a launch before, ahead of its time",
+}
+TIERED = "tiers421_per_token_head:midrise2_per_token_head"
+TIER_FORMS = {
+    "keys sorted": (TIERED, "rank:hadamard"),
+    "keys sorted, window": (f"{TIERED}+w64s4", "rank:hadamard"),
+    "keys centred by page and sorted": (TIERED, "center+rank:hadamard"),
+    "both (`tiers421_centered_window`)": (f"{TIERED}+w64s4", "center+rank:hadamard"),
+}
+PIPES = {
+    "issue": "issue slots",
+    "alu": "integer",
+    "fma": "float",
+    "xu": "special",
+    "tensor": "tensor",
+    "l1": "L1 and shared",
+    "l2": "L2",
+    "dram": "DRAM",
+}
+SCHEDULERS = 132 * 4
+WAITS = {
+    "wait": "fixed latency",
+    "math_pipe_throttle": "a pipe",
+    "not_selected": "its turn",
+    "dispatch_stall": "dispatch",
+    "long_scoreboard": "memory",
+    "short_scoreboard": "shared memory, special functions",
+    "mio_throttle": "their queue",
+    "lg_throttle": "the queue of loads",
+    "barrier": "a barrier",
+    "branch_resolving": "a branch",
+    "no_instruction": "instructions",
+    "imc_miss": "constants",
+    "drain": "stores at the end",
 }
 MISS = 0.8  # of the share at 32/8 heads that a shape must reach
 WINDOWED = {
@@ -149,30 +181,6 @@ def shapes() -> str:
     return table(["", *(dtype.removesuffix("_per_token_head") for dtype in FOUR)], lines)
 
 
-def bounds() -> str:
-    """Of the rows that miss, and of int4 at 32/8, the bytes' time and the instructions that a scheduler gets."""
-    names = ("batch", "context", "query_heads", "kv_heads", "head_dim", "page_size")
-    with (ROOT / "results" / INSTRUCTIONS).open() as file:
-        counted = {(*(int(row[name]) for name in names), row["dtype"]): row for row in csv.DictReader(file)}
-    missed = {(name, dtype) for name, dtype, _, part in shape_rows() if part < MISS} | {("32/8", "int4_per_token_head")}
-    lines = []
-    for name, shape in (("32/8", USUAL), *SHAPES.items()):
-        at = place(name)
-        for dtype in FOUR:
-            row, count = found(GRID, "decode", *at, shape, dtype), counted.get((*at, *shape, dtype))
-            if (name, dtype) not in missed or row is None or count is None:
-                continue
-            own = int(count["tiles"]) * int(count["loop"]) + int(count["around"])
-            own *= 2 if dtype == "int2_per_token_head" else 1  # programs of a scheduler
-            label = f"{name}, {dtype.removesuffix('_per_token_head')}"
-            bytes_us = row["read_bytes"] / row["copy_gbps"] / 1e3
-            lines.append(
-                [label, us(row["us"]), us(bytes_us), count["loop"], f"{own / 1e3:.1f}", f"{row['us'] * 1e3 / own:.2f}"]
-            )
-    head = ["", "µs", "its bytes alone, µs", "instructions a tile", "thousands a scheduler", "ns an instruction"]
-    return table(head, lines)
-
-
 def place(name: str) -> tuple[int, int]:
     """Batch and context that a shape is timed at."""
     return (16, 4096) if "16×4k" in name else (32, 8192)
@@ -228,6 +236,81 @@ def blocks() -> str:
         row = found(BLOCKS, "prefill", 1, 4096, USUAL, dtype)
         lines.append([dtype, *cells, us(row and row["us"])])
     return table(["", "1×32k", "8×8k", "32×8k", "32×8k, D 64", "prefill 1×4096"], lines)
+
+
+def tiers() -> str:
+    """Keys in tiers beside fp16 and int4: decode, shares of copy and ratios to the fastest peer; writes; a prompt."""
+    places = ((1, 32768), (8, 8192), (32, 8192))
+    peers = [(found(TIERS, "decode", *at, USUAL, "fp16") or {}).get("best_16bit_us") for at in places]
+    lines = [["fastest of torch's SDPA, bf16", *(us(peer) for peer in peers), ABSENT, ABSENT, ABSENT]]
+    for name, (dtype, rotation) in {
+        "fp16": ("fp16", "none"),
+        "int4": ("int4_per_token_head", "randomized_hadamard"),
+        **TIER_FORMS,
+    }.items():
+        by = {
+            (row["op"], row["batch"], row["context"]): row
+            for row in rows(TIERS)
+            if (row["dtype"], row["rotation"]) == (dtype, rotation)
+        }
+        cells = []
+        for at, peer in zip(places, peers, strict=True):
+            row = by.get(("decode", *at))
+            ratio = "" if row is None or peer is None else f"; {peer / row['us']:.2f}×"
+            cells.append(
+                ABSENT if row is None else f"{us(row['us'])} ({row['share_of_copy']:.0%}{ratio})".replace("%", " %")
+            )
+        rest = (by.get(("write", 64, None)), by.get(("write", 4096, None)), by.get(("prefill", 1, 4096)))
+        lines.append([name, *cells, *(us(row and row["us"]) for row in rest)])
+    return table(["", *(size(*at) for at in places), "write 64", "write 4096", "prefill 1×4096"], lines)
+
+
+def counters() -> str:
+    """What Nsight Compute counted of each cell's main kernel: how busy its parts were, and what a warp waited for."""
+    counted = json.loads((ROOT / "results" / COUNTERS).read_text())["rows"]
+    lines = []
+    for row in counted:
+        if row["kernel"] not in ("_decode_kernel", "_store_kernel"):
+            continue
+        name = counted_name(row)
+        others = [one["us"] for one in counted if one is not row and counted_name(one) == name]
+        waits = sorted(((row[wait] or 0, text) for wait, text in WAITS.items()), reverse=True)[:3]
+        most = max(PIPES, key=lambda pipe: row[pipe] or 0)
+        cells = [us(row["us"]), us(sum(others)) if others else ABSENT]
+        cells += [f"**{row[pipe]:.0f}**" if pipe == most else f"{row[pipe]:.0f}" for pipe in PIPES]
+        cells += [
+            f"{row['instructions'] / SCHEDULERS / 1e3:.1f}",
+            f"{row['warps']:.1f}",
+            f"{100 * row['warps'] / row['issue']:.1f}",
+        ]
+        lines.append([name, *cells, ", ".join(f"{text} {value:.2f}" for value, text in waits)])
+    head = [
+        "",
+        "µs",
+        "others, µs",
+        *(f"{text}, %" for text in PIPES.values()),
+        "thousand instructions",
+        "warps",
+        "cycles",
+        "waits for",
+    ]
+    return table(head, lines)
+
+
+def counted_name(row: dict[str, Any]) -> str:
+    """A cell of the counters as the page names it."""
+    names = {
+        (32, 8, 128): "",
+        (64, 4, 128): "64/4, ",
+        (32, 1, 128): "MQA 32/1, ",
+        (28, 4, 128): "28/4, ",
+        (24, 8, 96): "24/8, D 96, ",
+    }
+    heads = tuple(int(n) for n in row["heads"].split("/"))
+    dtype = row["dtype"].replace("_per_token_head", "").replace(":midrise2", "")
+    more = ["centres by page"] if "center" in row["rotation"] else []
+    where = f"write {row['batch']}" if row["op"] == "write" else size(row["batch"], row["context"])
+    return ", ".join([f"{names[(*heads, row['head_dim'])]}{dtype} at {where}", *more])
 
 
 def windows() -> str:
@@ -287,12 +370,13 @@ def steps() -> str:
 TABLES = {
     "decode": decode,
     "shapes": shapes,
-    "bounds": bounds,
     "centres": centres,
     "prompts": prompts,
     "writes": writes,
     "blocks": blocks,
     "windows": windows,
+    "tiers": tiers,
+    "counters": counters,
     "steps": steps,
 }
 
