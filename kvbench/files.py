@@ -198,6 +198,12 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep_away(draft: Path) -> None:
+    """Removes a draft as far as that goes: on NFS what another process has open stays, for the next writer."""
+    with contextlib.suppress(OSError):
+        discard(draft)
+
+
 def set_aside(path: Path) -> None:
     """Renames what is in the way to `.broken-1-NAME`, for whoever wants to look."""
     number = 1

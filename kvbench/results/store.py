@@ -33,6 +33,7 @@ from kvbench.files import (
     read_json,
     read_text,
     set_aside,
+    sweep_away,
     write_text,
 )
 from kvbench.results.record import Record, checksum, describe, name_of, plain_json, scalar, unsigned
@@ -201,8 +202,7 @@ class Store:
                 self._make_room(place)
             draft.rename(place)
         except BaseException:
-            with contextlib.suppress(OSError):
-                discard(draft)
+            sweep_away(draft)
             raise
         flush(self.cells)
 
@@ -215,7 +215,7 @@ class Store:
         else:
             aside = self._draft(self.cells)
             place.rename(aside)
-            discard(aside)
+            sweep_away(aside)
 
     def write_run(self, row: dict[str, Any]) -> None:
         """Keep what was asked for, for the report."""
@@ -230,7 +230,7 @@ class Store:
             if os.path.lexists(folder):
                 aside = self._draft(self.folder)
                 folder.rename(aside)
-                discard(aside)
+                sweep_away(aside)
         for name in ("run.json", "report.md", "report.csv", "report.json", "report.html"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -245,7 +245,7 @@ class Store:
         with locked(self.folder / ".lock", wait=False):
             for folder in filter(is_real_folder, (self.folder, self.cells, self.baselines)):
                 for draft in folder.glob(f"{DRAFT}*"):
-                    discard(draft)
+                    sweep_away(draft)
             yield
 
     def _draft(self, folder: Path) -> Path:
@@ -279,8 +279,7 @@ class Store:
                 write_text(sum_of(place), file_checksum(draft))
                 draft.rename(place)
             except BaseException:
-                with contextlib.suppress(OSError):
-                    discard(draft)
+                sweep_away(draft)
                 raise
         return tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -284,6 +285,28 @@ def test_a_failed_cell_is_replaced_by_its_retry(tmp_path):
 
     assert store.done() == {ONE}
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [ONE]
+
+
+def test_what_another_machine_has_open_costs_no_record(tmp_path, monkeypatch):
+    """
+    On NFS a folder with an open file can't be removed: a retry takes its place all the same, and a later writer sweeps
+    what is left of it.
+    """
+    store = Store(tmp_path)
+    store.save(record("one", "failed", error="RuntimeError: no", traceback="Traceback…"), [])
+
+    def not_empty(path):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", not_empty)
+        with store.writing():
+            store.save(record("one"), SAMPLES)
+        with store.writing():
+            assert store.done() == {ONE}
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    with store.writing():
+        assert [path.name for path in (tmp_path / "cells").iterdir()] == [ONE]
 
 
 def test_two_sweeps_do_not_write_to_one_folder(tmp_path):

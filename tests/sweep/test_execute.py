@@ -327,6 +327,22 @@ def test_two_sweeps_of_one_folder_are_refused(config, run, store):
         run(config())
 
 
+def test_a_folder_that_keeps_no_second_writer_out_is_refused(config, run, store, monkeypatch):
+    """
+    A mount without locks, before anything is written to it; the lock file of a process that is gone locks nothing.
+    """
+
+    def no_locks(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", no_locks)
+        with pytest.raises(UnusableError, match=r"cannot write to .*/run: No locks available"):
+            run(config())
+    assert [path.name for path in store.folder.iterdir()] == [".lock"]
+    assert run(config()) == 0
+
+
 def test_a_record_says_what_it_is_of(config, run, store):
     """
     A record carries true sizes, the scoring mode, times, and the machine.

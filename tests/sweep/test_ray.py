@@ -155,6 +155,7 @@ def test_a_cluster_that_has_ended_is_none(tmp_path, monkeypatch):
         assert find_cluster(None) == "local"
         free.listen()
         assert find_cluster(None) is None
+        assert find_cluster(f"127.0.0.1:{port}") is None  # the same one
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(UnusableError, match=rf"no Ray cluster at 127.0.0.1:{port}: .*refused"):
         find_cluster(None)

@@ -40,7 +40,6 @@ def load_ray() -> Any:
     Raises:
         UnusableError: it is not installed.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it tries again is no news; what fails, an error says
     try:
         return importlib.import_module("ray")
     except ImportError as error:
@@ -163,15 +162,19 @@ def find_cluster(address: str | None) -> str | None:
     """
     given = address or os.environ.get("RAY_ADDRESS") or None
     check_address(given)
-    found = importlib.import_module("ray._private.services").canonicalize_bootstrap_address(address)
+    services = importlib.import_module("ray._private.services")
+    found = services.canonicalize_bootstrap_address(address)
     try:
         check_address(found)
     except UnusableError:
         if given:
             raise
         return "local"
-    # as it was given: Ray shows the token of this machine's cluster where it finds that by itself, and not at HOST:PORT
-    return address if found else "local"
+    if found is None:
+        return "local"
+    # Ray shows its token to a cluster of this machine that it finds by itself, and to none that it is told at HOST:PORT
+    own = services.canonicalize_bootstrap_address(services.find_bootstrap_address(None) or "local")
+    return None if found == own and not os.environ.get("RAY_ADDRESS") else address
 
 
 def check_address(address: str | None) -> None:
