@@ -22,7 +22,7 @@ def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     # a killed node is missed after 3 s, and not 15; a slow one has its 10 s to answer as ever
-    settings = {"_system_config": {"health_check_period_ms": 500, "health_check_initial_delay_ms": 0}}
+    settings = {"_system_config": {"health_check_period_ms": 500}}
     started = Cluster(initialize_head=True, head_node_args={**node, **settings})
     started.add_node(**node)
     yield started

@@ -162,19 +162,15 @@ def find_cluster(address: str | None) -> str | None:
     """
     given = address or os.environ.get("RAY_ADDRESS") or None
     check_address(given)
-    services = importlib.import_module("ray._private.services")
-    found = services.canonicalize_bootstrap_address(address)
+    found = importlib.import_module("ray._private.services").canonicalize_bootstrap_address(address)
     try:
         check_address(found)
     except UnusableError:
         if given:
             raise
         return "local"
-    if found is None:
-        return "local"
-    # Ray shows its token to a cluster of this machine that it finds by itself, and to none that it is told at HOST:PORT
-    own = services.canonicalize_bootstrap_address(services.find_bootstrap_address(None) or "local")
-    return None if found == own and not os.environ.get("RAY_ADDRESS") else address
+    # as it was given: Ray shows the token of this machine's cluster where it finds that by itself, and not at HOST:PORT
+    return address if found else "local"
 
 
 def check_address(address: str | None) -> None:
