@@ -144,6 +144,7 @@ def main() -> None:
     """Prints the figures, and writes them where it is told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", help="write executors.json there")
+    parser.add_argument("--plans", type=int, default=0, help="so many times `kvbench plan` alone, into plan.json")
     parser.add_argument("--cells", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=17.0, help="a cell's mean, as in results/qwen on an H100")
@@ -157,6 +158,9 @@ def main() -> None:
         )
         tasks = [f"toy_{number}" for number in range(-(-options.cells // a_task))]
         config, folder = toy.write_config(Path(name, "toys.yaml"), tasks=tasks, **shape), Path(name, "run")
+        if options.plans:
+            keep(options, "plan", {"plan": [timed("plan", str(config)) for _ in range(options.plans)]})
+            return
         began = time.perf_counter()
         count = len(prepare(config, Options(output=folder), toy.PARTS).cells)
         laid_out = time.perf_counter() - began
@@ -167,7 +171,6 @@ def main() -> None:
             code = run_sweep(config, Options(output=folder), toy.PARTS)
         ideal = sum(executor.durations) / options.workers
         found = {
-            "command": " ".join(["python", "benchmarks/executors.py", *sys.argv[1:]]),
             "cells": count,
             "workers": options.workers,
             "mean_cell_seconds": options.seconds,
@@ -175,7 +178,6 @@ def main() -> None:
             "worker_waits_ms_a_cell": round(1000 * executor.idle / count, 2),
             "parent_ms_a_cell": round(1000 * executor.busy / count, 2),
             "parent_processor_ms_a_cell": round(1000 * executor.processor / count, 2),
-            "load_of_the_machine": [round(one, 1) for one in os.getloadavg()],
             "virtual_seconds": round(executor.now, 1),
             "ideal_seconds": round(ideal, 1),
             "overhead_percent": round(100 * (executor.now / ideal - 1), 2),
@@ -183,12 +185,22 @@ def main() -> None:
             "plan": timed("plan", str(config), "--output", str(folder.with_name("none"))),
             "resume": timed("sweep", str(config), "--output", str(folder)),
             "report": timed("report", str(folder)),
-            "environment": describe(),
         }
-    print("\n".join(f"{key:20} {value}" for key, value in found.items() if key != "environment"))
+        keep(options, "executors", found)
+
+
+def keep(options: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
+    """Prints what was found, and writes it with the command and the machine where it is told to."""
+    row = {
+        "command": " ".join(["python", "benchmarks/executors.py", *sys.argv[1:]]),
+        "load_of_the_machine": [round(one, 1) for one in os.getloadavg()],
+        **found,
+        "environment": describe(),
+    }
+    print("\n".join(f"{key:20} {value}" for key, value in row.items() if key != "environment"))
     if options.folder:
         Path(options.folder).mkdir(parents=True, exist_ok=True)
-        Path(options.folder, "executors.json").write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.folder, f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":
