@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, lru_cache
+from typing import TypeVar
 
 import torch
 from kvbench_kernels import attention, store, store_blocks, unpack
@@ -14,7 +15,6 @@ from kvbench_kernels.layout import Layout, Side
 from kvbench_kernels.tiers import Rank
 from kvbench_kernels.tuning import INTERPRETED
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvbench.attention.batch import Batch
 from kvbench.cache import PagedCache
@@ -25,15 +25,15 @@ from kvbench.dtypes.int2 import THRESHOLD
 from kvbench.schemes import Scheme, Window
 from kvbench.schemes import Side as SchemeSide
 from kvbench.transforms import Transform
-from kvbench.transforms.base import POSITIONS, grouped
+from kvbench.transforms.base import POSITIONS, Lowered, grouped
 from kvbench.transforms.center import CenterConstant
+
+T = TypeVar("T")
 
 MULTIPLE = 64  # a head_dim for which to ask whether a transform has a form for kernels
 
 _HALVES = Layout(unpack.FLOAT.value, 16)
 WRITTEN = Window(0, 0)  # all rows are written, whatever is read of them
-# of each plane's codes, for as long as they live: what is computed once of what its transforms learned
-_CENTERS = WeakTensorKeyDictionary()
 
 # a dtype states its decoding as data, but its rounding as code: these are the ones that the write kernel repeats
 _ROUNDINGS = {
@@ -335,24 +335,19 @@ def turn(side: SchemeSide | Transform, head_dim: int, device: torch.device) -> T
 
 def center(keys: Plane) -> Center | None:
     """What the transforms subtract from a layer's keys, as they learned it; None where that is nothing."""
-    if not any(keys.params):
-        return None
-    if keys.codes not in _CENTERS and turned_apart(keys.side):
-        _CENTERS[keys.codes] = _turned_center(keys) if _centred(keys.side) else None
-    if keys.codes not in _CENTERS:
+
+    def made(lowered: Lowered) -> Center | None:
+        if turned_apart(keys.side):
+            return _turned_center(keys) if _centred(keys.side) else None
+        if lowered.offset is None:
+            return None
         device = keys.codes.device
-        lowered = keys.side.lower(keys.head_dim, keys.params)
-        assert lowered is not None, "`turn` refuses it"
-        offset = None if lowered.offset is None else lowered.offset.to(device)
-        if offset is not None:
-            shifted = shift(keys)
-            offset = offset if shifted is None else offset * shifted
-            by_page = offset if offset.dim() == 3 else offset[None]
-            _CENTERS[keys.codes] = Center.make(by_page, turn(keys.side, keys.head_dim, device), POSITIONS, rank(keys))
-        else:
-            _CENTERS[keys.codes] = None
-    found: Center | None = _CENTERS[keys.codes]
-    return found
+        offset, shifted = lowered.offset.to(device), shift(keys)
+        offset = offset if shifted is None else offset * shifted
+        by_page = offset if offset.dim() == 3 else offset[None]
+        return Center.make(by_page, turn(keys.side, keys.head_dim, device), POSITIONS, rank(keys))
+
+    return _of_keys(keys, "center", made)
 
 
 def _turned_center(keys: Plane) -> Center:
@@ -366,28 +361,33 @@ def _turned_center(keys: Plane) -> Center:
 
 def shift(keys: Plane) -> Tensor | None:
     """[HKV, D] float32, the powers of two that the transforms multiply a layer's key channels with; None for ones."""
-    if not any(keys.params) or turned_apart(keys.side):
-        return None
-    if "shift" not in keys.launched:
-        lowered = keys.side.lower(keys.head_dim, keys.params)
-        assert lowered is not None, "`turn` refuses it"
-        keys.launched["shift"] = None if lowered.shift is None else lowered.shift.to(keys.codes.device)
-    found: Tensor | None = keys.launched["shift"]
-    return found
+    device = keys.codes.device
+    return _of_keys(keys, "shift", lambda lowered: None if lowered.shift is None else lowered.shift.to(device))
 
 
 def rank(keys: Plane) -> Rank | None:
     """How the transforms sort a layer's key channels, as they learned it; None where they do not."""
-    if not any(keys.params) or turned_apart(keys.side):
+
+    def made(lowered: Lowered) -> Rank | None:
+        if lowered.order is None or lowered.spread is None:
+            return None
+        return Rank.make(lowered.order.to(keys.codes.device), lowered.spread.to(keys.codes.device))
+
+    return _of_keys(keys, "rank", made)
+
+
+def _of_keys(keys: Plane, name: str, make: Callable[[Lowered], T | None]) -> T | None:
+    """What is made once of what a layer's key transforms learned; None where that is nothing.
+
+    make: of their form for kernels, which is empty where torch turns queries and outputs.
+    """
+    if not any(keys.params):
         return None
-    if "rank" not in keys.launched:
-        lowered = keys.side.lower(keys.head_dim, keys.params)
+    if name not in keys.launched:
+        lowered = Lowered() if turned_apart(keys.side) else keys.side.lower(keys.head_dim, keys.params)
         assert lowered is not None, "`turn` refuses it"
-        keys.launched["rank"] = None
-        if lowered.order is not None and lowered.spread is not None:
-            device = keys.codes.device
-            keys.launched["rank"] = Rank.make(lowered.order.to(device), lowered.spread.to(device))
-    found: Rank | None = keys.launched["rank"]
+        keys.launched[name] = make(lowered)
+    found: T | None = keys.launched[name]
     return found
 
 
