@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from kvbench.environment import describe
 from kvbench.runners import catalog
@@ -24,6 +23,7 @@ from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.session import clear_garbage
 from kvbench.tasks import RunContext, make_task
+from kvbench.timing.spans import alone, spans
 
 
 class _AskedError(Exception):
@@ -56,14 +56,8 @@ def scored(runner: Any, requests: Any) -> float:
 
 def busy(runner: Any, requests: Any) -> tuple[float, int]:
     """Seconds in which the GPU works, and its launches."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        scored(runner, requests)
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    total = end = 0.0
-    for span in sorted((event.time_range.start, event.time_range.end) for event in events):
-        total += max(0.0, span[1] - max(end, span[0]))
-        end = max(end, span[1])
-    return total / 1e6, len(events)
+    found = spans(lambda: scored(runner, requests))
+    return sum(alone(found)) / 1e6, len(found)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from kvbench.environment import describe
 from kvbench.runners import catalog
@@ -24,6 +23,7 @@ from kvbench.runners.base import GenerateRequest
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.session import clear_garbage
+from kvbench.timing.spans import spans
 
 PROMPT, BATCH, NEW = 64, 8, 81
 SHAPE = Path(__file__).parents[1] / "configs" / "shapes" / "qwen3-8b.json"
@@ -44,19 +44,16 @@ def step(runner: Any, asked: list[GenerateRequest]) -> float:
 
 def profiled(runner: Any, asked: list[GenerateRequest], seconds: float) -> dict[str, Any]:
     """What the GPU does in the last so many seconds of a run, in seconds and microseconds."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        runner.generate(asked)
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end, event.name[:60]) for event in events)
-    spans = [one for one in spans if one[0] > spans[-1][1] - 1e6 * seconds]
-    gaps = sorted((max(0.0, after[0] - before[1]) for before, after in pairwise(spans)), reverse=True)
+    found = spans(lambda: runner.generate(asked))
+    found = [span for span in found if span.begin > found[-1].begin - 1e6 * seconds]
+    gaps = sorted((max(0.0, after.begin - before.end) for before, after in pairwise(found)), reverse=True)
     kernels, counts = Counter[str](), Counter[str]()
-    for begin, end, name in spans:
-        kernels[name] += end - begin
-        counts[name] += 1
+    for span in found:
+        kernels[span.name[:60]] += span.end - span.begin
+        counts[span.name[:60]] += 1
     return {
-        "launches": len(spans),
-        "span": (spans[-1][1] - spans[0][0]) / 1e6,
+        "launches": len(found),
+        "span": (found[-1].end - found[0].begin) / 1e6,
         "gap_sum": sum(gaps) / 1e6,
         "largest_gaps_us": [round(gap, 1) for gap in gaps[:40]],
         "median_gap_us": median(gaps),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from kvbench.environment import describe
 from kvbench.runners import catalog
@@ -25,6 +24,7 @@ from kvbench.runners.base import GenerateRequest
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.session import clear_garbage
+from kvbench.timing.spans import Span, alone, spans
 
 GPU = torch.cuda.is_available()
 COUNTED = ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds")
@@ -50,26 +50,20 @@ def counted(runner: Any, asked: list[GenerateRequest]) -> dict[str, float]:
     return {"seconds": seconds, **{name: after.get(name, 0) - before.get(name, 0) for name in COUNTED}}
 
 
-def by_group(events: list[Any]) -> dict[str, float]:
+def by_group(found: list[Span]) -> dict[str, float]:
     """Seconds in which the GPU works, by what its kernels do; what runs beside another kernel counts once."""
-    found: Counter[str] = Counter()
-    end = 0.0
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        own = max(0.0, event.time_range.end - max(end, event.time_range.start)) / 1e6
-        end = max(end, event.time_range.end)
-        names = (group for group, parts in GROUPS.items() if any(part in event.name for part in parts))
-        found[next(names, "other layers' arithmetic")] += own
-    return dict(found)
+    made: Counter[str] = Counter()
+    for span, own in zip(found, alone(found), strict=True):
+        names = (group for group, parts in GROUPS.items() if any(part in span.name for part in parts))
+        made[next(names, "other layers' arithmetic")] += own / 1e6
+    return dict(made)
 
 
 def step_groups(runner: Any, asked: list[GenerateRequest], step: float) -> dict[str, float]:
     """Milliseconds of one decode step, by what its kernels do: the mean of the last ones of a profiled run."""
-    with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as found:
-        runner.generate(asked)
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    last = max((event.time_range.end for event in events), default=0)
-    steps = 8
-    own = [event for event in events if event.time_range.start > last - steps * step * 1e6]
+    found, steps = spans(lambda: runner.generate(asked)), 8
+    last = max(span.end for span in found)
+    own = [span for span in found if span.begin > last - steps * step * 1e6]
     return {group: 1e3 * seconds / steps for group, seconds in by_group(own).items()}
 
 
@@ -103,7 +97,7 @@ def main() -> None:
         first = rows[0] if rows else row
         row["decode_ratio"] = first["step_ms"] / row["step_ms"]
         row["ratio"] = first["seconds"] / row["seconds"]
-        if cell in (first["cell"], options.profile):
+        if GPU and cell in (first["cell"], options.profile):
             row["step_ms_of"] = step_groups(runner, requests(*sizes, 20, "profiled"), row["step_ms"] / 1e3)
         rows.append(row)
         of = ", ".join(f"{name} {ms:.2f}" for name, ms in row.get("step_ms_of", {}).items())

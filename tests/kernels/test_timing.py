@@ -1,7 +1,9 @@
 import json
 import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 from kvbench.attention import triton
 from kvbench.render import render
 from kvbench.timing import KernelRequest, Shape, document, load_requests, parse_grid, run, shape_of_model
+from kvbench.timing.clock import throttle_reasons
 from kvbench.timing.grid import _break_even
+from kvbench.timing.spans import Span, alone
 
 CONFIG = Path(__file__).parents[2] / "configs" / "kernels.yaml"
 SMALL = KernelRequest(("int4", "int2:int8"), batches=(2,), contexts=(96,), shape=Shape(4, 2, 64, 16), samples=3)
@@ -204,3 +208,32 @@ def test_counters_go_to_the_cell_whose_kernels_they_are_of():
     assert (rows[0]["us"], rows[1]["issue"], rows[2]["issue"]) == (1.5, 2.5, None)
     with pytest.raises(ValueError, match="2 kernels more than those of the cells"):
         script["together"]([{"op": "decode"}], kernels + kernels[:1])
+
+
+def test_what_runs_beside_another_kernel_counts_once():
+    """
+    Of a span that begins while one runs only what is left when that has ended; of one within it nothing.
+    """
+    found = [Span(0, 10, "a"), Span(2, 5, "b"), Span(8, 14, "c"), Span(20, 21, "d")]
+
+    assert alone(found) == [10, 0, 4, 1]
+
+
+def test_the_clocks_asked_for_are_those_of_the_gpu_that_is_timed(monkeypatch):
+    """
+    NVML counts all GPUs and torch those that it may see, so the GPU is asked for by what it is called in both.
+    """
+    asked = []
+    nvml = SimpleNamespace(
+        NVMLError=ValueError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid),
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 4,
+        nvmlClocksThrottleReasonSwPowerCap=4,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="6d0f-31"))
+
+    assert throttle_reasons() == ("power cap",)
+    assert asked == ["GPU-6d0f-31"]
