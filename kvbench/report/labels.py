@@ -117,7 +117,8 @@ def scheme_notes(records: Sequence[Record]) -> list[str]:
     seconds: dict[str, float] = {}
     for record in records:
         if learned := record.facts.get("learned"):
-            text = f"{learned['tokens']} tokens of text {learned['text_sha256'][:8]}"
+            shape = str(record.model.get("revision")).startswith("random-")
+            text = "random tokens" if shape else f"{learned['tokens']} tokens of text {learned['text_sha256'][:8]}"
             what = f"keys' means {learned['means']}, from" if "means" in learned else "keys' transforms learned from"
             line = f"{what} {text} (what was learned: {learned['sha256'][:8]}"
             taught[line][f"{record.dtype} · {record.rotation}"] = None

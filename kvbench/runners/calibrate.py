@@ -21,6 +21,8 @@ from kvbench.runners.transformers import TransformersModel, observed
 from kvbench.schemes import Scheme
 from kvbench.transforms import Params, Rope, Sample
 
+DRAWN = 512  # tokens that a shape learns from
+
 
 @dataclass
 class _Layer:
@@ -88,10 +90,13 @@ def texts(loaded: TransformersModel, calibration: Calibration) -> list[list[int]
 
 
 def _drawn(loaded: TransformersModel, calibration: Calibration) -> list[list[int]]:
-    """Random tokens in place of a text, for a shape: its weights are random too, and its speed is all it can say."""
+    """Random tokens in place of a text, for a shape: its weights are random too, and its speed is all it can say.
+
+    So few are enough: 8192 would cost a model of 36 layers half a minute.
+    """
+    few = replace(calibration, tokens=min(calibration.tokens, DRAWN))
     draw = random.Random(0)
-    tokens = [draw.randrange(len(loaded.tokenizer)) for _ in range(calibration.tokens)]
-    return calibration.documents(tokens, loaded.info.max_length)
+    return few.documents([draw.randrange(len(loaded.tokenizer)) for _ in range(few.tokens)], loaded.info.max_length)
 
 
 # ---- rotary embeddings, as the model's own modules compute them

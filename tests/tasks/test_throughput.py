@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvbench.cache import OutOfPages
+from kvbench.calibration import Calibration
 from kvbench.measured import read
 from kvbench.report.compare import compare
 from kvbench.report.comparison_text import noise_floor
@@ -16,6 +17,7 @@ from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.runners import catalog, facts, model_files
 from kvbench.runners.base import GenerateRequest
+from kvbench.runners.calibrate import _drawn
 from kvbench.runners.load import NoTokenizer
 from kvbench.runners.toy import ToyRunner
 from kvbench.runners.transformers import TransformersModel
@@ -121,6 +123,15 @@ def test_a_scheme_that_learns_is_timed_on_a_shape(shape, scheme):
     assert outcome.samples[0]["decode_tokens"] == 2 * 7
 
 
+def test_a_shape_learns_from_few_tokens(shape):
+    """
+    What it learns says nothing: half a minute for a text of 8192 tokens would be waited for in vain.
+    """
+    documents = _drawn(TransformersModel.load(catalog.resolve(str(shape))), Calibration())
+
+    assert [len(document) for document in documents] == [SHAPE["max_position_embeddings"]] * 2
+
+
 def test_a_runner_that_counts_nothing_is_refused():
     """
     No rate is made up from other times.
@@ -183,6 +194,7 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
         "name": "tiny",
         "model": str(shape),
         "dtypes": ["fp16", "int4"],
+        "schemes": ["int4_centered"],
         "canary": False,
         "tasks": [
             {"task": "throughput", "prompt": 32, "new": 64, "batch": 2, "repeats": 1},
@@ -206,7 +218,8 @@ def test_a_sweep_over_a_shape(shape, tmp_path):
     memory = ["memory_holds (tokens)", "longest_context (tokens)"] if gpu else []
     assert [header.lines[1] for header in table.columns[5:]] == ["prefill (tokens/s)", "decode (tokens/s)", *memory]
     repeats = [f"again {seed} of int4_per_token_head" for seed in (1, 2)]  # of the needle alone, which failed
-    assert [row[0] for row in table.rows] == ["fp16", "again", "int4_per_token_head", *repeats]
+    assert [row[0] for row in table.rows] == ["fp16", "again", "int4_per_token_head", *repeats, "int4_per_token_head"]
+    assert any("from random tokens (" in note for note in table.notes)
     [noise] = noise_floor(compare(read(tmp_path / "run")))
     rates = {one.dtype: {metric.name: metric.value for metric in one.metrics} for one in records if one.metrics}
     moved = 100 * (rates["again"]["decode"] / rates["fp16"]["decode"] - 1)
