@@ -119,8 +119,12 @@ def outliers(head_dim: int) -> int:
 
 def furthest(distance: Tensor) -> Tensor:
     """[..., n] places of the outliers, largest distance first, of equal ones the first."""
-    order: Tensor = distance.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., : outliers(distance.shape[-1])]
+    # a few looks at a row are far sooner done than sorting it
+    found = [distance.argmax(-1, keepdim=True)]
+    for _ in range(outliers(distance.shape[-1]) - 1):
+        distance = distance.scatter(-1, found[-1], -torch.inf)
+        found.append(distance.argmax(-1, keepdim=True))
+    return torch.cat(found, -1)
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,9 @@ class NonUniformPerChannel(NonUniform):
     def learn(self, sample: Sample) -> Params:
         assert sample.queries is not None, "it reads queries"
         keys, queries = sample.keys[sample.later].double(), sample.queries[sample.later].double()
-        ends = keys.sort(0).values
         beyond = int(TAIL * len(keys))
-        low, high = ends[beyond], ends[len(keys) - 1 - beyond]
+        channels = keys.movedim(0, -1).contiguous()
+        low, high = (channels.kthvalue(place).values for place in (beyond + 1, len(keys) - beyond))
         middle, half = _range(low, high)
         weigh = queries.square().mean(0).unflatten(0, (keys.shape[1], -1)).mean(1) * half.square()  # [HKV, D]
         z = (keys - middle) / half
