@@ -132,11 +132,11 @@ class Needle(Options):
         from kvbench.runners.base import GenerateRequest
 
         self.check_length(runner.info.max_length)
-        documents = self.documents(runner.tokenizer)
-        requests = [
-            GenerateRequest(tuple(runner.tokenizer.encode(document.prompt)), ANSWER_TOKENS, stop=("\n",))
-            for document in documents
-        ]
+        if (key := str(self.identity())) not in context.kept:
+            made = self.documents(runner.tokenizer)
+            context.kept[key] = made, [tuple(runner.tokenizer.encode(document.prompt)) for document in made]
+        documents, prompts = context.kept[key]
+        requests = [GenerateRequest(prompt, ANSWER_TOKENS, stop=("\n",)) for prompt in prompts]
         said = [generation.text for generation in runner.generate(requests, context.progress)]
         right = [
             float(_first_number(reply) == document.answer) for reply, document in zip(said, documents, strict=True)

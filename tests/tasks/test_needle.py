@@ -41,6 +41,24 @@ def test_who_reads_the_fact_is_right_and_who_does_not_is_wrong(context):
         assert make_task(SPEC).metrics() == tuple(metric.name for metric in outcome.metrics)
 
 
+def test_documents_are_made_once_for_all_cells_of_a_model(context, monkeypatch):
+    """
+    The second cell encodes nothing and gives the same outcome; a task of other contexts makes its own.
+    """
+    runner, task = Oracle(), make_task(SPEC)
+    first = task.run(runner, context)
+    encoded = []
+    encode = type(runner.tokenizer).encode
+    monkeypatch.setattr(
+        type(runner.tokenizer), "encode", lambda *args, **kw: encoded.append(args) or encode(*args, **kw)
+    )
+
+    assert task.run(runner, context) == first
+    assert not encoded
+    make_task(SPEC | {"contexts": [600]}).run(runner, context)
+    assert encoded
+
+
 @pytest.mark.parametrize("limit", [1, 6, 7])
 def test_a_limit_leaves_the_contexts_that_it_reaches(limit, context):
     """
