@@ -54,7 +54,7 @@ def test_ranges_are_those_of_99_percent_of_a_channel():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_outliers_are_the_first_of_a_row_in_order(head_dim):
     """
-    Largest distance first, of equal ones the first, NaN before all: as a stable sort has them.
+    Largest distance first, of equal ones the first, NaN before all: as a stable sort has them, on a GPU too.
     """
     distance = torch.randint(0, 9, (40, head_dim)).float()
     distance[3] = 0.0
@@ -62,7 +62,8 @@ def test_outliers_are_the_first_of_a_row_in_order(head_dim):
     distance[5, 2::7] = torch.nan
 
     order = distance.sort(dim=-1, descending=True, stable=True).indices
-    assert torch.equal(nuq.furthest(distance), order[:, : nuq.outliers(head_dim)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert torch.equal(nuq.furthest(distance.to(device)).cpu(), order[:, : nuq.outliers(head_dim)])
 
 
 @pytest.mark.parametrize("bits", [2, 3])
