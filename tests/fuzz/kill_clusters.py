@@ -35,21 +35,65 @@ class Found:
     seconds: float = 0.0
 
 
+def start_cluster(toys: Path, cpus: int = 1) -> Any:
+    """A cluster of this machine that is a head alone, whose processes know the toys in that folder."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(toys), os.environ.get("PYTHONPATH")]))
+    # a killed node is missed after 1 s, and not 15; a slow one has its 10 s to answer as ever
+    health = {"initial_delay_ms": 500, "period_ms": 500, "failure_threshold": 2}
+    head = {
+        **NODE,
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "include_log_monitor": False,
+        "_system_config": {f"health_check_{name}": value for name, value in health.items()},
+    }
+    return Cluster(initialize_head=True, head_node_args=head)
+
+
+def check(store: Store, before: dict[str, str]) -> dict[str, str]:
+    """When each cell was finished; all that were before still are, as they were.
+
+    Raises:
+        Broken: a cell is half there, lost, doubled or failed.
+    """
+    contents = store.load()
+    if contents.problems:
+        raise Broken("half a cell", "\n".join(contents.problems))
+    now = {name: record.finished + str(record.timings) for name, record in contents.records.items()}
+    if lost := before.keys() - now.keys():
+        raise Broken("lost cell", ", ".join(sorted(lost)))
+    if twice := [name for name in before if before[name] != now[name]]:
+        raise Broken("doubled cell", ", ".join(twice))
+    if failed := [record.error for record in contents.records.values() if record.status == "failed"]:
+        raise Broken("failed cell", str(failed))
+    return now
+
+
+def compare(output: Path, folder: Path, toy: Any, tasks: Sequence[str]) -> None:
+    """Raises Broken where the table is not that of a sweep in this process that nobody disturbed, kept in a folder."""
+    from kvbench.sweep.command import Options, run_sweep
+
+    alone = folder / "alone"
+    if not alone.exists():
+        config = toy.write_config(folder / "alone.yaml", tasks=[{"task": name} for name in tasks])
+        run_sweep(config, Options(output=alone, executor="inline"), toy.PARTS)
+    if Report.read(output).rows() != Report.read(alone).rows():
+        raise Broken("difference", str(Report.read(output).rows())[:2000])
+
+
 class Sweeps:
     """Toy sweeps in a cluster whose head runs no cell, with two nodes that do."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from ray.cluster_utils import Cluster
-
         self.toy = toy_sweeps()
-        toys = str(Path(self.toy.__file__).parent)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [toys, os.environ.get("PYTHONPATH")]))
         # Ray has threads, of which a fork would be a broken half: drivers begin from a process that has kvbench alone
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["kvbench.cli", "kvbench.sweep.command"])
         self.folder = folder
         self.random = random.Random(seed)
-        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+        self.cluster = start_cluster(Path(self.toy.__file__).parent, cpus=0)
         self.nodes = [self.cluster.add_node(**NODE) for _ in range(2)]
         self.found = Found()
 
@@ -83,17 +127,17 @@ class Sweeps:
             self.found.kills[kind] += 1
             if kind == "driver":
                 process.join()
-                kept = self.check(store, kept)
+                kept = check(store, kept)
                 process = self.start(config, output)
             else:
-                kept = self.check(store, kept)
+                kept = check(store, kept)
         process.join(PATIENCE)
         errors = output.with_name("stderr").read_text()
         if process.exitcode != 0 or "Traceback" in errors:
             process.kill()
             raise Broken("sweep that does not end", f"exit {process.exitcode}\n{errors[-4000:]}")
-        kept = self.check(store, kept)
-        self.compare(output, config)
+        kept = check(store, kept)
+        compare(output, self.folder, self.toy, [task["task"] for task in tasks])
         self.found.cells += len(kept)
         self.found.begun += len(log.read_text().splitlines())
         self.found.seconds += time.monotonic() - began
@@ -120,32 +164,6 @@ class Sweeps:
             node = self.nodes.pop(self.random.randrange(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=False)
             self.nodes.append(self.cluster.add_node(**NODE))
-
-    def check(self, store: Store, before: dict[str, str]) -> dict[str, str]:
-        """When each cell was finished; all that were before still are, as they were."""
-        contents = store.load()
-        if contents.problems:
-            raise Broken("half a cell", "\n".join(contents.problems))
-        now = {name: record.finished + str(record.timings) for name, record in contents.records.items()}
-        if lost := before.keys() - now.keys():
-            raise Broken("lost cell", ", ".join(sorted(lost)))
-        if twice := [name for name in before if before[name] != now[name]]:
-            raise Broken("doubled cell", ", ".join(twice))
-        if failed := [record.error for record in contents.records.values() if record.status == "failed"]:
-            raise Broken("failed cell", str(failed))
-        return now
-
-    def compare(self, output: Path, config: Path) -> None:
-        """Raises Broken where the table is not that of a sweep in this process that nobody disturbed."""
-        from kvbench.sweep.command import Options, run_sweep
-
-        alone = self.folder / "alone"
-        if not alone.exists():
-            quick = [{"task": f"toy_{i}"} for i in range(TASKS)]
-            quick_config = self.toy.write_config(config.with_name("alone.yaml"), tasks=quick)
-            run_sweep(quick_config, Options(output=alone, executor="inline"), self.toy.PARTS)
-        if Report.read(output).rows() != Report.read(alone).rows():
-            raise Broken("difference", str(Report.read(output).rows())[:2000])
 
     def end(self) -> None:
         """Stops the cluster."""

@@ -1,8 +1,10 @@
 import multiprocessing
-import os
+import unittest.mock
+from functools import partial
 from pathlib import Path
 
 import pytest
+from kill_clusters import NODE, start_cluster
 
 
 @pytest.fixture(autouse=True)
@@ -16,15 +18,8 @@ def _on_the_cpu(monkeypatch):
 def cluster():
     """A Ray cluster of two nodes on this machine, each with room for one worker, whose processes know the toys."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvbench[ray]'")
-    from ray.cluster_utils import Cluster
-
-    folder = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    # a killed node is missed after 3 s, and not 15; a slow one has its 10 s to answer as ever
-    settings = {"_system_config": {"health_check_period_ms": 500}}
-    started = Cluster(initialize_head=True, head_node_args={**node, **settings})
-    started.add_node(**node)
+    started = start_cluster(Path(__file__).parent)
+    started.add_node(**NODE)
     yield started
     started.shutdown()
 
@@ -37,14 +32,14 @@ def contexts():
     return {"fork": multiprocessing.get_context("fork"), "clean": clean}
 
 
-@pytest.fixture
-def start(tmp_path, toy, contexts):
-    """A function: `kvbench ARGUMENTS` over toys, in a process and a process group of its own."""
+@pytest.fixture(scope="session")
+def start_in(toy, contexts):
+    """A function: `kvbench ARGUMENTS` over toys, in a process group of its own, which writes its stderr to a folder."""
 
-    def started(*arguments, context="fork"):
-        process = contexts[context].Process(
-            target=toy.kvbench, args=([str(one) for one in arguments], tmp_path / "stderr")
-        )
+    def started(folder, *arguments, context="fork"):
+        errors = folder / "stderr"
+        process = contexts[context].Process(target=toy.kvbench, args=([str(one) for one in arguments], errors))
+        process.errors = errors
         process.start()
         return process
 
@@ -52,18 +47,30 @@ def start(tmp_path, toy, contexts):
 
 
 @pytest.fixture
-def quick_workers(monkeypatch):
-    """A device's process has what this one has loaded, which saves seconds; else it begins as a user's does."""
-    monkeypatch.setattr("kvbench.sweep.executors.process.START", "fork")
+def start(tmp_path, start_in):
+    """The same, in the test's folder."""
+    return partial(start_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def quickly():
+    """A context: a device's process has what this one has loaded, which saves seconds; else it begins as a user's."""
+    return partial(unittest.mock.patch, "kvbench.sweep.executors.process.START", "fork")
 
 
 @pytest.fixture
-def ends(tmp_path):
+def quick_workers(quickly):
+    with quickly():
+        yield
+
+
+@pytest.fixture(scope="session")
+def ends():
     """A function: the exit code of such a process, and what it wrote to stderr."""
 
     def ended(process, seconds=300):
         process.join(seconds)
-        errors = (tmp_path / "stderr").read_text()
+        errors = process.errors.read_text()
         assert process.exitcode is not None, errors
         assert "Traceback" not in errors
         return process.exitcode, errors

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
+from kill_clusters import NODE, check, compare
 
 from kvbench.results import Store
 from kvbench.sweep.command import Options, make_executor, run_sweep
@@ -31,60 +34,65 @@ def kvbench_in_a_cluster(cluster, start):
     return started
 
 
-def test_a_dead_worker_costs_nothing_at_first_and_its_cell_at_last(kvbench_in_a_cluster, ends, tmp_path, toy):
+def test_a_worker_that_dies_three_times_costs_its_cell(kvbench_in_a_cluster, ends, tmp_path, toy):
     """
-    A cell whose worker dies once is measured elsewhere; one that kills three of them is kept as failed with each end.
+    A cell that kills three of them is kept as failed, with each end and not all on one node; the others are measured.
     """
-    tasks = [
-        {"task": "toy_a", "dies": "int8", "once": str(tmp_path / "once")},
-        {"task": "toy_b", "dies": "int2"},
-    ]
-    path = toy.write_config(tmp_path / "toys.yaml", tasks=tasks)
+    path = toy.write_config(tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "dies": "int2"}])
     code, errors = ends(kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run"))
     records = Store(tmp_path / "run").load().records.values()
     assert code == 3, errors
     (failed,) = [record for record in records if record.status == "failed"]
-    assert len(records) == 16
-    assert (tmp_path / "once").exists()
-    assert (failed.dtype, failed.task) == ("int2_per_token_head", "toy_b")
+    assert len(records) == 8
+    assert failed.dtype == "int2_per_token_head"
     assert failed.error.startswith("WorkerDiedError: it was tried 3 times, and each time its worker died: on ")
     places = re.findall(r"on (\S+): Worker unexpectedly exits", failed.error)
     assert (len(places), len(set(places))) == (3, 2), "all three on one node"
 
 
-def test_a_cluster_may_grow_while_a_sweep_runs(kvbench_in_a_cluster, ends, tmp_path, toy, cluster):
+def test_what_ends_in_a_cluster_costs_nothing(kvbench_in_a_cluster, ends, tmp_path, toy, cluster):
     """
-    A node that joins takes cells, and one that leaves costs none, in the middle of its cell. What Ray says of that is
-    no result, and not on stdout.
+    A worker and the driver, killed in the middle of cells, and a node that joined, took one and left: no cell is lost
+    or doubled, and the table is that of a sweep left alone. What Ray says of nodes is no result, and not on stdout.
     """
-    go = tmp_path / "go"
-    path = toy.write_config(
-        tmp_path / "toys.yaml", tasks=[{"task": "toy_a", "log": str(tmp_path / "log"), "holds": str(go)}]
-    )
-    process = kvbench_in_a_cluster("sweep", path, "--output", tmp_path / "run")
-    workers = tmp_path / "log of the processes"
+    go, log, store = tmp_path / "go", tmp_path / "log", Store(tmp_path / "run")
+    tasks = ["toy_a", {"task": "toy_b", "log": str(log), "holds": str(go)}]
+    path = toy.write_config(tmp_path / "toys.yaml", tasks=tasks)
+    kept = {}
 
-    def count(at_least):
-        deadline = time.monotonic() + 200
+    def driver():
+        return kvbench_in_a_cluster("sweep", path, "--output", store.folder)
+
+    def begun(process, count):
+        """The processes that held in a cell, once there are so many."""
+        deadline, pids = time.monotonic() + 200, tmp_path / "log of the processes"
         while time.monotonic() < deadline and process.is_alive():
-            if workers.exists() and len(set(workers.read_text().split())) >= at_least:
-                return True
-            time.sleep(0.1)
-        return False
+            found = list(dict.fromkeys(pids.read_text().split())) if pids.exists() else []
+            if len(found) >= count:
+                return found
+            time.sleep(0.05)
+        pytest.fail(f"no {count} processes took a cell: {process.errors.read_text()}")
 
-    assert count(2)
-    node = cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 * 2**20)
+    first = driver()
+    os.kill(int(begun(first, 2)[0]), signal.SIGKILL)
+    begun(first, 3)
+    first.kill()
+    first.join()
+    kept = check(store, kept)
+    second = driver()
+    begun(second, 5)
+    node = cluster.add_node(**NODE)
     try:
-        assert count(3), "the new node took no cell"
+        begun(second, 6)
     finally:
         cluster.remove_node(node, allow_graceful=False)
-        time.sleep(4)  # until the cluster misses it
         go.touch()
-    code, errors = ends(process)
+    code, errors = ends(second)
 
     assert code == 0, errors
-    records = Store(tmp_path / "run").load().records.values()
-    assert [record.status for record in records] == ["done"] * 8
+    assert kept.keys() < check(store, kept).keys()
+    compare(store.folder, tmp_path, toy, ["toy_a", "toy_b"])
+    assert len(log.read_text().splitlines()) > 8, "no cell was begun twice"
     assert (tmp_path / "stdout").read_text() == ""
 
 
