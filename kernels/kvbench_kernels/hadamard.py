@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbench_kernels.tuning import rows_a_program
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -125,7 +127,7 @@ def rotate(
     tokens, heads, head_dim = x.shape
     if out is None:
         out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    block_r = 16
+    block_r = rows_a_program(16)
     _rotate_kernel[(triton.cdiv(tokens * heads, block_r),)](
         x,
         turn.signs,

@@ -27,7 +27,7 @@ from kvbench_kernels.store_blocks import store_blocks
 from kvbench_kernels.three import store_three
 from kvbench_kernels.tiers import Rank, search, store_tiers
 from kvbench_kernels.tiles import sum_by_halves
-from kvbench_kernels.tuning import INTERPRETED
+from kvbench_kernels.tuning import INTERPRETED, rows_a_program
 
 # how a row becomes codes
 ROUND_FLOAT = tl.constexpr(0)  # to the 16-bit type
@@ -354,7 +354,7 @@ def store(
         )  # fmt: skip
         return
     # few rows: more programs, so that all multiprocessors take part
-    block_r = 32 if INTERPRETED else 4 if tokens * kv_heads <= 1024 else 8
+    block_r = rows_a_program(4 if tokens * kv_heads <= 1024 else 8)
     _store_kernel[(triton.cdiv(tokens, block_r) * kv_heads, 2)](
         k,
         v,

@@ -22,7 +22,7 @@ from kvbench_kernels.rows import (
     turned_rows,
 )
 from kvbench_kernels.tiles import nearest
-from kvbench_kernels.tuning import INTERPRETED
+from kvbench_kernels.tuning import rows_a_program
 
 # how a block becomes codes; `s` is the scale before it is rounded
 BLOCK_Q8 = tl.constexpr(16)  # x / s to the nearest, halves away from zero, s = absmax / 127
@@ -237,7 +237,7 @@ def store_blocks(
 ) -> None:
     """Turn, quantize and write new tokens' rows; as `store`, of sides that are both in blocks."""
     tokens, kv_heads, head_dim = k.shape
-    block_r = 32 if INTERPRETED else 4 if tokens * kv_heads <= 1024 else 8
+    block_r = rows_a_program(4 if tokens * kv_heads <= 1024 else 8)
     _store_blocks_kernel[(triton.cdiv(tokens, block_r) * kv_heads, 2)](
         k,
         v,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbench_kernels.tiles import nearest, sum_by_halves
-from kvbench_kernels.tuning import INTERPRETED
+from kvbench_kernels.tuning import rows_a_program
 from kvbench_kernels.viterbi import Part, cheapest_paths
 
 _EXPONENT_OF_ONE = tl.constexpr(127)  # of a float32
@@ -371,4 +371,4 @@ def read(codes: Tensor, scale: Tensor, head_dim: int, code: Code) -> Tensor:
 def _tile(width: int) -> tuple[int, int]:
     """Rows of a program, and columns of its tile."""
     block = triton.next_power_of_2(width)
-    return (32 if INTERPRETED else max(1, 1024 // block)), block
+    return rows_a_program(max(1, 1024 // block)), block

@@ -16,6 +16,11 @@ from kvbench_kernels.layout import Layout
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def rows_a_program(compiled: int) -> int:
+    """Rows of a program: many in the interpreter, where an operation takes its time however wide it is."""
+    return 128 if INTERPRETED else compiled
+
+
 LONG = 16  # tiles of a split over which its beginning and end weigh little
 
 
