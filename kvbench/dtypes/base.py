@@ -324,7 +324,7 @@ class Dtype:
         if self.code_bits >= 8:
             return (packed.view(torch.int8) if self.decode == Affine("none") else packed).to(torch.int32)
         word_dtype = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[self.word_bits]
-        words = packed.contiguous().view(word_dtype).to(torch.int32)
+        words = elements(packed, word_dtype).to(torch.int32)
         sizes = [words.shape[-1] * bits // self.code_bits for bits in self.planes]
         codes: Tensor | None = None
         for bits, own in zip(self.planes, words.split(sizes, -1), strict=True):
@@ -341,7 +341,7 @@ class Dtype:
         if isinstance(self.decode, Cast):
             storage = self.decode.storage
             assert storage is not None, "auto is resolved before it is used"
-            values = rows.codes.contiguous().view(storage).to(dtype)
+            values = elements(rows.codes, storage).to(dtype)
         elif isinstance(self.decode, Codebook):
             table = constant(self.decode.centroids, dtype, rows.codes.device)
             values = table[self.unpack(rows.codes)]
@@ -388,6 +388,15 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     """[n] of these values, there."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
+
+
+def elements(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., n] what bytes [..., n * size] are as elements of `dtype`, wherever they lie."""
+    packed, size = packed.contiguous(), dtype.itemsize
+    # a row alone counts as contiguous, however far the next one would be
+    if packed.storage_offset() % size or any(stride % size for stride in packed.stride()[:-1]):
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(dtype)
 
 
 def over(x: Tensor, divisor: float) -> Tensor:

@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import Codebook, Dtype, Rows, stored_as
+from kvbench.dtypes.base import Codebook, Dtype, Rows, elements, stored_as
 from kvbench.dtypes.int2 import sum_by_halves
 from kvbench.dtypes.turboquant import book
 from kvbench.transforms.base import Params, Sample
@@ -102,7 +102,7 @@ class NonUniform(Dtype):
         index = self.unpack(codes[..., :words]).long()
         values = self._table(codes).to(middle.dtype)[index] * half + middle
         beside = codes[..., words:].unflatten(-1, (-1, OUTLIER_BYTES))
-        kept = beside[..., 1:].contiguous().view(torch.float16).squeeze(-1)
+        kept = elements(beside[..., 1:], torch.float16).squeeze(-1)
         # rows of a page that were never written hold anything
         return values.scatter(-1, beside[..., 0].long().clamp_max(head_dim - 1), kept.to(middle.dtype))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.dtypes.base import SCALE_BYTES, Codebook, Dtype, Rows
+from kvbench.dtypes.base import SCALE_BYTES, Codebook, Dtype, Rows, elements
 from kvbench.transforms import Rotation
 
 
@@ -43,7 +43,7 @@ def import_rows(stored: Tensor, dtype: Dtype, rotation: Rotation, head_dim: int)
             f"a row of {dtype.name} at head_dim {head_dim} has {code_bytes + SCALE_BYTES} bytes, not {stored.shape[-1]}"
         )
     codes = stored[..., :code_bytes].contiguous()
-    scale = stored[..., code_bytes:].contiguous().view(torch.float32).squeeze(-1)
+    scale = elements(stored[..., code_bytes:], torch.float32).squeeze(-1)
     if dtype.code_bits < 8:
         codes = dtype.pack(_unpack_in_order(codes, dtype.code_bits))
     return Rows(codes, scale / _scale_factor(dtype, rotation, head_dim))

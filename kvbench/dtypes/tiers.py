@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvbench.dtypes import e5m3
-from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers, constant
+from kvbench.dtypes.base import STEPS, Codebook, Dtype, Rows, Tiers, constant, elements
 from kvbench.dtypes.int2 import sum_by_halves, sum_of_squares
 
 SEARCHED = range(-3, 8)  # the scales that are tried, in codes from that of the row's root mean square on
@@ -122,7 +122,7 @@ class TiersPerTokenHead(_Searched):
         return words.to(torch.int16).contiguous().view(torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        words = packed.contiguous().view(torch.int16).to(torch.int32)
+        words = elements(packed, torch.int16).to(torch.int32)
         width = words.shape[-1] * 16 // (16 + len(self.tiers.rest))
         slices = torch.zeros(*words.shape[:-1], 8, width, dtype=torch.int32, device=words.device)
         for field in self.tiers.fields:

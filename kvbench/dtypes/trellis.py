@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbench.dtypes import e5m3
-from kvbench.dtypes.base import Dtype, Part, Rows, Trellis
+from kvbench.dtypes.base import Dtype, Part, Rows, Trellis, elements
 from kvbench.dtypes.int2 import sum_of_squares
 
 UNIT_BITS = 5
@@ -182,7 +182,7 @@ class TrellisPerTokenHead(Dtype):
         if kernels is not None and kernels.serves(self, dtype):
             return kernels.dequantize(self, rows, head_dim).to(dtype)
         steps = steps_of(self.trellis, head_dim, rows.codes.device)
-        words = rows.codes.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+        words = elements(rows.codes, torch.int16).to(torch.int32) & 0xFFFF
         start = rows.scale.to(torch.int32).unsqueeze(-1) & ((1 << self.start_bits) - 1)
         pairs = torch.cat([start, words[..., :-1]], -1) << WORD | words
         windows = (pairs[..., steps.word] >> steps.shift) & ((1 << self.trellis.state_bits) - 1)
@@ -222,7 +222,7 @@ class TrellisPerTokenHead(Dtype):
     def unpack(self, packed: Tensor) -> Tensor:
         head_dim = self._head_dim(packed.shape[-1])
         steps = steps_of(self.trellis, head_dim, packed.device)
-        words = packed.contiguous().view(torch.int16).to(torch.int32)
+        words = elements(packed, torch.int16).to(torch.int32)
         bits = ((words.unsqueeze(-1) >> _down(WORD, packed.device)) & 1).flatten(-2)
         codes, first = [], 0
         for part in self.trellis.parts:

@@ -224,6 +224,24 @@ def test_a_view_that_is_not_contiguous_reads_the_same(dtype):
     )
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_a_row_alone_reads_the_same_at_any_byte(head_dim):
+    """
+    One token of one head, cut out of storage in which rows of an odd length begin at odd bytes, reads as its copy.
+    """
+    for dtype in all_dtypes().values():
+        if dtype.page_tokens or dtype.name == "auto" or head_dim % dtype.head_dim_multiple:
+            continue
+        rows = dtype.quantize(torch.randn(3, 1, head_dim))
+        wide = torch.zeros(3, 1, rows.codes.shape[-1] | 1, dtype=torch.uint8)
+        stored = torch.cat([wide[..., :1], rows.codes, wide], -1)[1:2, :, 1 : 1 + rows.codes.shape[-1]]
+        scale = None if rows.scale is None else rows.scale[1:2]
+
+        alone = dtype.dequantize(Rows(stored, scale))
+        assert torch.equal(alone, dtype.dequantize(Rows(rows.codes[1:2].clone(), scale))), dtype.name
+        assert torch.equal(alone, dtype.dequantize(rows)[1:2]), dtype.name
+
+
 # ---- rows stand alone
 
 
