@@ -16,9 +16,6 @@ from typing import Any
 MAX_PATH = 4096  # PATH_MAX: no longer name can be opened
 DRAFT = ".draft-"  # of names that are never read, and that the next writer sweeps away
 
-# a disk or a quota that is full, and a file larger than is allowed
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
     """What a regular file holds. Nothing else is opened: a FIFO would wait for ever, a device never end.
@@ -231,19 +228,3 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def fault_of(error: BaseException) -> OSError | None:
-    """What the machine lacks where an error, or one that it came from, says so: a full disk, or a limit."""
-    seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        if isinstance(one, OSError) and one.errno in FULL:
-            return one
-        for code in FULL:
-            # libraries written in Rust pass on the number in words
-            if f"(os error {code})" in str(one):
-                return OSError(code, os.strerror(code))
-        one = one.__cause__ or one.__context__
-    return None

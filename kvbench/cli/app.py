@@ -102,11 +102,14 @@ def _crashed(error: Exception) -> int:
     import tempfile
     import traceback
 
-    from kvbench.files import fault_of
+    from kvbench.faults import fault_of, triton_fault
     from kvbench.render.text import seen
 
     if fault := fault_of(error):
         print(f"error: cannot write: {seen(str(fault))}", file=sys.stderr)
+        return UNUSABLE
+    if line := triton_fault(error):
+        print(f"error: {seen(line)}", file=sys.stderr)
         return UNUSABLE
     text = "".join(["kvbench ", " ".join(map(repr, sys.argv[1:])), "\n\n", *traceback.format_exception(error)])
     try:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from kvbench.faults import triton_fault
 from kvbench.render import Column, Document, View, all_renderers, render, text
 from kvbench.render.text import seen
 
@@ -105,7 +106,9 @@ def epilog(examples: str) -> str:
 
 
 def fail(error: object, code: int) -> NoReturn:
-    """The message alone on stderr, and the exit code."""
+    """The message alone on stderr, and the exit code; what Triton lacks is the machine's fault, whatever it came as."""
+    if isinstance(error, Exception) and (line := triton_fault(error)):
+        error, code = line, UNUSABLE
     print(f"error: {seen(error)}", file=sys.stderr)
     raise typer.Exit(code)
 

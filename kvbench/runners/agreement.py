@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvbench.cache import OutOfPages
+from kvbench.faults import is_the_machine_s
 from kvbench.runners.base import GenerateRequest
 from kvbench.runners.model_files import RefusedError, one_line
 from kvbench.runners.processors import Processors
@@ -67,9 +68,11 @@ def check(loaded: TransformersModel, *, page_size: int = 16, attention: Attentio
     try:
         parts = list(_parts(loaded, prompts, page_size, attention))
         noise = _noise(loaded.model, prompts)
-    except (RefusedError, OutOfPages, torch.OutOfMemoryError):
+    except (RefusedError, OutOfPages):
         raise
     except Exception as error:  # what an architecture has beside attention may fail anywhere
+        if is_the_machine_s(error):
+            raise
         raise RefusedError(f"model {name} can't run on this cache: {one_line(error)}") from error
     usual = max(_typical(way) for way in noise)
     floor = FLOAT32_FLOOR if loaded.model.dtype.itemsize >= 4 else 8 * torch.finfo(loaded.model.dtype).eps

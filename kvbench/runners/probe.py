@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from kvbench.faults import is_the_machine_s
 from kvbench.runners.facts import NO_INTERFACE
 from kvbench.runners.model_files import Layers, RefusedError, one_line
 
@@ -40,6 +41,8 @@ def windows(model: Any, layers: Layers, indices: tuple[int, ...]) -> Windows:
         except _CannotError as error:
             raise RefusedError(f"models of type '{name}' {error}") from None
         except Exception as error:  # a model that no plain decoder is may fail anywhere
+            if is_the_machine_s(error):
+                raise
             raise RefusedError(f"models of type '{name}' can't run on this cache: {one_line(error)}") from error
     return _checked(name, seen, layers, indices)
 

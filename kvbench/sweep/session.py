@@ -39,7 +39,7 @@ from kvbench.sweep.job import Advanced, Finished, Job, Loading, Started, Step
 from kvbench.sweep.parts import ModelFacts
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.spec import ModelSpec
-from kvbench.sweep.stopping import raise_if_full, raise_if_stopped
+from kvbench.sweep.stopping import raise_if_stopped, raise_if_the_machine_s
 from kvbench.tasks.base import RunContext, SideName
 
 LEARNING_VERSION = 1  # raised when the same text comes to teach something else
@@ -140,6 +140,7 @@ class Bench:
         Raises:
             RefusedError: its model would be measured wrongly.
             OSError: a disk is full.
+            UnusableError: Triton can't use its cache, or build what launches kernels.
             KeyboardInterrupt: it was stopped.
         """
         if (cell.spec, cell.model) != self.model:
@@ -167,7 +168,7 @@ class Bench:
             raise
         except Exception as error:
             raise_if_stopped()
-            raise_if_full(error)
+            raise_if_the_machine_s(error)
             self.session = error
         self.model = (cell.spec, cell.model)
 
@@ -266,7 +267,7 @@ class Session:
                 )
         except Exception as error:
             raise_if_stopped()
-            raise_if_full(error)
+            raise_if_the_machine_s(error)
             return Finished(failed(cell, error, environment, time.perf_counter() - began), [], is_broken())
         agreed = {"agreement": self.agreement} if self.agreement else {}
         record = Record(

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from kvbench.files import fault_of
+from kvbench.faults import fault_of, triton_fault
 
 _stopped = threading.Event()
 
@@ -33,11 +33,16 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def raise_if_full(error: Exception) -> None:
-    """Raises the OSError that an error came from, where that is a full disk or a limit: no fault of the cell's."""
-    fault = fault_of(error)
-    if fault is not None:
+def raise_if_the_machine_s(error: Exception) -> None:
+    """Raises what is no fault of the cell's: the OSError of a full disk or a limit, or what Triton lacks.
+
+    Raises:
+        OSError, UnusableError: the error came from that.
+    """
+    if (fault := fault_of(error)) is not None:
         raise fault
+    if (line := triton_fault(error)) is not None:
+        raise UnusableError(f"{line}; the same command goes on") from error
 
 
 def raise_if_stopped() -> None:

@@ -24,6 +24,7 @@ from kvbench.sweep.job import Advanced, Event, Job, Step, Tell
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.session import Bench
 from kvbench.sweep.spec import ModelSpec
+from kvbench.sweep.stopping import UnusableError
 
 START: Literal["spawn"] = "spawn"  # how a process begins: CUDA takes no fork of one that has used it
 ADVANCE_SECONDS = 0.1  # between two messages about the same cell
@@ -68,11 +69,8 @@ def work(connection: Connection, variables: dict[str, str]) -> None:
             cell: Cell = connection.recv()
             try:
                 send(bench.run(cell))
-            except (
-                RefusedError,
-                OSError,
-            ) as error:  # an OSError is the disk's, or the run folder's: no fault of the cell's
-                send(error)
+            except (RefusedError, UnusableError, OSError) as error:
+                send(error)  # the machine's fault, the disk's or the run folder's, not the cell's
                 return
     except EOFError:
         return

@@ -78,11 +78,12 @@ class Worker:
     def run(self, cell: Cell) -> Finished | Exception:
         """What a cell gave; what is no fault of the cell's."""
         from kvbench.runners.model_files import RefusedError
+        from kvbench.sweep.stopping import UnusableError
 
         self.cell = cell.name
         try:
             return self.bench.run(cell)
-        except (RefusedError, OSError) as error:
+        except (RefusedError, UnusableError, OSError) as error:
             return error
 
 
