@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import yaml
+from scipy.stats import bootstrap
 
-from kvbench.measured import paired, read
+from kvbench.measured import Cell, paired, read
 from kvbench.report.compare import compare
 from kvbench.report.verdicts import Comparison
 from kvbench.schemes import Scheme
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "two-bits.md"
 renewed = runpy.run_path(str(ROOT / "docs" / "renew.py"))["renewed"]
 RESULTS = ROOT / "results"
-SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2"}
+SEARCHES = {"Qwen2.5-Coder-1.5B": "search-qwen", "SmolLM2-135M": "search-smollm2", "Gemma-3-270M": "search-gemma"}
 BUDGETS = (2.25, 2.5, 3.0, 4.0)
 INT8 = ("int8_per_token_head", "center:none")
 FULL = (5, 11, 17)  # Gemma's layers without a sliding window
@@ -68,6 +69,8 @@ def searches() -> str:
             continue
         for budget in BUDGETS:
             within = [row for row in found(folder) if row["bits_per_value"] <= budget]
+            if not within:
+                continue
             kinds = [
                 least([row for row in within if row["from"] == kind])
                 for kind in ("listed", "keys and values", "by layer")
@@ -221,8 +224,61 @@ def needles() -> str:
     return table(["keys, values", "keys' transforms", "values'", *MODELS], rows)
 
 
+def many_needles() -> str:
+    """Of 320 numbers, how many SmolLM2 finds under each scheme, by context, and as a share of what 16 bits find."""
+    cells = sorted(read(RESULTS / "two-bits-needles").cells, key=lambda cell: (-_size(cell), cell.name))
+    exact = cells[0].series["acc"].values
+    rows = []
+    for cell in cells:
+        acc, *by_context = cell.series.values()
+        found_ = [str(round(one.values.sum())) for one in (acc, *by_context)]
+        share = ABSENT
+        if acc.values is not exact:
+            test = bootstrap((acc.values, exact), _share, paired=True, method="percentile", rng=0)
+            low, high = (f"{100 * x:.1f}" for x in test.confidence_interval)
+            share = f"{100 * _share(acc.values, exact):.1f} % ({low} to {high})"
+        rows.append([*name_of(cell.dtype, cell.rotation), f"{_size(cell):.2f}", *found_, share])
+    contexts = [name.removeprefix("acc@") for name in list(cells[0].series)[1:]]
+    heads = ["keys, values", "keys' transforms", "values'", "bits", "found of 320", *contexts, "beside 16 bits"]
+    return table(heads, rows)
+
+
+def _share(a: Any, b: Any, axis: int = -1) -> Any:
+    """What a found, as a share of what b found."""
+    return a.mean(axis) / b.mean(axis)
+
+
+def _size(cell: Cell) -> float:
+    """Bits a value of a cell, of 8192 tokens."""
+    path = RESULTS / "two-bits-needles" / "cells" / cell.name / "record.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))["bits_per_value"])
+
+
+def speeds() -> str:
+    """Tokens a second of two models under the presets, and how many tokens 80 GB hold."""
+    found_ = records("two-bits-speed", "8 × 8k")
+    rows = []
+    for model in dict.fromkeys(place[0] for place in found_):
+        own = {place[1:]: metrics for place, metrics in found_.items() if place[0] == model}
+        exact = own["fp16", "none"]["decode"]["value"]
+        for (dtype, rotation), metrics in sorted(own.items(), key=lambda item: item[1]["memory_holds"]["value"]):
+            decode, held = (metrics[name]["value"] for name in ("decode", "memory_holds"))
+            rates = [f"{metrics['prefill']['value']:,.0f}", f"{decode:,.0f}", f"{decode / exact:.2f}"]
+            rows.append([model, *name_of(dtype, rotation)[:2], *rates, f"{held:,.0f}"])
+    heads = [
+        "model",
+        "keys, values",
+        "keys' transforms",
+        "prefill, tokens/s",
+        "decode, tokens/s",
+        "× fp16",
+        "tokens held",
+    ]
+    return table(heads, rows)
+
+
 def by_kind() -> str:
-    """Gemma with keys by the kind of its layers: bits, divergence and perplexity's ratio."""
+    """Gemma with keys by layer: bits, divergence and perplexity's ratio."""
     listed = yaml.safe_load((ROOT / "configs" / "two-bits-gemma.yaml").read_text(encoding="utf-8"))["schemes"]
     found_ = records("two-bits-gemma", "divergence")
     rows = []
@@ -237,11 +293,18 @@ def by_kind() -> str:
         cells = [nats(metrics["kld@1536-2048"]["value"]), f"{metrics['ppl_ratio']['value']:.3f}"] if metrics else []
         window = scheme.window.label() if scheme.window else ABSENT
         rows.append(
-            [f"`{scheme.key.dtype.name}`, `{scheme.key.name}`", others or "the same", window, f"{size:.2f}", *cells]
+            [
+                f"`{scheme.key.dtype.name}`, `{scheme.key.name}`",
+                f"`{scheme.value.dtype.name}`",
+                others or "the same",
+                window,
+                f"{size:.2f}",
+                *cells,
+            ]
         )
-    rows = [row for row in rows if len(row) > 4]
-    heads = ["keys", "of other layers", "window", "bits", "KLD, 1536 to 2048", "ppl ×"]
-    return table(heads, sorted(rows, key=lambda row: (row[3], row)))
+    rows = [row for row in rows if len(row) > 5]
+    heads = ["keys", "values", "keys of other layers", "window", "bits", "KLD, 1536 to 2048", "ppl ×"]
+    return table(heads, sorted(rows, key=lambda row: (row[4], row)))
 
 
 TABLES = {
@@ -253,6 +316,7 @@ TABLES = {
     "far": far,
     "answers": answers,
     "needles": needles,
+    "many_needles": many_needles,
 }
 
 
