@@ -22,7 +22,8 @@ class ClippedPerGroup(Dtype):
 
     The factor with the smallest squared error of the 11 is taken, of equal ones the largest. Codes are the nearest
     ones with minimum and step as they are stored, halves to even. SKVQ learns a factor from a text, one for all groups
-    in its code; a search needs none, and stores none. A group with NaN or ±inf decodes to NaN.
+    in its code; a search needs none, and stores none. A group with NaN or ±inf decodes to NaN, as one whose
+    squared errors exceed float32.
     """
 
     @property
@@ -35,17 +36,21 @@ class ClippedPerGroup(Dtype):
         groups = groups.masked_fill(~whole, 0)
         levels = (1 << self.code_bits) - 1
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        # of all factors at once, for these are few beside the values
+        factors = constant(FACTORS, torch.float32, x.device)
+        minima = e4m3(low * factors).to(torch.float32)
+        steps = e4m3(over((high - low) * factors, levels).clamp_min(SMALLEST_STEP)).to(torch.float32)
         best = torch.full_like(low, torch.inf)
-        codes, stored = groups, torch.cat([low, low], -1)
-        for factor in FACTORS:
-            minimum = e4m3(low * factor).to(torch.float32)
-            step = e4m3(over((high - low) * factor, levels).clamp_min(SMALLEST_STEP)).to(torch.float32)
+        codes, which = groups, torch.zeros_like(low, dtype=torch.int64)
+        for i, (minimum, step) in enumerate(zip(minima.split(1, -1), steps.split(1, -1), strict=True)):
             tried = ((groups - minimum) / step).round().clamp(0, levels)
             error = sum_of_squares(groups - (tried * step + minimum)).unsqueeze(-1)
             better = error < best
             best = torch.where(better, error, best)
             codes = torch.where(better, tried, codes)
-            stored = torch.where(better, torch.cat([step, minimum], -1), stored)
+            which = which.masked_fill(better, i)
+        stored = torch.cat([steps.gather(-1, which), minima.gather(-1, which)], -1)
+        whole = whole & best.isfinite()
         broken = constant((math.nan, 0.0), torch.float32, x.device)
         return Rows(
             self.pack(codes.masked_fill(~whole, 0).to(torch.uint8).flatten(-2)),

@@ -81,21 +81,23 @@ def test_clipping_is_what_the_search_is_worth():
 
 def test_a_group_stands_alone():
     """
-    A NaN breaks its group and no other; rows are themselves in any batch and however they lie in memory.
+    An infinity breaks its group and no other, so does a value whose square is one; rows are themselves in any batch and
+    however they lie in memory.
     """
     dtype = all_dtypes()["clipped3_per_group"]
     x = torch.distributions.StudentT(2.0).sample((4, 3, 96))
     rows = dtype.quantize(x)
     strided = dtype.quantize(x.transpose(0, 1).contiguous().transpose(0, 1))
     broken = x.clone()
-    broken[1, 1, 40] = math.inf
+    broken[1, 1, 40], broken[0, 2, 90] = math.inf, 1e30
     read = dtype.dequantize(dtype.quantize(broken))
 
     assert torch.equal(strided.codes, rows.codes)
     alone = dtype.quantize(x[2, 1])
     assert torch.equal(alone.codes, rows.codes[2, 1])
     assert read[1, 1, 32:64].isnan().all()
-    assert read.isnan().sum() == 32
+    assert read[0, 2, 64:].isnan().all()
+    assert read.isnan().sum() == 64
 
 
 def test_bits_by_hand():
