@@ -17,9 +17,10 @@ DOCS = ROOT / "docs"
 
 def of_presets() -> list[View]:
     """KL divergence against bits, a panel a model."""
-    return [
-        view for name in ("schemes-qwen", "schemes-smollm2") for view in trade_off(Report.read(ROOT / "results" / name))
+    views = [
+        view for name in ("schemes", "schemes-smollm2") for view in trade_off(Report.read(ROOT / "results" / name))
     ]
+    return [view for view in views if "kld" in view.choice["metric"]]
 
 
 def of_field() -> list[View]:

@@ -6,7 +6,7 @@ second moments of both are equal: A E[k kᵀ] Aᵀ = A⁻ᵀ E[q qᵀ] A⁻¹. `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -98,6 +98,20 @@ class BalanceFull(Balance):
         return torch.einsum("thd,hed->the", q.to(torch.float64), backward).to(q.dtype)
 
 
+@dataclass(frozen=True)
+class BalanceFullFar(BalanceFull):
+    """As `balance_full`, with both moments over all of the model's positions, few of which the text reaches.
+
+    Where the rotary embedding is not known, it is `balance_full`. Learned: forward, backward [HKV, D, D] float64.
+    """
+
+    def learn(self, sample: Sample) -> Params:
+        if sample.rope is not None:
+            q, k = (sample.anywhere(x) for x in both(sample))
+            sample = replace(sample, queries=q, keys=k)
+        return super().learn(sample)
+
+
 def both(sample: Sample) -> tuple[Tensor, Tensor]:
     """The queries and the keys of a sample."""
     assert sample.queries is not None, "it reads queries"
@@ -127,3 +141,6 @@ balance = Balance("balance", source=_SOURCE)
 balance_far = BalanceFar("balance_far", source=f"{_SOURCE}; RoPE, https://arxiv.org/abs/2104.09864")
 balance_shift = BalanceShift("balance_shift", source=f"{_SOURCE}; RoPE, https://arxiv.org/abs/2104.09864")
 balance_full = BalanceFull("balance_full", source=f"{_SOURCE}; the matrix form")
+balance_full_far = BalanceFullFar(
+    "balance_full_far", source=f"{_SOURCE}; the matrix form; RoPE, https://arxiv.org/abs/2104.09864"
+)

@@ -91,11 +91,15 @@ class Sample:
         return behind if bool(behind.any()) else torch.ones_like(behind)
 
     def queries_anywhere(self) -> Tensor:
-        """[T', HQ, D] float64, some 2048 of the queries, turned to positions spread over all of the model's."""
+        """`anywhere` of the queries."""
         assert self.queries is not None
+        return self.anywhere(self.queries)
+
+    def anywhere(self, x: Tensor) -> Tensor:
+        """[T', H, D] float64, some 2048 of x's rows [T, H, D], turned to positions spread over all of the model's."""
         assert self.rope is not None
-        step = max(1, len(self.queries) // 2048)
-        bare = self.rope.turn(self.queries[::step], self.positions[::step], back=True)
+        step = max(1, len(x) // 2048)
+        bare = self.rope.turn(x[::step], self.positions[::step], back=True)
         # multiples of the golden section lie evenly wherever they are cut off
         share = (torch.arange(ANYWHERE * len(bare), dtype=torch.float64) * GOLDEN) % 1
         return self.rope.turn(bare.repeat(ANYWHERE, 1, 1), (share * self.max_length).long())
