@@ -21,8 +21,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .PHONY: env quickstart model check test test-gpu architectures fuzz bench docs pages page-script dist wheel clean
 
-# only what the environment itself holds is imported
-unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+# only what the environment itself holds is imported, and what was imported once is compiled already
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 GPU_PYTHON ?= $(BIN)/python
