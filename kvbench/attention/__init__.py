@@ -26,13 +26,12 @@ __all__ = [
     "append",
     "attend",
     "choose",
-    "defined",
     "in_copies",
     "kernels_lack",
     "waits",
 ]
 
-_DEFINED: WeakKeyDictionary[PagedCache, bool] = WeakKeyDictionary()
+_BY_DEFINITION: WeakKeyDictionary[PagedCache, bool] = WeakKeyDictionary()
 
 
 # transforms and dtypes whose kernels were changed since all of their tests passed on a GPU; see results/README.md
@@ -106,7 +105,7 @@ def append(
     exact: gets the same rows, transformed alike, in 16 bits. near: where, if not in the same slots; and which pages are
     full now, and quantized whole. skips: whether a slot is -1, where that is known: nobody looks.
     """
-    if not defined(cache, impl):
+    if not _by_definition(cache, impl):
         assert near is None, "kernels read both copies in the same slots"
         from kvbench.attention import triton
 
@@ -141,15 +140,15 @@ def in_copies(scheme: Scheme, impl: Implementation) -> list[Dtype]:
     return [dtype for dtype in scheme.dtypes if triton.in_copy(dtype)]
 
 
-def defined(cache: PagedCache, impl: Implementation) -> bool:
+def _by_definition(cache: PagedCache, impl: Implementation) -> bool:
     """Whether the definitions write and read this cache's rows; by kernels only what attention makes of them."""
     if impl == "reference":
         return True
-    if cache not in _DEFINED:  # asked for each layer of each pass
+    if cache not in _BY_DEFINITION:  # asked for each layer of each pass
         from kvbench.attention import triton
 
-        _DEFINED[cache] = not all(map(triton.writes, cache.scheme.all_sides))
-    return _DEFINED[cache]
+        _BY_DEFINITION[cache] = not all(map(triton.writes, cache.scheme.all_sides))
+    return _BY_DEFINITION[cache]
 
 
 @contextmanager
@@ -200,7 +199,7 @@ def attend(
         from kvbench.attention import triton
 
     implementation = triton.attend if impl == "triton" else reference.attend
-    with _computing(q.device) if defined(cache, impl) else nullcontext():
+    with _computing(q.device) if _by_definition(cache, impl) else nullcontext():
         return implementation(
             q,
             cache,
