@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -23,6 +25,12 @@ BOUNDS = {
     "greater_than_equal": ("of at least", "ge"),
     "less_than_equal": ("of at most", "le"),
 }
+
+
+def unknown_key(name: object, known: Collection[str]) -> str:
+    """`unknown key 'x': did you mean y?`, or all that there are."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"unknown key '{name}': " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}")
 
 
 def wrong(item: ErrorDetails) -> str:

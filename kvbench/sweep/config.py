@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from kvbench.calibration import Calibration
 from kvbench.files import is_folder, named_path, portable
-from kvbench.messages import shown, wrong
+from kvbench.messages import shown, unknown_key, wrong
 from kvbench.registry import find_name
 from kvbench.schemes import Scheme, find_preset, split_pair
 from kvbench.stats import parse_margin
@@ -353,10 +353,7 @@ def explain(document: Document, item: ErrorDetails) -> str:
     kind, value = item["type"], item["input"]
     loc = tuple(step for step in item["loc"])
     if kind == "extra_forbidden":
-        names = fields_at(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
-        return document.message(loc, f"unknown key '{loc[-1]}': {hint}", key=True)
+        return document.message(loc, unknown_key(loc[-1], fields_at(loc[:-1])), key=True)
     if kind == "missing":
         return document.message(loc[:-1], f"missing key '{loc[-1]}'")
     if kind == "value_error":

@@ -150,7 +150,8 @@ def _memory(model: ModelFacts, shares: Sequence[Share]) -> list[str]:
 def _summary(planned: Planned, rows: Rows, shares: Shares) -> list[str]:
     """Lines below the tables: how much is left, how long that takes, what is missing, where results go."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "failed", "to run")}
-    lines = [f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
+    cells = "1 cell" if len(rows) == 1 else f"{len(rows)} cells"
+    lines = [f"{cells}: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     lines += done_otherwise(planned.cells, planned.contents.records.values())
     lines += _time([row for row in rows if row["status"] == "to run"])
     for model in dict.fromkeys(cell.model for cell in planned.cells):

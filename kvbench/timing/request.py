@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from kvbench.files import is_folder
-from kvbench.messages import shown, wrong
+from kvbench.messages import shown, unknown_key, wrong
 from kvbench.runners.model_files import read_json
 from kvbench.schemes import Scheme
 from kvbench.sizes import parse_tokens
@@ -212,6 +212,8 @@ def load_requests(path: Path) -> list[KernelRequest]:
         ValueError: an unknown field or a wrong value, with file, line and column.
     """
     document, data = read_document(read_file(path), str(path), "it has 'grids:', a list as in configs/kernels.yaml")
+    if isinstance(data, dict) and "tasks" in data and "grids" not in data:
+        raise ConfigError(f"{path} is a sweep's: kvbench sweep {path}; kernels have grids, as in configs/kernels.yaml")
     try:
         grids = GridFile.model_validate(data).grids
     except ValidationError as error:
@@ -229,8 +231,7 @@ def _explain(document: Document, item: ErrorDetails) -> str:
     loc, kind = item["loc"], item["type"]
     if kind == "extra_forbidden":
         kind_of: dict[int, type[BaseModel]] = {1: GridFile, 3: GridSpec, 4: ShapeSpec}
-        known = kind_of[len(loc)].model_fields
-        return document.message(loc, f"unknown {loc[-1]}; fields are {', '.join(sorted(known))}", key=True)
+        return document.message(loc, unknown_key(loc[-1], sorted(kind_of[len(loc)].model_fields)), key=True)
     if kind == "missing":
         return document.message(loc[:-1], f"missing key '{loc[-1]}'")
     return document.message(loc, wrong(item))

@@ -126,7 +126,10 @@ def test_the_grid_file_is_valid(tmp_path):
         assert {request.op for request in load_requests(config)} == {"decode", "prefill", "write"}
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("grids:\n  - {op: decode, dtypes: [int4], batch: 1}\n")
-    with pytest.raises(ValueError, match=r"wrong.yaml:2:34: grids\[0\]: unknown batch"):
+    with pytest.raises(ValueError, match=r"wrong.yaml:2:34: grids\[0\]: unknown key 'batch': did you mean batches\?"):
+        load_requests(wrong)
+    wrong.write_text("name: x\ndtypes: [int4]\ntasks: [divergence]\n")
+    with pytest.raises(ValueError, match=r"wrong.yaml is a sweep's: kvbench sweep .*wrong.yaml; kernels have grids"):
         load_requests(wrong)
 
 

@@ -393,6 +393,7 @@ def test_plan_says_what_a_search_takes(kvbench, config):
             2,
             "error: --budget 1: the smallest of these schemes takes 4.00 bits",
         ),
+        (("plan", "toys.yaml", "--budget", "1"), 2, "error: --budget 1: the smallest of these schemes takes 4.00 bits"),
         (("search", "none.yaml", "--budget", "3"), 2, "none.yaml"),
         (("plan", "toys.yaml", "--budget", "8", "--only", "dtype=int8"), 2, "--budget goes with neither --only nor"),
         (("search", "toys.yaml", "--budget", "8", "--tokens", "256", "--plot", "x.pdf"), 2, "ends in .svg or .png"),

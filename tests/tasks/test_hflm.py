@@ -32,11 +32,11 @@ def both(spec, data, loaded, context):
 @pytest.mark.parametrize(
     ("spec", "documents"),
     [
-        ({"task": "pydoc_cloze", "limit": 12}, 12),
+        ({"task": "pydoc_cloze", "limit": 6}, 6),
         ({"task": "arc_easy", "limit": 6}, 6),
         ({"task": "wikitext", "limit": 2}, 2),
         ({"task": "gsm8k", "num_fewshot": 2, "limit": 2}, 2),
-        ({"task": "gsm8k", "num_fewshot": 2, "limit": 2, "apply_chat_template": True}, 2),
+        ({"task": "gsm8k", "num_fewshot": 1, "limit": 2, "apply_chat_template": True}, 2),
     ],
     ids=["pydoc_cloze", "arc_easy", "wikitext", "gsm8k", "gsm8k-chat"],
 )

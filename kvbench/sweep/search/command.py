@@ -302,7 +302,13 @@ def winner_yaml(sweep: Sweep, scheme: Scheme, budget: float, context: int, folde
 
 
 def search_plan(search: Search) -> Document:
-    """What would be measured: each layer alone, then the sweep that verifies, to which comes what is found."""
+    """What would be measured: each layer alone, then the sweep that verifies, to which comes what is found.
+
+    Raises:
+        ConfigError: a budget that nothing fits.
+    """
+    if search.facts.layers is not None:
+        search.check_budgets()
     alone, sweep = (plan_document(planned, search.context) for planned in (search.probes(), search.verified([])))
     more = len(search.request.budgets) * (1 + search.request.best)
     heads = ("each layer alone:", f"the sweep of CONFIG, to which come {more} schemes that are found, or fewer:")
