@@ -11,9 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # what a person's shell or a CI's may set: data, a cluster, and how wide and colored what is printed may be
 for name in ("KVBENCH_DATA", "RAY_ADDRESS", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
     os.environ.pop(name, None)
-# each of pytest-xdist's processes takes its share; more threads than cores slow all of them down
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# each of pytest-xdist's processes takes its share: with more threads than cores they wait for each other, several times
+# as long as they compute. The process that starts them has read this file too, so it leaves the variable alone
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 import pytest  # noqa: E402 - after the environment is set
 import torch  # noqa: E402

@@ -299,3 +299,13 @@ def test_devices_have_names(monkeypatch):
     assert environment.device_name(["cuda"]) == "A + B"
     monkeypatch.setattr(environment, "_gpus", lambda: ([], None))
     assert environment.device_name(["0"]) == "GPU"
+
+
+def test_processes_of_the_suite_share_the_cores():
+    """
+    All of pytest-xdist's together have no more threads than there are cores; else they wait for each other.
+    """
+    import torch
+
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+    assert workers * torch.get_num_threads() <= max(workers, os.cpu_count() or 1)
