@@ -842,8 +842,30 @@ def test_what_is_said_of_four_gpus_is_that_of_the_record():
     assert f"{run['cells']} cells of Qwen2.5-Coder-1.5B with {work} s of work in {took} s" in words
     assert f"{work / took:.1f} of four workers were busy" in words
     assert f"took {run['start_seconds']:.0f} s before its first cell" in words
-    two = json.loads((ROOT / "results/devices/scale-h200.json").read_text(encoding="utf-8"))["runs"]["2"]
+
+
+def test_what_is_said_of_two_gpus_is_that_of_the_record():
+    """Of the same cells on one and on two: seconds, how many times as fast, whose work was more, and by what."""
+    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    record = json.loads((ROOT / "results/devices/scale-h200.json").read_text(encoding="utf-8"))
+    one, two, fast = record["runs"]["1"], record["runs"]["2"], record["times_as_fast"]["2"]
     work, took = two["work_seconds"], two["cells_seconds"]
-    assert (two["exit"], two["failed"]) == (0, 0)
-    assert f"Two H200 did {two['cells']} cells with {work} s of work" in words
-    assert f"in {took} s from the first cell on: {work / took:.2f} of two workers were busy" in words
+
+    assert not any(run["exit"] or run["failed"] for run in (one, two))
+    assert f"two H200 did {two['cells']} cells of Qwen2.5-Coder-1.5B in {took} s from the first cell on" in words
+    assert f"one of them in {one['cells_seconds']} s: {fast['cells_seconds']:.2f} × as fast" in words
+    assert (
+        f"{fast['seconds']:.2f} × with the {one['start_seconds']:.0f} s before that cell, and every metric equal"
+        in words
+    )
+    assert set(record["equal_metrics"].values()) == {two["cells"]}
+    assert f"{work / took:.2f} of two workers were busy, but with more work: {work} s in place of" in words
+    assert (
+        f"of {one['work_seconds']}, since {two['kernels_compiled']} kernels were compiled on two and none on" in words
+    )
+    assert one["kernels_compiled"] == 0
+    cells = [[end - begin for begin, end in (run["cells_at"][name] for run in (two, one))] for name in one["cells_at"]]
+    alike = [pair for pair in cells if abs(pair[0] - pair[1]) < 0.5]
+    assert len(cells) - len(alike) == 4
+    sums = [sum(seconds) for seconds in zip(*alike, strict=True)]
+    assert f"the other {len(alike)} took {sums[0]:.1f} and {sums[1]:.1f} s" in words
