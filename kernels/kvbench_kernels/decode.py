@@ -14,7 +14,17 @@ from kvbench_kernels.hadamard import Turn, butterfly, butterfly_across, span
 from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge
 from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_bits, rest_count, tier_field, tier_queries
-from kvbench_kernels.tiles import by_column, every_eighth, prefetch, row_scale, slices, stored_scales, together
+from kvbench_kernels.tiles import (
+    by_column,
+    every_eighth,
+    folded,
+    prefetch,
+    row_scale,
+    slices,
+    stored_scales,
+    together,
+    unfolded,
+)
 from kvbench_kernels.tuning import INTERPRETED, Tuning, choose_tuning, exact_tile, multiprocessors
 from kvbench_kernels.unpack import (
     E4M3,
@@ -134,24 +144,26 @@ def _store_part(
     V_BITS: tl.constexpr,
     D: tl.constexpr,
     ABREAST: tl.constexpr,
+    FOLD: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_VW: tl.constexpr,
 ):
     """The split's maxima, sums of weights and sums of values, less the zero-points' share of them."""
     V_WORDS: tl.constexpr = D * V_BITS // 16
     V_STREAMS: tl.constexpr = 16 // V_BITS
-    COLUMNS: tl.constexpr = BLOCK_G * ABREAST
+    APART: tl.constexpr = ABREAST * FOLD
+    COLUMNS: tl.constexpr = BLOCK_G * APART
     vw = tl.arange(0, BLOCK_VW)
     l_sum = tl.sum(l, axis=0)
     shift_sum = tl.sum(shift, axis=0)
     top = m
-    if ABREAST > 1:
-        # both tokens of a row relative to one maximum, to which a column that saw no token does not count
+    if APART > 1:
+        # a head's columns relative to one maximum, to which a column that saw no token does not count
         m = tl.where(l_sum == 0.0, float("-inf"), m)
-        top = tl.max(tl.reshape(m, [ABREAST, BLOCK_G]), axis=0)
-        share = tl.reshape(m, [ABREAST, BLOCK_G]) - tl.where(top == float("-inf"), 0.0, top)[None, :]
+        top = tl.max(tl.reshape(m, [APART, BLOCK_G]), axis=0)
+        share = tl.reshape(m, [APART, BLOCK_G]) - tl.where(top == float("-inf"), 0.0, top)[None, :]
         share = tl.exp2(tl.reshape(share, [COLUMNS]))
-        l_sum = tl.sum(tl.reshape(l_sum * share, [ABREAST, BLOCK_G]), axis=0)
+        l_sum = tl.sum(tl.reshape(l_sum * share, [APART, BLOCK_G]), axis=0)
     tl.store(part_m_ptr + part, top, mask=is_head)
     tl.store(part_l_ptr + part, l_sum, mask=is_head)
     o = together(streams) - shift_sum[None, :, None]
@@ -161,6 +173,8 @@ def _store_part(
         o = tl.where(own_row[:, :, None], o * share[None, :, None], 0.0)
         o = tl.sum(tl.reshape(o, [ABREAST, V_WORDS, COLUMNS, V_STREAMS]), axis=0)
         o = tl.sum(tl.reshape(o, [V_WORDS, ABREAST, BLOCK_G, V_STREAMS]), axis=1)
+    elif FOLD > 1:
+        o = tl.sum(tl.reshape(o * share[None, :, None], [BLOCK_VW, FOLD, BLOCK_G, V_STREAMS]), axis=1)
     channel = channels(vw[:, None, None], tl.arange(0, V_STREAMS)[None, None, :], V_BITS, V_WORDS)
     o_at = part_o_ptr + part[None, :, None] * D + channel  # [BLOCK_VW, BLOCK_G, V_STREAMS]
     tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
@@ -223,6 +237,7 @@ def _decode_kernel(
     TURN_ROWS: tl.constexpr,  # block of the queries' turn, where it is done row by row; or 0
     SPAN: tl.constexpr,
     ABREAST: tl.constexpr,
+    FOLD: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_KW: tl.constexpr,
@@ -251,6 +266,9 @@ def _decode_kernel(
     ABREAST: 2 where a token's words are half a product's: two tokens lie in a row of every tile, and each has columns
     of its own, whose queries are 0 at the other's words. So what follows has BLOCK_N / ABREAST rows and
     ABREAST * BLOCK_G columns. Of the outputs the rows of one token under the columns of the other mean nothing.
+
+    FOLD: how many parts of a tile's tokens have columns of their own, where heads leave some free: each part's scores
+    are taken from its columns, so that BLOCK_N / FOLD rows of weights remain. The parts meet at the split's end.
     """
     GROUPS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     pair = tl.program_id(0).to(tl.int64)
@@ -278,10 +296,10 @@ def _decode_kernel(
     K_ROW: tl.constexpr = 2 * K_WORDS if K_WHOLE else K_WORDS  # of k_ptr's elements
     V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
     ROWS: tl.constexpr = BLOCK_N // ABREAST
-    COLUMNS: tl.constexpr = BLOCK_G * ABREAST
+    COLUMNS: tl.constexpr = BLOCK_G * ABREAST * FOLD
     # rows of a product with values. Products that add to the same sums wait for each other, so where a stream has few
     # channels, all streams take their turn with 16 rows before the next 16
-    SLICE: tl.constexpr = min(16, ROWS) if V_MASKED or V_WHOLE else ROWS
+    SLICE: tl.constexpr = min(16, ROWS) if V_MASKED or V_WHOLE else ROWS // FOLD
 
     n = tl.arange(0, BLOCK_N)
     kw = tl.arange(0, BLOCK_KW)
@@ -291,7 +309,7 @@ def _decode_kernel(
     head_0 = kv_head * GROUP + first_head
     is_head = (g < HEADS) & (first_head + g < GROUP)
     column = tl.arange(0, COLUMNS)
-    own = column // BLOCK_G  # which of a row's tokens it sees
+    own = column // BLOCK_G  # which of a row's tokens, or of a tile's parts, it sees
     g_column = column % BLOCK_G
     has_head = (g_column < HEADS) & (first_head + g_column < GROUP)
     head = head_0 + g_column
@@ -385,7 +403,7 @@ def _decode_kernel(
             streams_q = loaded
         turned = ()
         # a column's words are those of its own token
-        is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == own[:, None])
+        is_query = has_head[:, None] & ((kw // K_WORDS)[None, :] == (own % ABREAST)[:, None])
         for stream in tl.static_range(K_STREAMS):
             turned = turned + (tl.where(is_query, streams_q[stream].to(tl.float32), 0.0),)
         ordered = turned
@@ -447,7 +465,7 @@ def _decode_kernel(
                 m, l, acc, exact_queries, k_exact_ptr, v_exact_ptr, table, kv_head, exact_start, exact_end,
                 first_exact, first, newest, length, exact_scale, softcap, slope, center, center_at,
                 HKV, D, S, K_BITS, V_BITS, K_EXACT_TYPE, V_EXACT_TYPE, HAS_SOFTCAP, CENTER_PAGE, ABREAST, BLOCK_G,
-                BLOCK_X, BLOCK_KW, BLOCK_VW, STAGES, ASSEMBLY,
+                BLOCK_X, BLOCK_KW, BLOCK_VW, STAGES, ASSEMBLY, FOLD=FOLD,
             )  # fmt: skip
             # a column that saw no token has no maximum yet
             m = tl.where(tl.sum(l, axis=0) == 0.0, float("-inf"), m - HEADROOM)
@@ -560,36 +578,38 @@ def _decode_kernel(
                 k = unpack(k_words, None, stream, K_KIND, K_BITS, K_CODEBOOK, ASSEMBLY)
                 score = tl.dot(k, queries[stream], score)
 
+        if FOLD > 1:
+            score = folded(score, own, FOLD)
         if V_SCALE == 1:
             v_stored = stored_scales(v_scale_ptr, row, base, visible, 1, BLOCK_N)
             v_scale, v_zero = row_scale(v_stored, V_KIND, V_BITS, V_UNIT)
             v_log = log2(v_scale, ASSEMBLY)
-            bias = by_column(tl.where(visible, v_log, float("-inf")), ABREAST, BLOCK_G)
+            bias = by_column(tl.where(visible, v_log, float("-inf")), ABREAST, BLOCK_G, FOLD)
         else:
-            bias = by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
+            bias = by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G, FOLD)
         if K_SCALE == 1:
             k_stored = stored_scales(k_scale_ptr, row, base, visible, 0, BLOCK_N)
             k_scale, k_zero = row_scale(k_stored, K_KIND, K_BITS, K_UNIT)
-            k_scale = by_column(k_scale * score_scale, ABREAST, BLOCK_G)
+            k_scale = by_column(k_scale * score_scale, ABREAST, BLOCK_G, FOLD)
         else:
             k_scale = score_scale
         if HAS_SOFTCAP or slopes_ptr is not None:
             if K_KIND == UNSIGNED:
-                score -= by_column(k_zero, ABREAST, BLOCK_G) * q_sum[None, :]
+                score -= by_column(k_zero, ABREAST, BLOCK_G, FOLD) * q_sum[None, :]
             score *= k_scale
             if HAS_SOFTCAP:
                 if CENTER > 0:
                     score += tile_center[None, :]
                 score = softcap * (1 - 2 / (tl.exp2(score * (2 * _LOG2E / softcap)) + 1)) * _LOG2E
             if slopes_ptr is not None:
-                score += slope[None, :] * by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G)
+                score += slope[None, :] * by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G, FOLD)
             score += bias
         elif K_KIND == UNSIGNED:
-            score = score * k_scale + (bias - (k_scale * by_column(k_zero, ABREAST, BLOCK_G)) * q_sum[None, :])
+            score = score * k_scale + (bias - (k_scale * by_column(k_zero, ABREAST, BLOCK_G, FOLD)) * q_sum[None, :])
         else:
             score = score * k_scale + bias
         if K_NAN:
-            score = tl.where(by_column(visible, ABREAST, BLOCK_G), score, float("-inf"))
+            score = tl.where(by_column(visible, ABREAST, BLOCK_G, FOLD), score, float("-inf"))
 
         # weights
         if CENTER > 0 and not HAS_SOFTCAP:
@@ -606,10 +626,10 @@ def _decode_kernel(
             weight = exp2(score - m[None, :], ASSEMBLY)
         unscaled = weight
         if V_SCALE == 1:
-            unscaled *= by_column(exp2(-v_log, ASSEMBLY), ABREAST, BLOCK_G)
+            unscaled *= by_column(exp2(-v_log, ASSEMBLY), ABREAST, BLOCK_G, FOLD)
         l = l * decay + every_eighth(unscaled)
         if V_KIND == UNSIGNED:
-            shift = shift * decay + every_eighth(weight * by_column(v_zero, ABREAST, BLOCK_G))
+            shift = shift * decay + every_eighth(weight * by_column(v_zero, ABREAST, BLOCK_G, FOLD))
 
         # outputs
         new_acc = ()
@@ -619,6 +639,8 @@ def _decode_kernel(
         if V_MASKED:
             w_sum = tl.zeros([BLOCK_VW, COLUMNS], tl.float32)  # of the tile's weights in 16 bits, in every row
         weights = slices(weight.to(v_type), SLICE)
+        if FOLD > 1:
+            weights = unfolded(weights, own, FOLD, ASSEMBLY)
         if S % BLOCK_N != 0:
             rows = slices(row_0[:, None], SLICE)
         for i in tl.static_range(ROWS // SLICE):
@@ -670,7 +692,7 @@ def _decode_kernel(
         streams = streams + (o,)
     _store_part(
         part_o_ptr, part_m_ptr, part_l_ptr, part, is_head, own, m, l, shift, streams,
-        V_BITS, D, ABREAST, BLOCK_G, BLOCK_VW,
+        V_BITS, D, ABREAST, FOLD, BLOCK_G, BLOCK_VW,
     )  # fmt: skip
 
 
@@ -733,6 +755,10 @@ def decode(
     # where a token's words are half a product's, and its heads no more than half of those that a program can take
     packed_bits = max(k.layout.bits, v.layout.bits)
     abreast = 2 if packed_bits <= 4 and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
+    fold = 1
+    if abreast == 1 and heads <= 4 and v.layout.kind not in (FLOAT.value, E4M3.value):
+        # a product has eight columns at least, and sixteen rows
+        fold = min(8 // triton.next_power_of_2(heads), tuning.block_n // 16)
     block_x, exact_weight, packed_weight = exact_tile(packed_bits, tuning.block_n)
     block_x = max(16 * abreast, block_x)
     exact_tiles = 0
@@ -756,12 +782,12 @@ def decode(
     # Others are turned row by row, as keys are
     turn_here = k_turn.block == head_dim and q.element_size() == 2 and words * abreast in (16, 32, 64)
     assembly = q.is_cuda and not INTERPRETED
-    block_g = max(8 // abreast, triton.next_power_of_2(heads))
+    block_g = max(8 // (abreast * fold), triton.next_power_of_2(heads))
     center_pages = 0 if center is None or center.last == 0 else -(-max_seq_len // center.page)
     rest = k.following
     if rest is not None and rest.shape[-1] == 2 and abreast == 1 and page_size % tuning.block_n == 0:
         rest = rest.view(torch.int32)  # a load a token and not one a channel
-    center_room = torch.empty(pairs, center_pages, block_g * abreast, dtype=torch.float32, device=q.device)
+    center_room = torch.empty(pairs, center_pages, block_g * abreast * fold, dtype=torch.float32, device=q.device)
     _decode_kernel[(pairs, splits)](
         q,
         k.codes.view(torch.int8) if k.layout.kind == SYMMETRIC4.value else k.words,
@@ -806,6 +832,7 @@ def decode(
         TURN_ROWS=0 if turn_here or k_turn.block == 1 else k_turn.block,
         SPAN=span(head_dim),
         ABREAST=abreast,
+        FOLD=fold,
         BLOCK_G=block_g,
         BLOCK_N=tuning.block_n,
         BLOCK_KW=max(16, triton.next_power_of_2(words)),

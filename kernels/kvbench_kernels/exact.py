@@ -185,18 +185,20 @@ def attend_exact(
     ASSEMBLY: tl.constexpr,
     K_PARTS: tl.constexpr = 1,
     V_PARTS: tl.constexpr = 1,
+    FOLD: tl.constexpr = 1,
 ):
     """(running maximum, sums of weights, streams of outputs) of exact tokens, laid out like those of packed ones.
 
     Every stream of a packed row is a slice of an exact one, or at 8 bits every other channel. Where a row's words are
-    cut into parts, so are the streams: those of the first part come first.
+    cut into parts, so are the streams: those of the first part come first. Where packed tokens have FOLD columns of a
+    head, exact ones have the first.
     """
     K_WORDS: tl.constexpr = stream_words(D, K_BITS)
     V_WORDS: tl.constexpr = stream_words(D, V_BITS)
     K_STREAMS: tl.constexpr = stream_count(K_BITS)
     V_STREAMS: tl.constexpr = stream_count(V_BITS)
     ROWS: tl.constexpr = BLOCK_X // ABREAST
-    COLUMNS: tl.constexpr = BLOCK_G * ABREAST
+    COLUMNS: tl.constexpr = BLOCK_G * ABREAST * FOLD
     x = tl.arange(0, BLOCK_X)
     kw = tl.arange(0, BLOCK_KW)
     vw = tl.arange(0, BLOCK_VW)
@@ -246,6 +248,8 @@ def attend_exact(
         if slope is not None:
             score += slope[None, :] * by_column((token - length + 1).to(tl.float32), ABREAST, BLOCK_G)
         score += by_column(tl.where(visible, 0.0, float("-inf")), ABREAST, BLOCK_G)
+        if FOLD > 1:
+            score = tl.where((tl.arange(0, COLUMNS) < BLOCK_G)[None, :], score, float("-inf"))
 
         # weights
         new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]

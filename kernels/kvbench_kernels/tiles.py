@@ -91,14 +91,43 @@ def every_eighth(x):
 
 
 @triton.jit
-def by_column(x, ABREAST: tl.constexpr, BLOCK_G: tl.constexpr):
-    """What belongs to tokens, [N], where scores lie: [N, 1], or [N / ABREAST, ABREAST * BLOCK_G]."""
-    if ABREAST == 1:
+def by_column(x, ABREAST: tl.constexpr, BLOCK_G: tl.constexpr, FOLD: tl.constexpr = 1):
+    """What belongs to tokens, [N], where scores lie: [N, 1], or with columns apart [N / APART, APART * BLOCK_G]."""
+    if ABREAST * FOLD == 1:
         return x[:, None]
     else:
-        ROWS: tl.constexpr = x.shape[0] // ABREAST
-        x = tl.broadcast_to(tl.reshape(x, [ROWS, ABREAST, 1]), [ROWS, ABREAST, BLOCK_G])
-        return tl.reshape(x, [ROWS, ABREAST * BLOCK_G])
+        ROWS: tl.constexpr = x.shape[0] // (ABREAST * FOLD)
+        if FOLD > 1:
+            x = tl.trans(tl.reshape(x, [FOLD, ROWS]))
+        x = tl.broadcast_to(tl.reshape(x, [ROWS, ABREAST * FOLD, 1]), [ROWS, ABREAST * FOLD, BLOCK_G])
+        return tl.reshape(x, [ROWS, ABREAST * FOLD * BLOCK_G])
+
+
+@triton.jit
+def folded(x, own, FOLD: tl.constexpr):
+    """[N, COLUMNS] to [N / FOLD, COLUMNS]: of each column the part of the rows that is its own."""
+    parts = slices(x, x.shape[0] // FOLD)
+    y = parts[0]
+    for i in tl.static_range(1, FOLD):
+        y = tl.where((own == i)[None, :], parts[i], y)
+    return y
+
+
+@triton.jit
+def unfolded(tiles, own, FOLD: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The 16-bit slices of what `folded` gave, FOLD times: with zeros where a column's own part is another."""
+    apart = ()
+    for i in tl.static_range(FOLD):
+        for j in tl.static_range(len(tiles)):
+            if ASSEMBLY:
+                mask = tl.broadcast_to(tl.where(own == i, -1, 0).to(tl.int16)[None, :], tiles[j].shape)
+                one = tl.inline_asm_elementwise(
+                    "and.b32 $0, $1, $2;", "=r,r,r", [tiles[j], mask], tiles[j].dtype, True, 2
+                )
+            else:
+                one = tl.where((own == i)[None, :], tiles[j], 0.0)
+            apart = apart + (one,)
+    return apart
 
 
 @triton.jit

@@ -219,6 +219,19 @@ def test_a_row_of_one_token_is_as_exact(device):
     case.check()
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4], ids=str)
+def test_parts_of_a_tile_have_columns_of_their_own(heads, device, monkeypatch):
+    """
+    With up to four heads a KV head: four or two parts, of which the last may have no token, whatever the head_dim.
+    """
+    monkeypatch.setattr(decode, "choose_tuning", lambda *_: Tuning(64, 2, 2, least=64))
+    for dtype, head_dim in (("int4", 96), ("int2", 128), ("int8", 64)):
+        case = Case(dtype, device, heads=(heads, 1), head_dim=head_dim, seqs=((70, 1), (1, 1), (130, 1)), page_size=64)
+        case.check()
+        case.q *= 300  # the one token's score may be far below 0
+        case.check(softcap=2.0, sinks=torch.randn(heads, device=device))
+
+
 def test_a_scheduler_gets_a_second_program_where_splits_stay_long(monkeypatch):
     """
     Of 64 tokens a tile: 16 tiles a split suffice, 8 do not, nor 16 beside tokens in 16 bits or of 16 query heads.
