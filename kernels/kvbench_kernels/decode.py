@@ -41,6 +41,8 @@ from kvbench_kernels.unpack import (
 )
 from kvbench_kernels.whole import (
     WHOLE_ONE,
+    byte_queries,
+    in_bytes,
     in_upper_bytes,
     whole_halves,
     whole_queries,
@@ -183,7 +185,7 @@ def _store_part(
 @triton.jit(do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"])
 def _decode_kernel(
     q_ptr,  # [T, HQ, D] any float
-    k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; SYMMETRIC4: [P, HKV, S, bytes] int8
+    k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; SYMMETRIC4, SIGNED: [P, HKV, S, bytes] int8
     k_scale_ptr,  # [P, HKV, S] float32 or uint8 or, of tiles that lie in a page, [P, HKV, S / 4] int32; or one float32
     v_ptr,
     v_scale_ptr,
@@ -292,7 +294,8 @@ def _decode_kernel(
     V_WHOLE: tl.constexpr = V_KIND == SYMMETRIC4 and V_STEP != 0.0 and in_upper_bytes(V_CODEBOOK)
     V_MASKED: tl.constexpr = (V_KIND == UNSIGNED or V_KIND == SYMMETRIC4) and not V_WHOLE
     K_OFFSET: tl.constexpr = -(2.0 ** (K_BITS - 1))
-    K_WHOLE: tl.constexpr = K_KIND == SYMMETRIC4  # keys as whole numbers, see whole.py
+    K_WHOLE: tl.constexpr = k_ptr.dtype.element_ty == tl.int8  # keys as whole numbers, see whole.py
+    K_LOOKUP: tl.constexpr = K_WHOLE and K_KIND == SYMMETRIC4
     K_ROW: tl.constexpr = 2 * K_WORDS if K_WHOLE else K_WORDS  # of k_ptr's elements
     V_OFFSET: tl.constexpr = V_STEP - 1.5 if V_KIND == SYMMETRIC4 else -(2.0 ** (V_BITS - 1))
     ROWS: tl.constexpr = BLOCK_N // ABREAST
@@ -384,7 +387,7 @@ def _decode_kernel(
             q_all = tl.where(own_word, q_all, 0.0)
         # rows are streams and heads: what a lane gets is what the next product asks of it
         turned = butterfly_across(slices(tl.dot(q_all, _signs(kw, kw, K_WORDS).to(q_all.dtype)), COLUMNS))
-        if K_WHOLE:
+        if K_LOOKUP:
             ordered = _signs(kw, whole_words(kw), K_WORDS).to(q_all.dtype)
             ordered = butterfly_across(slices(tl.dot(q_all, ordered), COLUMNS))
     else:
@@ -410,7 +413,7 @@ def _decode_kernel(
     peak = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     for stream in tl.static_range(K_STREAMS):
         # of the words in whichever order is needed anyway
-        peak = tl.maximum(peak, tl.abs(ordered[stream] if K_WHOLE else turned[stream]))
+        peak = tl.maximum(peak, tl.abs(ordered[stream] if K_LOOKUP else turned[stream]))
     peak = tl.max(tl.max(peak, axis=1), axis=0)
     exponent = tl.minimum(tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 0xFF, 27), 227)
     q_unit = (exponent << 23).to(tl.float32, bitcast=True)
@@ -485,8 +488,10 @@ def _decode_kernel(
     q_sum = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     q_offset = tl.zeros([COLUMNS, BLOCK_KW], tl.float32)
     queries = ()
-    if K_WHOLE:
+    if K_LOOKUP:
         whole_q = whole_queries(ordered, q_inverse, TURN_QUERIES)
+    elif K_WHOLE:
+        whole_q = byte_queries(turned, q_inverse)
     if K_KIND == TIERS:
         queries, q_offset = tier_queries(turned, q_inverse, kw, K_CODEBOOK, K_WORDS)
         REST_WORDS: tl.constexpr = rest_count(K_CODEBOOK[0], K_WORDS)
@@ -512,7 +517,7 @@ def _decode_kernel(
     if K_KIND == TIERS:
         score_scale *= 1 / LOWERED
     if K_WHOLE:
-        score_scale *= whole_unit(K_CODEBOOK) / (K_UNIT * WHOLE_ONE)
+        score_scale *= (whole_unit(K_CODEBOOK) / K_UNIT if K_LOOKUP else 1.0) / WHOLE_ONE
     if not HAS_SOFTCAP:
         score_scale *= _LOG2E
     if K_SCALE == 0:
@@ -790,7 +795,7 @@ def decode(
     center_room = torch.empty(pairs, center_pages, block_g * abreast * fold, dtype=torch.float32, device=q.device)
     _decode_kernel[(pairs, splits)](
         q,
-        k.codes.view(torch.int8) if k.layout.kind == SYMMETRIC4.value else k.words,
+        k.codes.view(torch.int8) if in_bytes(k.layout.kind, head_dim) else k.words,
         k.scale_fours if page_size % tuning.block_n == 0 else k.scale,
         v.words,
         v.scale_fours if page_size % tuning.block_n == 0 else v.scale,

@@ -87,9 +87,9 @@ def _e4m3(stream: int) -> str:
 
 def _signed(stream: int) -> str:
     # with its sign bit flipped a byte is 128 more; as the mantissa of 1024.0, 1152 more
+    word, shift = ("t", "shr.b32 t, $1, 8;") if stream else ("$1", "")
     return (
-        "{\n.reg .b32 t, k;\nxor.b32 t, $1, 0x80808080;\n"
-        f"prmt.b32 t, t, 0x64, {('0x4240', '0x4341')[stream]};\n"
+        f"{{\n.reg .b32 t, k;\n{shift}\nlop3.b32 t, {word}, 0x00ff00ff, 0x64806480, 0x6a;\n"  # (a & b) ^ c
         f"mov.b32 k, {_pair(-1152)};\nadd.rn.f16x2 $0, t, k;\n}}"
     )
 

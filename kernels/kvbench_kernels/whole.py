@@ -1,17 +1,24 @@
-"""Keys of four symmetric values as whole numbers of 8 bits, and queries in two such parts, for exact integer products.
+"""Keys as whole numbers of 8 bits, and queries in two such parts, for exact integer products.
 
-The values of int2 are to each other as 10 to 3, to fp16's rounding. So a table lookup makes four of them at once, and
-one product of whole numbers does for what takes two of fp16. A query has 15 bits and a sign, relative to the largest
-number of its group: upper and lower byte are multiplied apart, and 256 times the first sum joins the second exactly.
+Signed bytes are such numbers as they lie. The values of int2 are to each other as 10 to 3, to fp16's rounding. So a
+table lookup makes four of them at once, and one product of whole numbers does for what takes two of fp16. A query has
+15 bits and a sign, relative to the largest number of its group: upper and lower byte are multiplied apart, and 256
+times the first sum joins the second exactly.
 """
 
 import triton
 import triton.language as tl
 
 from kvbench_kernels.tiles import nearest, together
+from kvbench_kernels.unpack import SIGNED, SYMMETRIC4
 
 # a query's part of its group's power of two in whole numbers: below 2 they are within two bytes
 WHOLE_ONE = tl.constexpr(127.0 * 128)
+
+
+def in_bytes(kind: int, head_dim: int) -> bool:
+    """Whether keys of a kind are multiplied as whole numbers: 512 products of two bytes, times 256, are below 2^31."""
+    return kind == SYMMETRIC4.value or (kind == SIGNED.value and head_dim <= 512)
 
 
 @triton.constexpr_function
@@ -172,6 +179,14 @@ def whole_queries(turned, q_inverse, LANES: tl.constexpr):
 
 
 @triton.jit
+def byte_queries(turned, q_inverse):
+    """A pair of tiles [2 W, COLUMNS] int8, upper and lower part, as signed bytes lie: of each word both streams."""
+    # not joined: Triton takes what was for codes of half as many bits, and loads their tiles in an order to be undone
+    first = tl.arange(0, 2)[None, None, :] == 0
+    return (_two_bytes(tl.where(first, turned[0][:, :, None], turned[1][:, :, None]), q_inverse, False),)
+
+
+@triton.jit
 def _in_order(x, LANES: tl.constexpr):
     """[COLUMNS, W, 4] to the even words' and the odd words' [COLUMNS, W / 2, 4]."""
     COLUMNS: tl.constexpr = x.shape[0]
@@ -185,7 +200,7 @@ def _in_order(x, LANES: tl.constexpr):
 
 @triton.jit
 def _two_bytes(x, q_inverse, LANES: tl.constexpr):
-    q = tl.reshape(x, [x.shape[0], 4 * x.shape[1]])
+    q = tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]])
     if LANES:
         # the addition of 1.5·2^23 rounds
         q = tl.trans(q) * (q_inverse * WHOLE_ONE)
@@ -202,12 +217,15 @@ def _two_bytes(x, q_inverse, LANES: tl.constexpr):
 
 @triton.jit
 def whole_scores(rows, queries, CODEBOOK: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """[N, COLUMNS] float32: rows of bytes [N, K] times queries, in units of `whole_unit` / WHOLE_ONE."""
-    keys = whole(rows, CODEBOOK, ASSEMBLY)
+    """[N, COLUMNS] float32: rows of bytes [N, K] times queries, in units of `whole_unit` / WHOLE_ONE.
+
+    CODEBOOK: of codes of 2 bits; () of signed bytes, in units of 1 / WHOLE_ONE.
+    """
+    keys = whole(rows, CODEBOOK, ASSEMBLY) if len(CODEBOOK) else (rows,)
     sums = tl.zeros([rows.shape[0], queries[0][0].shape[1]], tl.int32)
-    for i in tl.static_range(4):
+    for i in tl.static_range(len(queries)):
         sums = tl.dot(keys[i], queries[i][0], sums, out_dtype=tl.int32)
     sums = sums << 8
-    for i in tl.static_range(4):
+    for i in tl.static_range(len(queries)):
         sums = tl.dot(keys[i], queries[i][1], sums, out_dtype=tl.int32)
     return sums.to(tl.float32)

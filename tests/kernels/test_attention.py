@@ -232,6 +232,19 @@ def test_parts_of_a_tile_have_columns_of_their_own(heads, device, monkeypatch):
         case.check(softcap=2.0, sinks=torch.randn(heads, device=device))
 
 
+def test_sums_of_whole_numbers_hold_the_largest_rows(device):
+    """
+    All channels of int8's keys at 127 or -127, under queries as large as their group's largest number.
+    """
+    case = Case("int8", device, heads=(4, 1), head_dim=512, seqs=((40, 1),), page_size=64)
+    keys = case.cache.keys[0]
+    keys.codes.fill_(127)
+    keys.codes[:, :, ::2].fill_(0x81)
+    keys.scale.fill_(2e-4)
+    case.q.fill_(1.9990234375)
+    case.check()
+
+
 def test_a_scheduler_gets_a_second_program_where_splits_stay_long(monkeypatch):
     """
     Of 64 tokens a tile: 16 tiles a split suffice, 8 do not, nor 16 beside tokens in 16 bits or of 16 query heads.
