@@ -754,14 +754,17 @@ def decode(
     group = query_heads // kv_heads
     heads = min(group, MAX_HEADS)
     pairs = batch * kv_heads * -(-group // heads)
-    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim)
+    by_page = center is not None and center.last > 0
+    plain = exact is None and not by_page
+    tuning = tuning or choose_tuning(k.layout, v.layout, head_dim, heads, plain)
     tokens = min(max_seq_len, window + tuning.block_n) if window else max_seq_len
     words = k.layout.words(head_dim)
     # where a token's words are half a product's, and its heads no more than half of those that a program can take
     packed_bits = max(k.layout.bits, v.layout.bits)
     abreast = 2 if packed_bits <= 4 and words == v.layout.words(head_dim) == 8 and heads <= MAX_HEADS // 2 else 1
     fold = 1
-    if abreast == 1 and heads <= 4 and v.layout.kind not in (FLOAT.value, E4M3.value):
+    slower = by_page and k.layout.kind != TIERS.value  # by 2 to 4 % at int2, where tiers gain 5
+    if abreast == 1 and heads <= 4 and v.layout.kind not in (FLOAT.value, E4M3.value) and not slower:
         # a product has eight columns at least, and sixteen rows
         fold = min(8 // triton.next_power_of_2(heads), tuning.block_n // 16)
     block_x, exact_weight, packed_weight = exact_tile(packed_bits, tuning.block_n)

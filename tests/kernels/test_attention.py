@@ -12,6 +12,7 @@ from kvbench.attention import Batch
 from kvbench.attention import attend as reference
 from kvbench.attention import triton as kernels
 from kvbench.cache import PagedCache
+from kvbench.dtypes import all_dtypes
 from kvbench.schemes import Scheme
 from kvbench.transforms import all_rotations
 
@@ -254,6 +255,18 @@ def test_a_scheduler_gets_a_second_program_where_splits_stay_long(monkeypatch):
 
     assert [cut.splits(64, tokens) for tokens in (8192, 16384)] == [8, 16]
     assert cut.splits(64, 16384, further=1) == cut.splits(64, 16384, heads=16) == 8
+
+
+def test_int2_gets_a_third_program_up_to_four_heads(monkeypatch):
+    """
+    Its registers suffice then; not with tokens in 16 bits or centres by page, nor keys in tiers over the same values.
+    """
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    int2, tiers = (kernels.layout(all_dtypes()[f"{name}_per_token_head"]) for name in ("int2", "tiers421"))
+
+    assert tuning.choose_tuning(int2, int2, 128, 4, True).crowded == 12
+    for k, heads, plain in ((int2, 5, True), (int2, 4, False), (tiers, 4, True)):
+        assert tuning.choose_tuning(k, int2, 128, heads, plain).crowded == 0
 
 
 @pytest.mark.parametrize("programs", [1, 6, 12, 50], ids=str)
