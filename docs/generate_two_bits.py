@@ -317,6 +317,7 @@ TABLES = {
     "answers": answers,
     "needles": needles,
     "many_needles": many_needles,
+    "speeds": speeds,
 }
 
 
