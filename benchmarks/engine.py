@@ -2,8 +2,9 @@
 
 HFLM is at batch 64 (128 for gsm8k), or at each of `--batch-size`, of which the fastest counts, with torch's SDPA, under
 lm-eval as it is: templates are compiled for each document. It runs a task first, so it loads it and makes its prompts,
-which kvbench's cells find made, as all but the first of a sweep do. A cell runs four times: the first compiles kernels
-and makes tokens, and of the others the median counts.
+which kvbench's cells find made, as all but the first of a sweep do. A cell runs six times: the first compiles kernels
+and makes tokens, and of the others the median counts. All cells run once before one runs again, so that a state of the
+machine that lasts for seconds is none of a single cell's; a cell that is named twice is an A/A cell.
 "in the model" leaves out lm-eval's own work: prompts, metrics, bootstrap. How near the scores are is for
 benchmarks/parity.py. The data is the offline mirror's (`--data`, or KVBENCH_DATA).
 """
@@ -41,7 +42,7 @@ TASKS: tuple[tuple[dict[str, Any], int], ...] = (
     ({"task": "gsm8k", "num_fewshot": 5, "limit": 256}, 128),
 )
 SCHEMES = ("fp16", "int8", "int4", "int2")
-REPEATS = 3
+REPEATS = 5
 
 
 @contextmanager
@@ -126,24 +127,31 @@ def main() -> None:
                 mock.patch("kvbench.tasks.runner_lm.RunnerLM", return_value=sdpa),
                 mock.patch("kvbench.tasks.lm_eval._compiled_once", nullcontext),
             ):
-                own = run(task, runner_of(loaded, "auto"), HFLM)
+                try:
+                    own = run(task, runner_of(loaded, "auto"), HFLM)
+                except torch.OutOfMemoryError:
+                    print(f"{task.name} HFLM batch {size}: out of memory", flush=True)
+                    continue
             show(task=task.name, cell=f"HFLM batch {size}", **own)
             theirs = own if not theirs or own["seconds"] < theirs["seconds"] else theirs
-        fp16: dict[str, Any] = {}
-        for scheme in options.cell or SCHEMES:
-            first, *others = (run(task, runner_of(loaded, scheme)) for _ in range(1 + REPEATS))
-            middle = sorted(others, key=lambda row: row["seconds"])[REPEATS // 2]
-            base = fp16 or theirs
+        cells = options.cell or SCHEMES
+        firsts = [run(task, runner_of(loaded, cell)) for cell in cells]
+        # in turn, so that what changes about the machine meets all of them
+        rounds = [[run(task, runner_of(loaded, cell)) for cell in cells] for _ in range(REPEATS)]
+        columns = list(zip(*rounds, strict=True))
+        middles = [sorted(column, key=lambda row: row["seconds"])[REPEATS // 2] for column in columns]
+        for i, (cell, first, column, middle) in enumerate(zip(cells, firsts, columns, middles, strict=True)):
+            base = middles[0] if i else theirs
             show(
                 task=task.name,
-                cell=scheme,
+                cell=cell,
                 **middle,
                 first_seconds=first["seconds"],
-                all_seconds=[row["seconds"] for row in others],
+                all_seconds=[row["seconds"] for row in column],
+                all_model_seconds=[row["model_seconds"] for row in column],
                 ratio=base["seconds"] / middle["seconds"],
                 model_ratio=base["model_seconds"] / middle["model_seconds"],
             )
-            fp16 = fp16 or middle
         if options.output:
             environment = {**describe(), "command": " ".join(["benchmarks/engine.py", *asked])}
             options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
