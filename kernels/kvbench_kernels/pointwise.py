@@ -6,6 +6,8 @@ each reads and writes all rows. Only float32 sums over a row are taken in anothe
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -162,12 +164,27 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 @triton.jit
-def _gated_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program computes BLOCK elements."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    x = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+def _gated_kernel(
+    gate_ptr,  # [T, N], rows contiguous
+    up_ptr,  # [T, N], rows contiguous
+    out_ptr,  # [T, N], contiguous
+    count,  # T * N
+    gate_stride,
+    up_stride,
+    N: tl.constexpr,
+    RUN: tl.constexpr,
+    KIND: tl.constexpr,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program computes BLOCK elements, runs of RUN that lie in one row each."""
+    at = (tl.program_id(0).to(tl.int64) * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)) * RUN
+    row = at // N
+    column = at - row * N
+    place = tl.arange(0, RUN)[None, :]
+    inside = (at < count)[:, None]
+    x = tl.load(gate_ptr + (row * gate_stride + column)[:, None] + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + (row * up_stride + column)[:, None] + place, mask=inside, other=0.0).to(tl.float32)
     if KIND == SILU:
         x = x / (1.0 + tl.exp(-x))
     elif KIND == GELU:
@@ -179,15 +196,27 @@ def _gated_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, TANH: tl
         else:  # the interpreter has no libdevice
             x = 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * y) + 1.0))
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, (x.to(dtype).to(tl.float32) * up).to(dtype), mask=inside)
+    tl.store(out_ptr + at[:, None] + place, (x.to(dtype).to(tl.float32) * up).to(dtype), mask=inside)
 
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
-    """The activation `kind` of `gate`, rounded, times `up`, both of any one shape."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
+    """The activation `kind` of `gate`, rounded, times `up`, both of any one shape; their rows may lie apart."""
+    width = gate.shape[-1]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = (x.reshape(-1, width) if x.stride(-1) == 1 else x.contiguous().view(-1, width) for x in (gate, up))
     _gated_kernel[(triton.cdiv(gate.numel(), _TILE),)](
-        gate, up, out, gate.numel(), KIND=kind, TANH=not INTERPRETED, BLOCK=_TILE, num_warps=8
+        gate,
+        up,
+        out,
+        gate.numel(),
+        gate.stride(0),
+        up.stride(0),
+        N=width,
+        RUN=math.gcd(width, 8),
+        KIND=kind,
+        TANH=not INTERPRETED,
+        BLOCK=_TILE,
+        num_warps=8,
     )
     return out
 

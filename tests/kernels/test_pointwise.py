@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from kvbench_kernels import pointwise
+from torch import nn
 from torch.nn import functional
 
 from kvbench.runners.base import ModelInfo, ScoreRequest
 from kvbench.runners.transformers import TransformersModel
 from kvbench.runners.transformers.fused import Fused, nearly
+from kvbench.runners.transformers.joined import Joined
 from kvbench.schemes import Scheme
 
 SIZES = {
@@ -66,7 +68,8 @@ def test_a_module_is_replaced_where_the_kernel_gives_the_same(kind, norms, gates
 
     named = [type(module).__name__ for module in found.forwards]
     assert sum("Norm" in name for name in named) == norms
-    assert sum("Norm" not in name for name in named) == gates
+    assert sum("MLP" in name for name in named) == gates
+    assert named.count("Linear") == 3 * SIZES["num_hidden_layers"]
     assert len(found.functions) == functions
     assert [module.forward for module in found.forwards] == before
     torch.testing.assert_close(fused.float(), own.float(), rtol=0.02, atol=0.02)
@@ -92,7 +95,8 @@ def test_what_computes_something_else_stays(change, device, monkeypatch):
         monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
     found = Fused(model, {24})
 
-    kinds = {"norm" if "Norm" in type(module).__name__ else "gate" for module in found.forwards}
+    names = {type(module).__name__ for module in found.forwards}
+    kinds = {kind for kind, part in (("norm", "Norm"), ("gate", "MLP")) if any(part in name for name in names)}
     assert kinds | ({"rotary"} if found.functions else set()) == {"norm", "gate", "rotary"} - {change}
 
 
@@ -145,3 +149,60 @@ def test_scores_are_those_of_a_plain_model(device):
 
     assert loaded.fused.forwards
     torch.testing.assert_close(score.logprobs, log_p[range(8), tokens[12:]], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_one_input_are_one_product(bias):
+    """
+    Each gets its own output of the tensor that the first was given, once; of another tensor it computes its own. No
+    output is kept when all are taken, and the weights are what they were, in one tensor.
+    """
+    torch.manual_seed(0)
+    sizes = {"q_proj": 12, "k_proj": 4, "v_proj": 4}
+    module = nn.ModuleDict({name: nn.Linear(8, size, bias=bias, dtype=torch.float64) for name, size in sizes.items()})
+    weights = {name: part.weight.clone() for name, part in module.items()}
+    x, other = torch.randn(2, 3, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        own = {name: (part(x), part(other)) for name, part in module.items()}
+        joined = Joined.of(module, tuple(sizes), torch.float64)
+        q, k, v = joined.forwards().values()
+        for given, which in ((x, 0), (other, 1)):
+            for name, forward in zip(sizes, (q, k, v), strict=True):
+                torch.testing.assert_close(forward(given), own[name][which])
+        assert joined._given is None
+        assert joined._made == [None] * 3
+        q(x)
+        torch.testing.assert_close(v(other), own["v_proj"][1])
+        torch.testing.assert_close(v(x), own["v_proj"][0])
+        torch.testing.assert_close(v(x), own["v_proj"][0])
+
+    assert {part.weight.untyped_storage().data_ptr() for part in module.values()} == {
+        joined._weight.untyped_storage().data_ptr()
+    }
+    assert all(torch.equal(part.weight, weights[name]) for name, part in module.items())
+    module["k_proj"](x).sum().backward()  # outside of inference mode, as ever
+
+
+def test_layers_that_differ_are_no_product():
+    """
+    One that is missing, of another dtype or kind, or alone in having a bias.
+    """
+    parts = {"q_proj": nn.Linear(8, 4), "k_proj": nn.Linear(8, 4, bias=False), "v_proj": nn.Linear(8, 4).half()}
+    module = nn.ModuleDict(parts)
+
+    for names in (("q_proj", "up_proj"), ("q_proj", "k_proj"), ("q_proj", "v_proj")):
+        assert Joined.of(module, names, torch.float32) is None
+
+
+@pytest.mark.parametrize("width", [40, 13])
+def test_a_gate_reads_rows_that_lie_apart(width, device):
+    """
+    Two halves of one product's rows give what copies of them give.
+    """
+    both = torch.randn(1, 300, 2 * width, device=device).half()
+    gate, up = both.split(width, -1)
+
+    for kind in (pointwise.SILU.value, pointwise.GELU.value):
+        made = pointwise.gated(gate, up, kind)
+        assert torch.equal(made, pointwise.gated(gate.contiguous(), up.contiguous(), kind))
+    assert nearly(pointwise.gated(gate, up, pointwise.SILU.value), functional.silu(gate) * up)

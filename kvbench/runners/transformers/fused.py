@@ -1,7 +1,7 @@
 """A model's norms, rotary positions and gated activations by one kernel each, where that gives what its own code gives.
 
 Nobody's word is taken for it: each kind of module is run on random numbers beside the kernel, and what differs by more
-than a sum's order stays as it is.
+than a sum's order stays as it is. Layers of one input are one product.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kvbench.runners.probe import decoder_of
+from kvbench.runners.transformers.joined import Joined
 
 ROPE = "apply_rotary_pos_emb"  # what transformers' models call that function
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ROWS = 64  # of random numbers
 
 Call = Callable[..., Any]
@@ -47,6 +49,8 @@ class Fused:
                 for find in (self._norm, self._gate):
                     if made := find(module, known):
                         self.forwards[module] = made
+                if joined := Joined.of(module, PROJECTIONS, model.dtype):
+                    self.forwards |= joined.forwards()
             dtype, device = model.dtype, model.device
             for name in dict.fromkeys(type(module).__module__ for module in decoder.modules()):
                 rope = getattr(sys.modules[name], ROPE, None)
@@ -110,7 +114,10 @@ class Fused:
                 ways = (way for way in self._gates if nearly(gated(gate(x), up(x), way), between[0]))
                 known[kind] = next(ways, None)
         way = known[kind]
-        return None if way is None else self._or_own(module.forward, lambda x: down(gated(gate(x), up(x), way)))
+        if way is None:
+            return None
+        both: Call = Joined.of(module, ("gate_proj", "up_proj"), self._dtype) or (lambda x: (gate(x), up(x)))
+        return self._or_own(module.forward, lambda x: down(gated(*both(x), way)))
 
     def _or_own(self, own: Call, kernel: Call) -> Call:
         """The kernel's forward; the module's own where it is given more, or other numbers."""
