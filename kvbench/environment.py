@@ -34,6 +34,7 @@ PACKAGES = (
 # settings that change numbers or timings; none of them is a path
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUDA_VISIBLE_DEVICES",
     "HF_DATASETS_OFFLINE",
     "HF_HUB_OFFLINE",

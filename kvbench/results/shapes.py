@@ -257,6 +257,7 @@ class Facts(TypedDict):
     agreement: NotRequired[Agreement | None]
     learned: NotRequired[Learned | None]
     longest_context_limit: NotRequired[str | None]
+    kernel_us: NotRequired[float | None]
     attention: NotRequired[str | None]
     kernels_lack: NotRequired[str | None]
 

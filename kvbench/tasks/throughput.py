@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 VERSION = 2
 # left free beside the longest context; what a forward pass took more is subtracted
 RESERVE_BYTES = 2**30
+CHAIN = 256  # kernels of the graph that says in which of its states a GPU is
 
 
 class Throughput(Options):
@@ -84,12 +86,16 @@ class Throughput(Options):
         if not hasattr(runner, "stats"):
             raise ValueError(f"{runner.info.name} is run by what counts no tokens and seconds: take another runner")
         memory = _Memory(runner)
+        _settle(runner)
         runner.generate(self._requests(runner, "before"))  # compiles, captures, allocates
         repeats = min(self.repeats, self.limit or self.repeats)
-        samples = []
+        samples, kernel_us = [], _kernel_us(runner)
         for repeat in range(repeats):
-            samples.append({"doc_id": repeat, **self._sample(runner, repeat)})
+            sample = {"doc_id": repeat, **self._sample(runner, repeat)}
+            samples.append(sample | ({"kernel_us": kernel_us()} if kernel_us else {}))
             context.progress(repeat + 1, repeats)
+        if kernel_us:
+            memory.facts["kernel_us"] = median(row["kernel_us"] for row in samples)
         metrics = []
         for name in ("prefill", "decode"):
             if not all(row[f"{name}_tokens"] for row in samples):
@@ -133,6 +139,42 @@ def _longest(runner: Paged, held: int, positions: int) -> tuple[int, str]:
     """The longest sequence that a runner takes where memory holds so many tokens, and which of the two limits it."""
     by_memory = runner.longest_sequence(held // runner.page_size)
     return (positions, "the model's positions") if positions <= by_memory else (by_memory, "memory")
+
+
+def _settle(runner: Runner) -> None:
+    """The runner's GPUs are as a process finds them that has launched nothing: see `kvbench.runners.settle`."""
+    from kvbench.runners.settle import settle
+
+    settle(dict.fromkeys(getattr(runner, "devices", ())))
+
+
+def _kernel_us(runner: Runner) -> Callable[[], float] | None:
+    """What gives the microseconds of a kernel that does next to nothing, in a CUDA graph of many; None on a CPU."""
+    import torch
+
+    device = torch.device(getattr(runner, "device", "cpu"))
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        counted, graph = torch.zeros(32, device=device), torch.cuda.CUDAGraph()
+        counted.add_(1)
+        with torch.cuda.graph(graph):
+            for _ in range(CHAIN):
+                counted.add_(1)
+
+    def measured() -> float:
+        with torch.cuda.device(device):
+            times = []
+            for _ in range(5):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                times.append(1e3 * begin.elapsed_time(end) / CHAIN)
+        return float(median(times))
+
+    return measured
 
 
 class _Memory:

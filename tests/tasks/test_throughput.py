@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kvbench.calibration import Calibration
 from kvbench.measured import read
 from kvbench.report.compare import compare
 from kvbench.report.comparison_text import noise_floor
+from kvbench.report.labels import notes_of
 from kvbench.report.tables import Report
 from kvbench.results import Store
 from kvbench.runners import catalog, facts, model_files
@@ -246,3 +248,17 @@ def test_what_the_memory_holds_was_allocated(shape):
 
     bits = [Scheme.parse(name).bits_per_value(32) for name in ("fp16", "int4")]
     assert found["int4"] / found["fp16"] == pytest.approx(bits[0] / bits[1], rel=0.02)
+
+
+@pytest.mark.parametrize(("slower", "told"), [(0.93, False), (1.23, True)])
+def test_rates_of_two_states_of_a_gpu_are_told(slower, told):
+    """
+    Where an empty kernel of a graph took a tenth longer in one cell than in another, the table says in which.
+    """
+    store = Store(Path(__file__).parents[2] / "results" / "throughput")
+    records = [record for record in store.load().records.values() if record.dtype in ("fp16", "int4_per_token_head")]
+    pace = {"fp16": 0.89, "int4_per_token_head": slower}
+    notes = notes_of([replace(record, facts={**record.facts, "kernel_us": pace[record.dtype]}) for record in records])
+
+    assert any("0.89 µs (fp16), 1.23 µs (int4_per_token_head)" in note for note in notes) == told
+    assert any("two states" in note for note in notes) == told

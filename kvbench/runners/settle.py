@@ -1,0 +1,45 @@
+"""Brings a GPU into one state before something is timed on it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def settle(devices: Iterable[torch.device]) -> bool:
+    """Has each GPU change contexts, and says whether all could.
+
+    Once a process has launched on many streams, each kernel of any of its CUDA graphs begins up to a third of a
+    microsecond later than before, a tenth to a sixth of a decode step, until another context has worked on that GPU
+    (`benchmarks/graphs.py`). So a context is made here, writes a little, and is given up.
+    """
+    devices = [device for device in devices if device.type == "cuda"]
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.synchronize()
+                _work_in_a_context(cuda, torch.cuda.current_device())
+    except OSError:  # no such library, no memory for a context
+        return False
+    return bool(devices)
+
+
+def _work_in_a_context(cuda: Any, device: int) -> None:
+    def call(name: str, *given: Any) -> None:
+        if code := getattr(cuda, name)(*given):
+            raise OSError(f"{name}: CUDA error {code}")
+
+    number, context, pointer = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+    call("cuDeviceGet", ctypes.byref(number), device)
+    call("cuCtxCreate_v2", ctypes.byref(context), 0, number)
+    try:
+        call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(1024))
+        call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(1024))
+        call("cuCtxSynchronize")
+    finally:
+        # with it goes its memory, and the context before it is the current one again
+        call("cuCtxDestroy_v2", context)
