@@ -258,20 +258,20 @@ def test_hflms_times_by_batch_are_the_measured_ones():
 def test_what_quantized_cells_take_beside_fp16_is_the_measured_ratio():
     """docs/method.md's least and most of quantized cells' times over fp16's are those of results/hflm."""
     text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
-    found = {}
-    for file in ("engine-h200.json", "engine-h200-piqa-2.json", "engine-h200-piqa-3.json"):
-        rows = json.loads((ROOT / "results/hflm" / file).read_text(encoding="utf-8"))["rows"]
-        for task in {row["task"] for row in rows}:
-            fp16 = next(row["seconds"] for row in rows if (row["task"], row["cell"]) == (task, "fp16"))
-            own = [r["seconds"] / fp16 for r in rows if r["task"] == task and r["cell"] in ("int8", "int4", "int2")]
-            found.setdefault(task, []).extend(own)
+    rows = json.loads((ROOT / "results/hflm/engine-h200-in-turn.json").read_text(encoding="utf-8"))["rows"]
+    found, repeated = {}, {}
+    for task in ("arc_easy", "piqa", "lambada_openai"):
+        own = [row for row in rows if row["task"] == task and not row["cell"].startswith("HFLM")]
+        *found[task], repeated[task] = (row["seconds"] / own[0]["seconds"] for row in own[1:])
     shown = re.search(
-        r"takes ([\d.]+) to ([\d.]+) of the time on ARC-Easy, ([\d.]+) to ([\d.]+) on PIQA, "
-        r"and on LAMBADA ([\d.]+) to ([\d.]+),",
+        r"takes ([\d.]+) to ([\d.]+) of the time on ARC-Easy, ([\d.]+) to ([\d.]+) on PIQA "
+        r"and ([\d.]+) to ([\d.]+) on LAMBADA",
         text,
     ).groups()
-    measured = [end(found[task]) for task in ("arc_easy", "piqa", "lambada_openai") for end in (min, max)]
+    measured = [end(ratios) for ratios in found.values() for end in (min, max)]
     assert all(agrees(figure, value) for figure, value in zip(shown, measured, strict=True))
+    shown = re.search(r"In turn they differ by ([\d.]+), ([\d.]+) and ([\d.]+) %", text).groups()
+    assert all(agrees(figure, 100 * abs(ratio - 1)) for figure, ratio in zip(shown, repeated.values(), strict=True))
 
 
 def test_what_short_tiles_take_is_the_measured_time():
@@ -300,13 +300,79 @@ def test_what_a_graph_takes_is_the_measured_time():
         ("6 runner after runner", "0, the first of them"),
     )
     assert all(agrees(figure, found[name]) for figure, name in zip(shown.groups(), names, strict=True))
-    shown = re.search(r"\(([\d.]+) to ([\d.]+) ms with graphs of their own for each repeat, ([\d.]+) to ([\d.]+)", text)
-    ends = [
-        end(row["ms"] for row in rows if row["experiment"] == f"9 throughput, {mode}")
-        for mode in ("renewed", "shared")
-        for end in (min, max)
+
+
+@pytest.mark.parametrize("file", ["acts", "acts-one-connection"])
+def test_launches_on_many_streams_alone_make_kernels_begin_later(file):
+    """docs/method.md's states of a GPU, and what changes them, are those of results/checks-h200, with one queue too."""
+    rows = json.loads((ROOT / f"results/checks-h200/{file}.json").read_text(encoding="utf-8"))["rows"]
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    fast_us, fast, slow_us, slow = re.search(
+        r"takes ([\d.]+) µs a kernel and a step of SmolLM2 ([\d.]+) ms.* streams they take ([\d.]+) µs and ([\d.]+) ms",
+        text,
+    ).groups()
+    acts = [row for row in rows if "before" in row]
+    assert len({row["act"] for row in acts}) == 20
+    for row in acts:
+        many = row["act"] == "launches on eight more"
+        assert row["after"]["step_ms"] == pytest.approx(float(slow if many else fast), rel=0.02), row["act"]
+        if file == "acts":
+            assert row["after"]["kernel_us"] == pytest.approx(float(slow_us if many else fast_us), rel=0.06), row["act"]
+
+
+def test_a_speed_repeats_once_contexts_have_changed():
+    """docs/method.md's steps of cells one after another, with and without that, are those of results/checks-h200."""
+    rows = json.loads((ROOT / "results/checks-h200/acts.json").read_text(encoding="utf-8"))["rows"]
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    three, fourth, four, share = re.search(
+        r"first three take ([\d.]+) ms a step and the fourth ([\d.]+)\..* took ([\d.]+) ms each, within ([\d.]+) %",
+        text,
+    ).groups()
+    # the second repeat of each, for the first finds a GPU that has just been idle
+    steps = {
+        name: [row["steps_ms"][1] for row in rows if row.get("throughput") == name]
+        for name in ("as they are", "a context")
+    }
+    assert all(
+        agrees(figure, value) for figure, value in zip([three] * 3 + [fourth], steps["as they are"], strict=True)
+    )
+    assert all(agrees(four, value) for value in steps["a context"])
+    assert 100 * (max(steps["a context"]) / min(steps["a context"]) - 1) < float(share)
+
+
+def test_what_bounds_gsm8k_is_the_measured_time():
+    """docs/method.md's times of GSM8K beside HFLM, in a profile, and of long requests again, are those of results/."""
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = json.loads((ROOT / "results/hflm/engine-h200-in-turn-gsm8k.json").read_text(encoding="utf-8"))["rows"]
+    theirs = min(row["seconds"] for row in rows if row["cell"].startswith("HFLM"))
+    ours = next(row["seconds"] for row in rows if row["cell"] == "fp16")
+    times, wanted = re.search(r"are (\d+) times as fast as HFLM's.*? were wanted, in ([\d.]+) s", text).groups()
+    assert agrees(times, theirs / ours)
+    assert agrees(wanted, theirs / 25)
+    profile = json.loads((ROOT / "results/checks-h200/gsm8k-designs.json").read_text(encoding="utf-8"))["profile_ms"]
+    shown = re.search(
+        r"bound by matrix products, ([\d.]+) s at about 700 TFLOP/s, with ([\d.]+) s of attention", text
+    ).groups()
+    for figure, kind in zip(shown, ("matrix products", "attention"), strict=True):
+        assert agrees(figure, profile["prompts"][kind] / 1e3)
+    (row,) = json.loads((ROOT / "results/long/qwen3-8b-h200-again.json").read_text(encoding="utf-8"))["rows"]
+    step, attention = re.search(r"fp16's step is ([\d.]+) ms, attention ([\d.]+) of it", text).groups()
+    assert agrees(step, row["step_ms"])
+    assert agrees(attention, row["step_ms_of"]["attention"])
+
+
+def test_no_clock_goes_with_a_gpus_state():
+    """docs/method.md's megahertz in both states are those of results/checks-h200/states.json."""
+    rows = json.loads((ROOT / "results/checks-h200/states.json").read_text(encoding="utf-8"))["rows"]
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    ends = re.search(r"own cycles were (\d+) to (\d+) MHz in both states", text).groups()
+    # work of one's own or of another process lowers the clock for a moment
+    quiet = [row for row in rows if not {"matmul", "heavy"} & set(row["while"].split())]
+    assert [int(end) for end in ends] == [round(end(row["counted_mhz"] for row in quiet)) for end in (min, max)]
+    states = [
+        {row["kernel_us"] > 1.1 for row in quiet if (row["counted_mhz"] > 1959) == above} for above in (True, False)
     ]
-    assert all(agrees(figure, value) for figure, value in zip(shown.groups(), ends, strict=True))
+    assert states == [{True, False}] * 2
 
 
 def test_what_lies_between_a_graphs_kernels_is_the_measured_gap():
