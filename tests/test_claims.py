@@ -340,6 +340,18 @@ def test_a_speed_repeats_once_contexts_have_changed():
     assert 100 * (max(steps["a context"]) / min(steps["a context"]) - 1) < float(share)
 
 
+def test_joined_products_changed_no_score():
+    """docs/method.md's cells in turn have the scores of the cells before, to the last digit."""
+    before, after = (
+        json.loads((ROOT / "results/hflm" / f"engine-h200{name}.json").read_text(encoding="utf-8"))["rows"]
+        for name in ("", "-in-turn")
+    )
+    scores = {(row["task"], row["cell"]): row["metrics"] for row in before}
+    cells = [row for row in after if not row["cell"].startswith("HFLM")]
+    assert len(cells) == 15
+    assert all(row["metrics"] == scores[row["task"], row["cell"]] for row in cells)
+
+
 def test_what_bounds_gsm8k_is_the_measured_time():
     """docs/method.md's times of GSM8K beside HFLM, in a profile, and of long requests again, are those of results/."""
     text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
