@@ -94,8 +94,6 @@ class Throughput(Options):
             sample = {"doc_id": repeat, **self._sample(runner, repeat)}
             samples.append(sample | ({"kernel_us": kernel_us()} if kernel_us else {}))
             context.progress(repeat + 1, repeats)
-        if kernel_us:
-            memory.facts["kernel_us"] = median(row["kernel_us"] for row in samples)
         metrics = []
         for name in ("prefill", "decode"):
             if not all(row[f"{name}_tokens"] for row in samples):
@@ -107,7 +105,8 @@ class Throughput(Options):
             metrics.append(Metric("memory_holds", held, None, 1, "tokens"))
             metrics.append(Metric("longest_context", longest, None, 1, "tokens"))
             memory.facts["longest_context_limit"] = limit
-        return Outcome(tuple(metrics), samples, memory.facts)
+        state = {"kernel_us": median(row["kernel_us"] for row in samples)} if kernel_us else {}
+        return Outcome(tuple(metrics), samples, {**memory.facts, **state})
 
     def _sample(self, runner: Any, repeat: int) -> dict[str, Any]:
         """One measurement: what the runner counted while it answered, and the seconds that passed in all."""

@@ -25,7 +25,7 @@ from kvbench.runners.toy import ToyRunner
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.command import Options, run_sweep
-from kvbench.tasks import RunContext, make_task
+from kvbench.tasks import RunContext, make_task, throughput
 from kvbench.tasks.throughput import _longest
 
 SHAPE = {
@@ -262,3 +262,28 @@ def test_rates_of_two_states_of_a_gpu_are_told(slower, told):
 
     assert any("0.89 µs (fp16), 1.23 µs (int4_per_token_head)" in note for note in notes) == told
     assert any("two states" in note for note in notes) == told
+
+
+def test_a_gpus_state_stands_beside_what_its_memory_holds(monkeypatch):
+    """
+    Each sample has the microseconds of an empty kernel behind it, and the cell's facts their median.
+    """
+
+    class Paging(Recorder):
+        page_size = 16
+
+        def longest_sequence(self, pages):
+            return pages * self.page_size
+
+    class Memory(throughput._Memory):
+        def tokens(self):
+            self.facts = {"allocated_tokens": 320}
+            return 320
+
+    found = iter([0.9, 1.2, 0.91])
+    monkeypatch.setattr(throughput, "_Memory", Memory)
+    monkeypatch.setattr(throughput, "_kernel_us", lambda runner: lambda: next(found))
+    outcome = make_task({"task": "throughput", "prompt": 20, "new": 64, "batch": 3}).run(Paging(), CONTEXT)
+
+    assert [row["kernel_us"] for row in outcome.samples] == [0.9, 1.2, 0.91]
+    assert outcome.facts == {"allocated_tokens": 320, "longest_context_limit": "memory", "kernel_us": 0.91}
