@@ -265,4 +265,8 @@ def test_a_window_covers_lambada():
         record = json.loads(found.read_text(encoding="utf-8"))
         means.append(record["timings"]["prompt_tokens"] / record["facts"]["documents"])
     assert low - 0.5 <= min(means)
+    assert "`int4_centered` loses on all three" in section("Answers")
+    place = made()["place"](of_label("`int4_centered`"))
+    for model in made()["MODELS"].values():
+        assert made()["comparisons"]("schemes")[model, "lambada_openai", "acc", *place].verdict == "WORSE"
     assert max(means) <= high + 0.5
