@@ -98,9 +98,12 @@ def notes_of(records: Sequence[Record]) -> list[str]:
     if limits:
         by = "; ".join(f"{limit} ({', '.join(dtypes)})" for limit, dtypes in limits.items())
         notes.append(f"longest context: what the runner takes, limited by {by}")
-    pace = {record.dtype: us for record in records if (us := record.facts.get("kernel_us"))}
-    if pace and max(pace.values()) > 1.1 * min(pace.values()):
-        by = ", ".join(f"{us:.2f} µs ({dtype})" for dtype, us in pace.items())
+    paces: dict[float, dict[str, None]] = defaultdict(dict)
+    for record in records:
+        if us := record.facts.get("kernel_us"):
+            paces[us][f"{record.dtype} · {record.rotation}"] = None
+    if paces and max(paces) > 1.1 * min(paces):
+        by = "; ".join(f"{us:.2f} µs ({', '.join(cells)})" for us, cells in sorted(paces.items()))
         notes.append(f"decode rates of two states of a GPU: an empty kernel of a graph took {by}")
     if cut:
         notes.append("first documents only: " + ", ".join(f"{task} {limit}" for task, limit in cut.items()))

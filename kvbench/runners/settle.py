@@ -23,7 +23,7 @@ def settle(devices: Iterable[torch.device]) -> bool:
             with torch.cuda.device(device):
                 torch.cuda.synchronize()
                 _work_in_a_context(cuda, torch.cuda.current_device())
-    except OSError:  # no such library, no memory for a context
+    except (OSError, AttributeError):  # no such library or call, no memory for a context
         return False
     return bool(devices)
 

@@ -87,9 +87,10 @@ class Throughput(Options):
             raise ValueError(f"{runner.info.name} is run by what counts no tokens and seconds: take another runner")
         memory = _Memory(runner)
         _settle(runner)
+        kernel_us = _kernel_us(runner)  # before the warm-up, since making a graph frees what torch holds unused
         runner.generate(self._requests(runner, "before"))  # compiles, captures, allocates
         repeats = min(self.repeats, self.limit or self.repeats)
-        samples, kernel_us = [], _kernel_us(runner)
+        samples = []
         for repeat in range(repeats):
             sample = {"doc_id": repeat, **self._sample(runner, repeat)}
             samples.append(sample | ({"kernel_us": kernel_us()} if kernel_us else {}))

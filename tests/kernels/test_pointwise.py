@@ -185,13 +185,18 @@ def test_layers_of_one_input_are_one_product(bias):
 
 def test_layers_that_differ_are_no_product():
     """
-    One that is missing, of another dtype or kind, or alone in having a bias.
+    One that is missing, of another dtype or kind, alone in having a bias, or that a library of quantized weights has
+    given a forward of its own, or taken the weight from.
     """
     parts = {"q_proj": nn.Linear(8, 4), "k_proj": nn.Linear(8, 4, bias=False), "v_proj": nn.Linear(8, 4).half()}
+    parts |= {"calling": nn.Linear(8, 4), "packed": nn.Linear(8, 4), "gate_proj": nn.Linear(8, 4)}
+    parts["calling"].forward = torch.relu
+    del parts["packed"].weight
     module = nn.ModuleDict(parts)
 
-    for names in (("q_proj", "up_proj"), ("q_proj", "k_proj"), ("q_proj", "v_proj")):
-        assert Joined.of(module, names, torch.float32) is None
+    for name in ("up_proj", "k_proj", "v_proj", "calling", "packed"):
+        assert Joined.of(module, ("q_proj", name), torch.float32) is None
+    assert Joined.of(module, ("q_proj", "gate_proj"), torch.float32)
 
 
 @pytest.mark.parametrize("width", [40, 13])

@@ -53,6 +53,14 @@ def test_a_context_is_made_works_and_is_given_up(driver, fails):
     assert driver.called.count("cuCtxSynchronize") == (0 if fails else 2)
 
 
+def test_a_driver_that_lacks_a_call_settles_nothing(driver, monkeypatch):
+    """
+    A speed is taken all the same.
+    """
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert not settle([torch.device("cuda", 0)])
+
+
 def test_without_a_gpu_nothing_is_settled(monkeypatch):
     """
     Neither on a CPU nor where the driver's library is not there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Joined:
     def of(cls, module: nn.Module, names: Sequence[str], dtype: torch.dtype) -> Self | None:
         """Of the layers of a module with these names; None where it lacks one, or they are not alike."""
         parts = [getattr(module, name, None) for name in names]
-        plain = [part for part in parts if type(part) is nn.Linear and part.weight.dtype == dtype]
+        plain = [part for part in parts if _is_plain(part, dtype)]
         kinds = {(part.in_features, part.weight.device, part.bias is None) for part in plain}
         return cls(plain) if len(plain) == len(parts) and len(kinds) == 1 else None
 
@@ -54,6 +54,17 @@ class Joined:
             return made
 
         return forward
+
+
+def _is_plain(part: nn.Module | None, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
+    """Whether it is no more than a product: libraries of quantized weights change a layer's weight or its forward."""
+    weight = getattr(part, "weight", None)
+    return (
+        type(part) is nn.Linear
+        and type(weight) is nn.Parameter
+        and weight.dtype == dtype
+        and "forward" not in vars(part)
+    )
 
 
 def _one(tensors: Sequence[Tensor]) -> Tensor:
