@@ -15,6 +15,7 @@ from kvbench_kernels.layout import Side, check
 from kvbench_kernels.merge import merge
 from kvbench_kernels.tiers import LOWERED, Rank, fields, rest_bits, rest_count, tier_field, tier_queries
 from kvbench_kernels.tiles import (
+    NO_TOKEN,
     by_column,
     every_eighth,
     folded,
@@ -622,7 +623,7 @@ def _decode_kernel(
             new_m = tl.maximum(m, tl.max(score, axis=0) + tile_center)
         else:
             new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]
-        new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        new_m = tl.maximum(new_m, NO_TOKEN)
         decay = exp2(m - new_m, ASSEMBLY)[None, :]
         m = new_m
         if CENTER > 0 and not HAS_SOFTCAP:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbench_kernels.layout import Layout, Side
 from kvbench_kernels.three import stream_count, stream_words
-from kvbench_kernels.tiles import by_column, every_eighth
+from kvbench_kernels.tiles import NO_TOKEN, by_column, every_eighth
 from kvbench_kernels.unpack import FLOAT, channels, exp2
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -253,7 +253,7 @@ def attend_exact(
 
         # weights
         new_m = tl.maximum(m, tl.max(score, axis=0))  # [COLUMNS]
-        new_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        new_m = tl.maximum(new_m, NO_TOKEN)
         decay = exp2(m - new_m, ASSEMBLY)[None, :]
         m = new_m
         weight = exp2(score - m[None, :], ASSEMBLY)

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from kvbench_kernels.unpack import UNSIGNED
 
+# the maximum of a column that has seen no token yet: below every score, and finite, for -inf less -inf is no number
+NO_TOKEN = tl.constexpr(-1e30)
+
 
 @triton.jit
 def row_scale(stored, KIND: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr):

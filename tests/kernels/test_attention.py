@@ -233,6 +233,20 @@ def test_parts_of_a_tile_have_columns_of_their_own(heads, device, monkeypatch):
         case.check(softcap=2.0, sinks=torch.randn(heads, device=device))
 
 
+def test_columns_without_a_token_yet_wait_for_theirs(device, monkeypatch):
+    """
+    A window that begins in a tile's last part, so that the others' columns see their first token a tile later, all of
+    whose scores are far below 0.
+    """
+    monkeypatch.setattr(decode, "choose_tuning", lambda *_: Tuning(64, 2, 2, least=64))
+    case = Case("int8", device, heads=(1, 1), seqs=((130, 1),), page_size=64)
+    slots = (case.batch.page_table[0][:, None] * 64 + torch.arange(64, device=device)).flatten()[:130].long()
+    keys, values = torch.randn(2, 130, 1, 64, device=device).half()
+    case.cache.append(0, 3 + keys / 3, values, slots)
+    case.q.fill_(-4.0)
+    case.check(sliding_window=70)
+
+
 def test_sums_of_whole_numbers_hold_the_largest_rows(device):
     """
     All channels of int8's keys at 127 or -127, under queries as large as their group's largest number.
