@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,17 @@ MARKS = {
 # of a view whose points have no verdicts: for each series one
 SERIES = (("#57606a", "s"), ("#0550ae", "o"), ("#953800", "^"), ("#1a6e2e", "D"))
 TICKS = (1, 2, 3, 4, 6, 8, 12, 16)
+CROWDED = 7.0  # inches of a panel with many names
+# of a name, in points from its mark; a frontier falls to the right, so it is free above right and below left
+PLACES = (
+    ((6, 3), "left"),
+    ((-6, -9), "right"),
+    ((6, -9), "left"),
+    ((-6, 3), "right"),
+    ((6, 10), "left"),
+    ((6, -16), "left"),
+)
+REACH = 4  # points from a mark's middle to its edge
 
 
 def save(views: Sequence[View], path: Path) -> None:
@@ -45,7 +56,8 @@ def save(views: Sequence[View], path: Path) -> None:
         "font.size": 9,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(1 + 5.2 * len(views), 4.2), dpi=160, layout="constrained")
+        height = CROWDED if max(len(view.points) for view in views) > 30 else 4.2
+        figure = Figure(figsize=(1 + 5.2 * len(views), height), dpi=160, layout="constrained")
         panels = [figure.add_subplot(1, len(views), place) for place in range(1, len(views) + 1)]
         for panel, view in zip(panels, views, strict=True):
             _draw(panel, view)
@@ -84,27 +96,42 @@ def _draw(panel: Any, view: View) -> None:
 
 
 def _name(panel: Any, view: View) -> None:
-    """Names beside the points, those on the frontier first; none over another, and none beyond the axes."""
-    taken: list[Any] = []
+    """Names beside the points, those on the frontier first; none over another, over a mark, or beyond the axes.
+
+    Where marks leave no room, a name on the frontier goes over them and any other is left out.
+    """
+    from matplotlib.transforms import Bbox
+
+    reach = REACH * panel.figure.dpi / 72
+    middles = panel.transData.transform([(float(point["x"]), float(point["y"])) for point in view.points])
+    marks = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in middles]
+    taken = [panel.get_legend().get_window_extent()]
     inside = panel.get_window_extent().padded(-8)
     for point in sorted(view.points, key=lambda point: not point.get("front")):
-        # a frontier falls to the right, so it is free above right and below left
-        for (x, y), align in (((6, 3), "left"), ((-6, -9), "right"), ((6, -9), "left"), ((-6, 3), "right")):
-            text = panel.annotate(
-                point.get("label", ""),
-                (point["x"], point["y"]),
-                xytext=(x, y),
-                textcoords="offset points",
-                ha=align,
-                fontsize=7.5,
-            )
-            text.set_in_layout(False)  # panels stay where they are
-            box = text.get_window_extent()
-            within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if within and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
+        for kept_free in (marks, []) if point.get("front") else (marks,):
+            if box := _beside(panel, point, inside, [*taken, *kept_free]):
+                taken.append(box.padded(2))
                 break
-            text.remove()
+
+
+def _beside(panel: Any, point: Mapping[str, Any], inside: Any, taken: Sequence[Any]) -> Any:
+    """The box of a point's name, drawn at the first place that is free; None where none is."""
+    for (x, y), align in PLACES:
+        text = panel.annotate(
+            point.get("label", ""),
+            (point["x"], point["y"]),
+            xytext=(x, y),
+            textcoords="offset points",
+            ha=align,
+            fontsize=7.5,
+        )
+        text.set_in_layout(False)  # panels stay where they are
+        box = text.get_window_extent()
+        within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        if within and not any(box.overlaps(other) for other in taken):
+            return box
+        text.remove()
+    return None
 
 
 def _scale(panel: Any, axis: Axis, which: str) -> None:
