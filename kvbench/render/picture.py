@@ -25,14 +25,14 @@ TICKS = (1, 2, 3, 4, 6, 8, 12, 16)
 CROWDED = 7.0  # inches of a panel with many names
 # of a name, in points from its mark; a frontier falls to the right, so it is free above right and below left
 PLACES = (
-    ((6, 3), "left"),
-    ((-6, -9), "right"),
-    ((6, -9), "left"),
-    ((-6, 3), "right"),
-    ((6, 10), "left"),
-    ((6, -16), "left"),
+    ((6, 5), "left"),
+    ((-6, -10), "right"),
+    ((6, -10), "left"),
+    ((-6, 5), "right"),
+    ((6, 11), "left"),
+    ((6, -17), "left"),
 )
-REACH = 4  # points from a mark's middle to its edge
+REACH = 3  # points from a mark's middle to its edge
 
 
 def save(views: Sequence[View], path: Path) -> None:
@@ -85,7 +85,9 @@ def _draw(panel: Any, view: View) -> None:
             if point.get("low") is not None and not (view.y.log and point["low"] <= 0):
                 panel.plot([point["x"]] * 2, [point["low"], point["high"]], color=colour, linewidth=1.2, zorder=2)
         xs, ys = [p["x"] for p in points], [p["y"] for p in points]
-        panel.scatter(xs, ys, marker=shape, facecolor=f"{colour}55", edgecolor=colour, s=36, zorder=3, label=word)
+        panel.scatter(
+            xs, ys, marker=shape, facecolor=f"{colour}55", edgecolor=colour, s=(2 * REACH) ** 2, zorder=3, label=word
+        )
     _scale(panel, view.x, "x")
     _scale(panel, view.y, "y")
     panel.grid(color="#d0d7de", linewidth=0.5)
