@@ -532,8 +532,12 @@ def test_what_grows_over_32k_tokens_is_that_of_the_records():
 
 
 def test_the_trial_s_figures_come_again():
-    """Each figure *here* is a record's, near the trial's but for plain int8 of Qwen; four are below what was asked."""
+    """Each figure *here* is a record's, near the trial's but for two that are nearer 16 bits; four are as was asked."""
     runs = {"tcq2+w64s4": "two-bits"}
+    nearer = {
+        ("`int8_per_token_head`", "qwen2.5-coder-1.5b-instruct"),
+        ("`tcq3_centered_window`", "smollm2-135m-instruct"),
+    }
     rows = table("docs/method.md", "| scheme | trial: Qwen2.5-Coder-1.5B | here |")[1:]
     assert len(rows) == 10
     shown = {}
@@ -548,7 +552,7 @@ def test_the_trial_s_figures_come_again():
                 continue
             value = found[model, scheme.columns()["dtype"], scheme.columns()["rotation"]]["kld@1536-2048"]
             assert agrees(here, value), (label, model, value)
-            assert 0.65 < value / float(trial) < 1.25 or (label, model) == ("`int8_per_token_head`", models[0]), label
+            assert 0.7 < value / float(trial) < 1.25 or (label, model) in nearer, label
             shown[name, model] = value
     limits = {"int8_centered": 0.002, "int4_centered": 0.025, "int4_centered_window": 0.006}
     for name, limit in (limits | {"int2_centered_window": 0.09}).items():
