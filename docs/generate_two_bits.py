@@ -143,10 +143,14 @@ def name_of(dtype: str, rotation: str) -> list[str]:
 def bits(dtype: str, rotation: str) -> list[float]:
     """True bits a value of 8192 tokens, of each model; designs that were not kept have the bits of `rank`."""
     scheme = Scheme.parse(dtype, re.sub(r"xrank_\w+", "rank", rotation))
-    return [
-        8 * scheme.nbytes(layers, 8192, torch.bfloat16) / (8192 * 2 * sum(heads * width for heads, width in layers))
-        for layers in LAYERS.values()
-    ]
+    return [bits_on(scheme, model) for model in LAYERS]
+
+
+def bits_on(scheme: Scheme, model: str) -> float:
+    """True bits a value of 8192 tokens."""
+    layers = LAYERS[model]
+    values = 8192 * 2 * sum(heads * width for heads, width in layers)
+    return 8 * scheme.nbytes(layers, 8192, torch.bfloat16) / values
 
 
 def designs() -> str:
@@ -285,24 +289,22 @@ def by_kind() -> str:
     for scheme in map(Scheme.of, listed[1:]):
         columns, own = scheme.columns(), defaultdict(list)
         metrics = found_.get((MODELS["Gemma"], columns["dtype"], columns["rotation"]))
+        if metrics is None:
+            continue
         for layer in scheme.layers:
             if layer.key:
                 own[layer.key.dtype.name].append(str(layer.index))
-        others = "; ".join(f"`{name}` in {', '.join(layers)}" for name, layers in own.items())
-        size = 8 * scheme.nbytes(LAYERS["Gemma"], 8192, torch.bfloat16) / (8192 * 2 * 18 * 256)
-        cells = [nats(metrics["kld@1536-2048"]["value"]), f"{metrics['ppl_ratio']['value']:.3f}"] if metrics else []
-        window = scheme.window.label() if scheme.window else ABSENT
         rows.append(
             [
                 f"`{scheme.key.dtype.name}`, `{scheme.key.name}`",
                 f"`{scheme.value.dtype.name}`",
-                others or "the same",
-                window,
-                f"{size:.2f}",
-                *cells,
+                "; ".join(f"`{name}` in {', '.join(layers)}" for name, layers in own.items()) or "the same",
+                scheme.window.label() if scheme.window else ABSENT,
+                f"{bits_on(scheme, 'Gemma'):.2f}",
+                nats(metrics["kld@1536-2048"]["value"]),
+                f"{metrics['ppl_ratio']['value']:.3f}",
             ]
         )
-    rows = [row for row in rows if len(row) > 5]
     heads = ["keys", "values", "keys of other layers", "window", "bits", "KLD, 1536 to 2048", "ppl ×"]
     return table(heads, sorted(rows, key=lambda row: (row[4], row)))
 

@@ -95,7 +95,8 @@ class Side:
         if not self.dtype.learns:
             return tuple(found)
         if self.dtype.reads_anywhere and given.rope is not None:
-            sample = replace(sample, queries=self.query(given.queries_anywhere(), found))
+            assert given.queries is not None, "it reads queries"
+            sample = replace(sample, queries=self.query(given.anywhere(given.queries), found))
         return (*found, self.dtype.learn(sample))
 
     def apply(self, x: Tensor, params: Sequence[Params] = (), positions: Tensor | None = None) -> Tensor:

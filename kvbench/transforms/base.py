@@ -90,11 +90,6 @@ class Sample:
         behind = self.positions >= FIRST
         return behind if bool(behind.any()) else torch.ones_like(behind)
 
-    def queries_anywhere(self) -> Tensor:
-        """`anywhere` of the queries."""
-        assert self.queries is not None
-        return self.anywhere(self.queries)
-
     def anywhere(self, x: Tensor) -> Tensor:
         """[T', H, D] float64, some 2048 of x's rows [T, H, D], turned to positions spread over all of the model's."""
         assert self.rope is not None
