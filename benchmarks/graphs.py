@@ -26,7 +26,7 @@ import torch
 from kvbench.environment import describe
 from kvbench.runners import catalog
 from kvbench.runners.base import GenerateRequest
-from kvbench.runners.settle import settle
+from kvbench.runners.settle import Chain, settle
 from kvbench.runners.transformers import TransformersModel
 from kvbench.schemes import Scheme
 from kvbench.sweep.session import clear_garbage
@@ -97,7 +97,7 @@ class Bench:
         [batch] = self.runner.memory.graphed.values()
         self.batch: Any = batch
         self.small = torch.zeros(32, device="cuda")
-        self.chained = self.captured()
+        self.chain = self.captured()
 
     def new_runner(self) -> Any:
         """One that has decoded, and so has a graph."""
@@ -111,14 +111,9 @@ class Bench:
         prompts = [tuple(self.draw.randrange(size) for _ in range(PROMPT)) for _ in range(ROWS)]
         runner.generate([GenerateRequest(prompt, new, ignore_eos=True) for prompt in prompts])
 
-    def captured(self) -> torch.cuda.CUDAGraph:
+    def captured(self) -> Chain:
         """The chain as a graph."""
-        self.small.add_(1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CHAIN):
-                self.small.add_(1)
-        return graph
+        return Chain(torch.device("cuda"), CHAIN)
 
     def step(self) -> None:
         """One decode step; the batch has room for a few steps' tokens alone."""
@@ -128,7 +123,7 @@ class Bench:
     def state(self) -> dict[str, float]:
         """Microseconds a kernel of the chain, milliseconds a step: medians of three."""
         torch.cuda.synchronize()
-        found = [(1e3 * milliseconds(self.chained.replay, 1) / CHAIN, milliseconds(self.step, 5)) for _ in range(3)]
+        found = [(self.chain.kernel_us(), milliseconds(self.step, 5)) for _ in range(3)]
         chain, step = (median(column) for column in zip(*found, strict=True))
         return {"kernel_us": chain, "step_ms": step}
 

@@ -150,31 +150,14 @@ def _settle(runner: Runner) -> None:
 
 def _kernel_us(runner: Runner) -> Callable[[], float] | None:
     """What gives the microseconds of a kernel that does next to nothing, in a CUDA graph of many; None on a CPU."""
-    import torch
-
-    device = torch.device(getattr(runner, "device", "cpu"))
-    if device.type != "cuda":
+    devices = [device for device in dict.fromkeys(getattr(runner, "devices", ())) if device.type == "cuda"]
+    if not devices:
         return None
-    with torch.cuda.device(device):
-        counted, graph = torch.zeros(32, device=device), torch.cuda.CUDAGraph()
-        counted.add_(1)
-        with torch.cuda.graph(graph):
-            for _ in range(CHAIN):
-                counted.add_(1)
+    from kvbench.runners.settle import Chain
 
-    def measured() -> float:
-        with torch.cuda.device(device):
-            times = []
-            for _ in range(5):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                times.append(1e3 * begin.elapsed_time(end) / CHAIN)
-        return float(median(times))
-
-    return measured
+    chains = [Chain(device, CHAIN) for device in devices]
+    # of several GPUs the slowest, which every step waits for
+    return lambda: max(float(median(chain.kernel_us() for _ in range(5))) for chain in chains)
 
 
 class _Memory:

@@ -291,3 +291,19 @@ def test_a_gpus_state_stands_beside_what_its_memory_holds(monkeypatch):
 
     assert [row["kernel_us"] for row in outcome.samples] == [0.9, 1.2, 0.91]
     assert outcome.facts == {"allocated_tokens": 320, "longest_context_limit": "memory", "kernel_us": 0.91}
+
+
+def test_of_several_gpus_the_slowest_kernel_counts(monkeypatch):
+    """
+    A model that is spread waits for it in every step: one GPU in the slow state is seen, whichever it is.
+    """
+
+    class Chained:
+        def __init__(self, device, kernels):
+            self.kernel_us = lambda: (1.24, 0.89)[device.index]
+
+    monkeypatch.setattr("kvbench.runners.settle.Chain", Chained)
+    runner = Recorder()
+    runner.devices = (torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cuda", 0))
+
+    assert throughput._kernel_us(runner)() == 1.24
