@@ -159,6 +159,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     """A file with these bytes, on the disk when this returns: the old one or the new one, never a part of it.
 
     A symbolic link there is replaced, and what it points to is left alone.
+
+    Raises:
+        OSError: it can't be written; the error names `path`, which the system doesn't of a full disk.
     """
     draft = draft_in(path.parent)
     try:
@@ -167,9 +170,11 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             draft.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

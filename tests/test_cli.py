@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -238,6 +240,48 @@ def test_a_fault_of_our_own_is_70(monkeypatch, capsys):
     assert "ZeroDivisionError: of all\nthings" in file.read_text()
     assert 'raise ZeroDivisionError("of all' in file.read_text()
     file.unlink()
+
+
+def test_what_is_printed_may_go_nowhere(monkeypatch):
+    """
+    A closed stdout or stderr (`>&-`) takes nothing and breaks nothing; of an error that a full disk's stderr does not
+    take the exit code is left.
+    """
+    monkeypatch.setattr(sys, "argv", ["kvbench", "ls", "rotations"])
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+
+    monkeypatch.setattr(sys, "argv", ["kvbench", "plan", "absent.yaml"])
+    for stderr in (None, Path("/dev/full").open("w", buffering=1, encoding="utf-8")):  # noqa: SIM115 - closed by pytest
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+
+
+def test_a_full_disk_is_the_machines_fault_and_named(kvbench, toy, tmp_path, monkeypatch):
+    """
+    Whatever is written: one line with the file, exit code 4, and no part of a file is left. A table is shown first.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for arguments, file in (
+        (("init", "smollm2-135m-instruct"), "smollm2-135m-instruct.yaml"),
+        (("report", "out/toys", "--format", "html"), "out/toys/report.html"),
+        (("check", "out/toys", "--write", "kept.json"), "kept.json"),
+    ):
+        assert one_error(kvbench(*arguments), 4) == f"error: cannot write {file}: No space left on device\n"
+        assert not list(Path().glob(f"**/{file}"))
+    shown = kvbench("report", "out/toys")
+    assert (shown.exit_code, "toy_a" in shown.stdout) == (0, True)
+    assert shown.stderr == "not written: out/toys/report.md: No space left on device\n"
+    assert not list(Path().glob("**/.draft-*"))
 
 
 def test_a_baseline_file_needs_a_folder(kvbench, toy, tmp_path):
@@ -613,7 +657,7 @@ def test_a_page_and_a_picture_of_a_sweep(kvbench, toy, tmp_path):
     assert kvbench("report", "out/toys", "--plot", "trade.svg").stdout.strip().endswith("trade.svg")
     assert Path("trade.svg").stat().st_size > 1000
     assert "ends in .svg or .png" in one_error(kvbench("report", "out/toys", "--plot", "trade.pdf"), 2)
-    assert "not written" in one_error(kvbench("report", "out/toys", "--plot", "absent/trade.svg"), 2)
+    assert "cannot write absent/trade.svg" in one_error(kvbench("report", "out/toys", "--plot", "absent/trade.svg"), 2)
     for verb in ("plan toys.yaml", "compare out/toys"):
         assert kvbench(*verb.split(), "--format", "html").stdout.startswith("<!doctype html>")
 

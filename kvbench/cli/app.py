@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -80,7 +82,10 @@ def _main(
 
 
 def main() -> None:
-    """Runs the command line; what it prints may be cut off by a pipe that closes."""
+    """Runs the command line; what it prints may be cut off by a pipe that closes, or go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before we began, by a shell's `>&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - it lasts as long as we do
     try:
         app()
     except BrokenPipeError:
@@ -105,12 +110,16 @@ def _crashed(error: Exception) -> int:
     from kvbench.faults import fault_of, triton_fault
     from kvbench.render.text import seen
 
+    def tell(line: str, code: int) -> int:
+        with contextlib.suppress(OSError):  # of a stderr that takes nothing the code alone is left
+            print(f"error: {line}", file=sys.stderr)
+        return code
+
     if fault := fault_of(error):
-        print(f"error: cannot write: {seen(str(fault))}", file=sys.stderr)
-        return UNUSABLE
+        where = f" {fault.filename}" if fault.filename else ""
+        return tell(seen(f"cannot write{where}: {fault.strerror or fault}"), UNUSABLE)
     if line := triton_fault(error):
-        print(f"error: {seen(line)}", file=sys.stderr)
-        return UNUSABLE
+        return tell(seen(line), UNUSABLE)
     text = "".join(["kvbench ", " ".join(map(repr, sys.argv[1:])), "\n\n", *traceback.format_exception(error)])
     try:
         with tempfile.NamedTemporaryFile("w", prefix="kvbench-", suffix=".txt", delete=False, encoding="utf-8") as file:
@@ -119,5 +128,4 @@ def _crashed(error: Exception) -> int:
     except OSError:
         where = f"please report it with its traceback:\n{text}"
     line = " ".join(f"{type(error).__name__}: {error}".split())
-    print(f"error: a fault of kvbench's own, {seen(line)}; {where}", file=sys.stderr)
-    return CRASHED
+    return tell(f"a fault of kvbench's own, {seen(line)}; {where}", CRASHED)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, GATE_FAILED, NOTHING_TO_COMPARE, Margin, fail, say, writable_path
+from kvbench.cli.shared import (
+    BAD_INPUT,
+    GATE_FAILED,
+    NOTHING_TO_COMPARE,
+    Margin,
+    fail,
+    fail_to_write,
+    say,
+    writable_path,
+)
 
 if TYPE_CHECKING:
     from kvbench.measured import Measured
@@ -91,8 +100,9 @@ def _keep(here: Measured, write: Path, timed: bool) -> None:
     try:
         measured.write(here, write)
     except OSError as error:
-        why = error.strerror if write.parent.is_dir() else f"there is no folder {write.parent}"
-        fail(f"cannot write {write}: {why}; --write takes a file in a folder that is there", BAD_INPUT)
+        if not write.parent.is_dir():
+            error = FileNotFoundError(error.errno, f"there is no folder {write.parent}", str(write))
+        fail_to_write(error, write, "; --write takes a file in a folder that is there")
     if timed:
         print("kernel times are not kept in it: --against a run folder compares them", file=sys.stderr)
     say(str(write))

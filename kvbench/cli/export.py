@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, UNUSABLE, fail, say, writable_path
+from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, UNUSABLE, fail, fail_to_write, say, writable_path
 
 EXAMPLES = """\
 kvbench export out/mine --to lm-eval                   # into out/mine/lm-eval
@@ -56,7 +56,9 @@ def export(
         fail(error, NOTHING_TO_COMPARE)
     except TrackerError as error:
         fail(error, UNUSABLE)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        fail_to_write(error, output or folder)
+    except ValueError as error:
         fail(error, BAD_INPUT)
     results = [path for path in written if path.suffix == ".json"]
     samples = f", {len(written) - len(results)} files of samples" if len(written) > len(results) else ""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, fail, say, writable_path
+from kvbench.cli.shared import BAD_INPUT, fail, fail_to_write, say, writable_path
 
 EXAMPLES = """\
 kvbench init smollm2-135m-instruct
@@ -41,5 +41,5 @@ def init(
     except ValueError as error:
         fail(error, BAD_INPUT)
     except OSError as error:
-        fail(f"cannot write {error.filename}: {error.strerror}", BAD_INPUT)
+        fail_to_write(error, output or Path.cwd())
     say(*map(str, written), f"next: kvbench plan {written[0]}")

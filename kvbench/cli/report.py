@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.shared import BAD_INPUT, NOTHING_TO_COMPARE, TABLE, Format, Wide, draw, fail, say, show, writable_path
+from kvbench.cli.shared import (
+    BAD_INPUT,
+    NOTHING_TO_COMPARE,
+    TABLE,
+    Format,
+    Wide,
+    draw,
+    fail,
+    fail_to_write,
+    say,
+    show,
+    writable_path,
+)
 
 if TYPE_CHECKING:
     from kvbench.report.tables import Report
@@ -68,7 +80,9 @@ def report(
     try:
         paths = [_write_page(found, data)] if as_format == PAGE else found.write()
     except OSError as error:
-        say(f"not written: {error.filename2 or error.filename}: {error.strerror}", to=sys.stderr)
+        if as_format == PAGE:  # all that was asked for
+            fail_to_write(error, folder)
+        say(f"not written: {error.filename or folder}: {error.strerror}", to=sys.stderr)
     else:
         first, *others = [*paths, *filter(None, [plot])]
         names = " · ".join([str(first), *(path.name for path in others)])

@@ -8,14 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from kvbench.faults import triton_fault
+from kvbench.faults import fault_of, triton_fault
 from kvbench.render import Column, Document, View, all_renderers, render, text
 from kvbench.render.text import seen
 
@@ -109,8 +109,18 @@ def fail(error: object, code: int) -> NoReturn:
     """The message alone on stderr, and the exit code; what Triton lacks is the machine's fault, whatever it came as."""
     if isinstance(error, Exception) and (line := triton_fault(error)):
         error, code = line, UNUSABLE
-    print(f"error: {seen(error)}", file=sys.stderr)
+    with suppress(OSError):  # of a stderr that takes nothing the code alone is left
+        print(f"error: {seen(error)}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def fail_to_write(error: OSError, place: Path, hint: str = "") -> NoReturn:
+    """`fail` for what was to be written at a place: the machine's fault where it is full, else that of the place."""
+    full = fault_of(error) is not None
+    fail(
+        f"cannot write {error.filename or place}: {error.strerror or error}{'' if full else hint}",
+        UNUSABLE if full else BAD_INPUT,
+    )
 
 
 @contextmanager
@@ -142,8 +152,10 @@ def draw(views: Sequence[View], path: Path) -> None:
 
     try:
         save(views, path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: not written ({error.strerror})" if isinstance(error, OSError) else error, BAD_INPUT)
+    except OSError as error:
+        fail_to_write(error, path)
+    except ValueError as error:
+        fail(error, BAD_INPUT)
 
 
 def width() -> int | None:

@@ -21,6 +21,7 @@ from kvbench.runners.facts import (
 )
 from kvbench.runners.gguf import convert
 from kvbench.runners.model_files import (
+    NO_TOKENIZER,
     ComputeDtype,
     ModelError,
     RefusedError,
@@ -170,7 +171,7 @@ class NoTokenizer:
 
     def encode(self, *_: Any, **__: Any) -> list[int]:
         """Raises ModelError: there are no words."""
-        raise ModelError("a model of random weights has no tokenizer: run the task throughput, which needs none")
+        raise ModelError(NO_TOKENIZER)
 
     __call__ = encode
 

@@ -23,6 +23,9 @@ ComputeDtype = Literal["float32", "bfloat16", "float16"]
 CLOCK_STEP_S = 2.0  # file systems' times are this coarse: a file changed so lately may change again at the same time
 
 
+NO_TOKENIZER = "a model of random weights has no tokenizer: run the task throughput, which needs none"
+
+
 class ModelError(ValueError):
     """A model that can't be found, read or loaded; the message says what to do."""
 

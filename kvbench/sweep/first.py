@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.dtypes import all_dtypes
-from kvbench.files import named_path
+from kvbench.files import named_path, write_text
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, default_device
 from kvbench.sweep.spec import ModelSpec
 
@@ -81,6 +82,16 @@ def _dtypes(facts: ModelFacts) -> list[str]:
 
 def _tasks(facts: ModelFacts, gpu: bool) -> list[str]:
     longest = facts.max_length or 2048
+    if not facts.tokenizer:
+        prompt, new = min(8192 if gpu else 512, longest // 2), min(128, longest // 2)
+        return [
+            "# a zeroed cache is as fast",
+            "canary: false",
+            "tasks:",
+            "  # tokens per second, and how long a context fits: of random weights there is nothing else to say",
+            f"  - {{task: throughput, prompt: {_k(prompt)}, new: {new}, batch: {8 if gpu else 2}}}",
+            "",
+        ]
     context = min(2048 if gpu else 512, longest)
     tokens = (32 if gpu else 4) * context
     needle = [size for size in (1024, 4096, 16384) if size <= longest][: 3 if gpu else 1]
@@ -127,10 +138,11 @@ def write_first(name: str, path: Path | None, schema: dict[str, Any], parts: Par
     if named_path(name).exists() and place.parent.resolve() != Path.cwd():
         moved = _scalar(os.path.relpath(name, place.parent))
         text = text.replace(f"\nmodel: {_scalar(name)}\n", f"\nmodel: {moved}\n")
-    with place.open("x", encoding="utf-8") as file:
-        file.write(text)
+    if os.path.lexists(place):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+    write_text(place, text)
     beside = place.with_name(SCHEMA)
     if beside.exists():
         return [place]
-    beside.write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(beside, json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
     return [place, beside]

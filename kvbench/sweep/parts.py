@@ -26,6 +26,7 @@ class ModelFacts:
     missing: what to do to have it here. parameters: None where only loading it would count them.
     quantized: (how its weights are, bytes of their files), where they are not plain numbers.
     generation: as JSON, what its generation_config.json sets that changes answers. backend: what runs it, by its name.
+    tokenizer: whether it has one, which random weights have not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelFacts:
     backend: str = DEFAULT
     key_bias: bool | None = None
     quantized: tuple[str, int] | None = None
+    tokenizer: bool = True
 
     @property
     def runs_on(self) -> Backend:
@@ -125,6 +127,7 @@ def find_model(spec: ModelSpec) -> ModelFacts:
         backend.name,
         facts.key_bias(source),
         (method, catalog.weights_size(source)) if source.available and (method := facts.quantization(source)) else None,
+        source.kind != "shape",
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from kvbench.attention import kernels_lack
 from kvbench.results import Record, dtype_label, name_of
 from kvbench.runners.backends import DEFAULT, Asked, Gift
+from kvbench.runners.model_files import NO_TOKENIZER
 from kvbench.runners.settings import refusal
 from kvbench.schemes import Layers, Scheme
 from kvbench.sweep.config import Sweep
@@ -424,6 +425,8 @@ def unsuited(cells: Sequence[Cell]) -> list[str]:
         model, task = cell.model, cell.task
         if refused := refusal(cell.generation):
             lines.append(f"model {model.name}, task {task.name}: {refused}")
-        if "chat template" in task.needs() and model.chat_template is False:
+        if "tokenizer" in task.needs() and not model.tokenizer:
+            lines.append(f"model {model.name}, task {task.name}: {NO_TOKENIZER}")
+        elif "chat template" in task.needs() and model.chat_template is False:
             lines.append(f"task {task.name}: {no_template(model.name)}")
     return lines

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a config is validated without waiting for torch
 
 
 # what not every model has, and what not every backend gives
-Need = Literal["chat template", "generation", "clock", "hidden states"]
+Need = Literal["tokenizer", "chat template", "generation", "clock", "hidden states"]
 INSTEAD = {"hidden states": "divergence with `top: 64` needs none"}
 SideName = Literal["key", "value"]
 

@@ -123,7 +123,7 @@ class Divergence(Options):
         return Work(self._tokens)
 
     def needs(self) -> frozenset[Need]:
-        return frozenset() if self.top else frozenset({"hidden states"})
+        return frozenset({"tokenizer"} if self.top else {"tokenizer", "hidden states"})
 
     def metrics(self) -> tuple[str, ...]:
         return "kld", "same_top", "ppl_ratio", *(f"kld@{a}-{b}" for a, b in pairwise(self.positions))

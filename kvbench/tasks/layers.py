@@ -75,7 +75,7 @@ class Layers(Options):
         return Work(self._documents * self.context, by_layer=len(self.sides))
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"hidden states"})
+        return frozenset({"tokenizer", "hidden states"})
 
     def metrics(self) -> tuple[str, ...]:
         return tuple(f"kld_{side}s" for side in self.sides)

@@ -118,7 +118,7 @@ class LmEval(Options):
         )
 
     def needs(self) -> frozenset[Need]:
-        found: set[Need] = {"chat template"} if self.apply_chat_template else set()
+        found: set[Need] = {"tokenizer", "chat template"} if self.apply_chat_template else {"tokenizer"}
         if any(leaf.config.get("output_type", "generate_until") == "generate_until" for leaf in self._leaves()):
             found.add("generation")
         return frozenset(found)

@@ -89,7 +89,7 @@ class Needle(Options):
         return Work(tokens, answers, ANSWER_TOKENS)
 
     def needs(self) -> frozenset[Need]:
-        return frozenset({"generation"})
+        return frozenset({"tokenizer", "generation"})
 
     def metrics(self) -> tuple[str, ...]:
         return "acc", *(f"acc@{length}" for length in self._asked if len(self.contexts) > 1)

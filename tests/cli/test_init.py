@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli import app
-from kvbench.sweep.config import load_sweep
+from kvbench.sweep.config import load_sweep, parse_sweep
 from kvbench.sweep.first import first_sweep
 from kvbench.sweep.parts import REAL
+from kvbench.sweep.plan import plan, too_long, unsuited
 
 
 def test_a_first_sweep_can_be_planned(kvbench):
@@ -60,6 +61,25 @@ def test_a_first_sweep_says_why_keys_are_centred(tmp_path, config, why):
     (tmp_path / "shape.json").write_text(json.dumps({**shape, **config}))
 
     assert why in first_sweep(str(tmp_path / "shape.json"), REAL, "cpu")[1]
+
+
+def test_a_first_sweep_of_random_weights_times_them(tmp_path):
+    """
+    They have no tokenizer: a task that reads text is told by the plan, and init asks for speed alone, which they can.
+    """
+    file = tmp_path / "shape.json"
+    file.write_text((Path(__file__).parents[2] / "configs" / "shapes" / "qwen3-8b.json").read_text())
+    text = first_sweep(str(file), REAL, "cpu")[1]
+    planned = plan(parse_sweep(text, "t.yaml"))
+
+    assert {cell.task.name for cell in planned} == {"throughput"}
+    assert not any(cell.canary for cell in planned)
+    assert unsuited(planned) + too_long(planned) == []
+    told = unsuited(plan(parse_sweep(text, "t.yaml", ["tasks=[{task: divergence, tokens: 64, context: 32}]"])))
+    assert told == [
+        "model shape (random weights), task divergence: a model of random weights has no tokenizer: run the task "
+        "throughput, which needs none"
+    ]
 
 
 def test_a_first_sweep_of_a_folder_names_it_from_the_yaml(tmp_path, monkeypatch):

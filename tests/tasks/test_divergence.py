@@ -266,7 +266,7 @@ def test_tokens_put_together_hide_divergence_and_add_none(small, context):
     task = make_task({**small, "top": 8})
     assert task.name == "divergence-top8"
     assert task.identity() == {**make_task(small).identity(), "top": 8}
-    assert task.needs() == frozenset()
+    assert task.needs() == {"tokenizer"}
 
 
 def test_a_token_of_which_nothing_is_known_is_one_of_the_others():
