@@ -13,6 +13,7 @@ import torch
 import yaml
 from scipy.stats import bootstrap
 
+from kvbench.attention.triton import in_copy
 from kvbench.measured import Cell, paired, read
 from kvbench.report.compare import compare
 from kvbench.report.verdicts import Comparison
@@ -29,6 +30,18 @@ FULL = (5, 11, 17)  # Gemma's layers without a sliding window
 SCORE, MARGIN = "exact_match,strict-match", "2pp"
 MODELS = {"Qwen": "qwen2.5-coder-1.5b-instruct", "SmolLM2": "smollm2-135m-instruct", "Gemma": "gemma3-270m"}
 LAYERS = {"Qwen": ((2, 128),) * 28, "SmolLM2": ((3, 64),) * 30, "Gemma": ((1, 256),) * 18}
+PRESETS = (
+    "int8_centered",
+    "int4_centered_window",
+    "tcq4_centered_window",
+    "tcq4_balanced_window",
+    "tcq3_centered_window",
+    "int2_centered_window",
+    "tiers421_centered_window",
+    "tiers421_far_centered_window",
+    "tcq4321_centered_window",
+)
+SHAPE = "qwen3-8b (random weights)"
 POSITIONS = {"SmolLM2": "smollm2", "Gemma": "gemma3", "Qwen": "qwen"}
 
 FIELD = runpy.run_path(str(ROOT / "docs" / "generate_field.py"))
@@ -309,7 +322,46 @@ def by_kind() -> str:
     return table(heads, sorted(rows, key=lambda row: (row[4], row)))
 
 
+def presets() -> str:
+    """What a reader must know of the presets of this page first, from the records of the sections below."""
+    loss = {place: value for run in ("field", "two-bits", "two-bits-designs") for place, value in _losses(run).items()}
+    answered = {
+        (row.dtype, row.rotation): row
+        for row in compare(read(RESULTS / "two-bits-tasks"), margin=MARGIN).rows
+        if row.metric == SCORE
+    }
+    timed = {place[1:]: metrics for place, metrics in records("two-bits-speed", "8 × 8k").items() if place[0] == SHAPE}
+    exact = timed["fp16", "none"]
+    rows = []
+    for name in PRESETS:
+        scheme = Scheme.parse(name)
+        place = scheme.columns()["dtype"], scheme.columns()["rotation"]
+        copied = any(in_copy(dtype) for dtype in scheme.resolve(torch.bfloat16).dtypes)
+        speeds_ = [ABSENT, ABSENT]
+        if place in timed:
+            ratios = [timed[place][of]["value"] / exact[of]["value"] for of in ("decode", "memory_holds")]
+            speeds_ = [ABSENT if copied else f"{ratios[0]:.2f}", f"{ratios[1]:.1f}"]
+        rows.append(
+            [
+                f"`{name}`",
+                " / ".join(f"{size:.2f}" for size in bits(*place)),
+                *(nats(loss.get((model, *place))) for model in MODELS.values()),
+                _beside(answered.get(place)),
+                "a 16-bit copy" if copied else "packed rows",
+                *speeds_,
+            ]
+        )
+    heads = ["preset", "bits, D=128 / 64 / 256", *(f"KLD, {model}" for model in MODELS), "GSM8K, points"]
+    return table([*heads, "kernels read", "× tokens/s", "× tokens held"], rows)
+
+
+def _losses(folder: str) -> dict[tuple[str, str, str], float]:
+    """By model, dtype and rotation: the divergence behind 1536 tokens."""
+    return {place: metrics["kld@1536-2048"]["value"] for place, metrics in records(folder, "divergence").items()}
+
+
 TABLES = {
+    "presets": presets,
     "searches": searches,
     "positions": positions,
     "kinds": kinds,
