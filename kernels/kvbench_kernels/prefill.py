@@ -177,7 +177,10 @@ def _spread_side(
     tl.store(at, values, mask=is_channel[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "stride_table"])
+@triton.jit(
+    do_not_specialize=["length", "stride_table"],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr"],
+)
 def _spread_kernel(
     k_ptr,
     k_scale_ptr,
@@ -263,7 +266,8 @@ def _spread_kernel(
 @triton.jit(
     do_not_specialize=[
         "sequences", "window", "stride_table", "stride_bias", "length_all", "rows_all", "center_last", "center_rows",
-    ]
+    ],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr"],
 )  # fmt: skip
 def _prefill_kernel(
     q_ptr,  # [T, HQ, D] any float

@@ -106,7 +106,10 @@ def _spread_side(
             tl.store(at, (pieces[p * STREAMS + stream] * inverse).to(tl.float16), mask=is_word)
 
 
-@triton.jit(do_not_specialize=["length", "stride_table", "center_last"])
+@triton.jit(
+    do_not_specialize=["length", "stride_table", "center_last"],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr"],
+)
 def _spread_blocks_kernel(
     k_ptr,
     k_scale_ptr,

@@ -241,7 +241,11 @@ def _store_side(
             tl.store(scale_ptr + to, tl.where(whole, scale, float("nan")), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "offset_last"])
+@triton.jit(
+    do_not_specialize=["tokens", "offset_last"],
+    # a vector's last tokens begin anywhere, and nothing is read of them by more than one number
+    do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],
+)
 def _store_kernel(
     k_ptr,  # [T, HKV, D] any float, any strides
     v_ptr,

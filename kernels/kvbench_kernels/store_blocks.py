@@ -162,7 +162,10 @@ def _store_blocks_side(
         store_words(codes, codes_ptr, to, D, BITS)
 
 
-@triton.jit(do_not_specialize=["tokens", "offset_last"])
+@triton.jit(
+    do_not_specialize=["tokens", "offset_last"],
+    do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],
+)
 def _store_blocks_kernel(
     k_ptr,  # [T, HKV, D] any float, any strides
     v_ptr,
