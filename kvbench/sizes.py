@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 K = 1024
+MOST = 10**9 - 1
 
 
 def parse_tokens(text: str) -> int:
@@ -16,7 +17,7 @@ def parse_tokens(text: str) -> int:
     """
     found = re.fullmatch(r"([0-9]{1,9})([kK]?)", text.strip())
     if not found or int(found[1]) == 0:
-        raise ValueError(f"'{text}' is no number from 1 on: write 32768 or 32k")
+        raise ValueError(f"'{text}' is no number from 1 to {MOST}: write 32768 or 32k")
     return int(found[1]) * (K if found[2] else 1)
 
 

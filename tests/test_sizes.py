@@ -26,5 +26,5 @@ def test_another_text_is_no_number(text):
     """
     Only digits with an optional k, from 1 on.
     """
-    with pytest.raises(ValueError, match="is no number from 1 on: write 32768 or 32k"):
+    with pytest.raises(ValueError, match="is no number from 1 to 999999999: write 32768 or 32k"):
         parse_tokens(text)

@@ -87,6 +87,12 @@ def kernel(
     from kvbench.results import Store
     from kvbench.timing import KernelRequest, Shape, as_record, document, load_requests, parse_grid, run, shape_of_model
 
+    def numbers(option: str, text: str) -> tuple[int, ...]:
+        try:
+            return parse_grid(text)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
+
     try:
         gpu = torch.cuda.is_available()
         if output and (foreign := Store(output).foreign):
@@ -102,7 +108,7 @@ def kernel(
             query_heads, _, kv_heads = heads.partition("/")
             if not (query_heads.isdigit() and kv_heads.isdigit()):
                 raise ValueError(f"heads are QUERY/KV, such as 32/8, not '{heads}'")
-            cached = parse_grid(prefix) if prefix else (0,)
+            cached = numbers("--prefix", prefix) if prefix else (0,)
             if len(cached) > 1:
                 raise ValueError(f"--prefix is one number, such as 28k, not '{prefix}'")
             given = Shape(int(query_heads), int(kv_heads), head_dim, page_size)
@@ -118,8 +124,8 @@ def kernel(
                     dtypes=tuple(dtype or every),
                     rotations=tuple(rotation or ()),
                     op=op.value,
-                    batches=parse_grid(batch),
-                    contexts=parse_grid(context),
+                    batches=numbers("--batch", batch),
+                    contexts=numbers("--context", context),
                     shape=shape,
                     prefix=cached[0],
                     peers=peers,

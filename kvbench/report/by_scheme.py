@@ -62,7 +62,9 @@ def by_scheme(folder: Path, kept: Callable[[Record], bool], what: str) -> tuple[
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     store = Store(folder)
-    schemes = schemes_of(filter(kept, store.load().records.values()))
+    contents = store.load()
+    schemes = schemes_of(filter(kept, contents.records.values()))
     if not schemes:
-        raise NotARunError(f"nothing to export: {folder} has no finished cell of {what}")
+        broken = f"; {contents.problems[0]}" if contents.problems else ""
+        raise NotARunError(f"nothing to export: {folder} has no finished cell of {what}{broken}")
     return store, schemes

@@ -31,6 +31,7 @@ SHOWN_TOGETHER = (
     ("same_dtype_speedup", "same_dtype_us"),
 )
 
+MAX_SIZE = 2**40  # bits of a value, bytes of a token: no number of a record is larger
 VERSION = 2  # of record.json; raised when a reader of the old one would misread the new one, or refuse it
 
 
@@ -133,6 +134,10 @@ class Record:
             for one in record.metrics
         )
         record = replace(record, metrics=metrics)
+        sizes = {"bits_per_value": record.bits_per_value, "kv_bytes_per_token": record.kv_bytes_per_token}
+        for name, value in (sizes | {f"stderr of {one.name}": one.stderr for one in metrics}).items():
+            if value is not None and (value < 0 or (name in sizes and not value < MAX_SIZE)):
+                raise ValueError(f"{name} {value!r}: expected a number from 0 on")
         record.prove()
         return record
 

@@ -140,6 +140,8 @@ class Model(TypedDict):
     revision: NotRequired[str | None]
     compute_dtype: NotRequired[str | None]
     layers: NotRequired[list[tuple[int, int]] | None]
+    max_length: NotRequired[int | None]
+    extra: NotRequired[dict[str, Any] | None]
 
 
 class Gpu(TypedDict):

@@ -203,6 +203,13 @@ BREAKS = {
         set_to("kv_bytes_per_token", value=10**400),
         "kv_bytes_per_token: expected a number, not 1000",
     ),
+    "more bits than a float": (
+        set_to("bits_per_value", value=1e308),
+        "bits_per_value 1e+308: expected a number from 0",
+    ),
+    "less than no error": (set_to("metrics", 0, "stderr", value=-1), "stderr of acc -1.0: expected a number from 0"),
+    "positions are text": (set_to("model", "max_length", value="8k"), "model.max_length: expected a whole number, not"),
+    "extras are text": (set_to("model", "extra", value="all"), "model.extra: expected a mapping, not 'all'"),
     "identity is a list": (set_to("identity", value=[]), "identity: expected a mapping, not []"),
     "a repeat of what": (set_to("identity", "again", value="yes"), "identity.again: expected true or false, not 'yes'"),
     # it proves its name
