@@ -10,6 +10,8 @@ from traceback import walk_tb
 
 # a disk or a quota that is full, and a file larger than is allowed
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# what a file or a folder that someone named may be: closed to us, on a disk that fails, one of too many open at once
+CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 # what CUDA says of a compiled kernel that is cut off, another GPU's, or another kernel's
 DAMAGED = ("kernel image", "named symbol not found")
 
@@ -24,6 +26,11 @@ def fault_of(error: BaseException) -> OSError | None:
             if f"(os error {code})" in str(one):
                 return OSError(code, os.strerror(code))
     return None
+
+
+def closed_to_us(error: BaseException) -> OSError | None:
+    """The error itself where the system names a file or a folder and keeps us from it."""
+    return error if isinstance(error, OSError) and error.filename and error.errno in CLOSED else None
 
 
 def triton_fault(error: BaseException) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli import main
-from kvbench.results import Store
+from kvbench.results import Store, runs
 from kvbench.sweep import command
 from kvbench.tasks import make_task
 
@@ -29,6 +29,10 @@ def one_error(result, code):
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+def raise_(error):
+    raise error
 
 
 def test_nothing_heavy_is_imported_for_help():
@@ -240,6 +244,41 @@ def test_a_fault_of_our_own_is_70(monkeypatch, capsys):
     assert "ZeroDivisionError: of all\nthings" in file.read_text()
     assert 'raise ZeroDivisionError("of all' in file.read_text()
     file.unlink()
+
+
+def test_what_is_closed_to_us_is_one_line(kvbench, toy, tmp_path, monkeypatch, capsys):
+    """
+    A file or a folder that may not be read is named, with exit code 4 where no verb knows it, 2 for a model; `runs`
+    lists those beside it.
+    """
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "closed")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["kvbench.cli.app"], "app", lambda: raise_(denied))
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 4
+        assert capsys.readouterr().err == "error: closed: Permission denied\n"
+    with monkeypatch.context() as patched:
+        patched.setattr("kvbench.sweep.parts._source", lambda spec: raise_(denied))
+        assert one_error(kvbench("init", "closed"), 2) == "error: model 'closed': closed: Permission denied\n"
+
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+    Path("out/closed").mkdir()
+    known = runs.is_real_folder
+    monkeypatch.setattr(runs, "is_real_folder", lambda path: raise_(denied) if "closed" in path.parts else known(path))
+    listed = kvbench("runs", "out")
+    assert (listed.exit_code, "toys" in listed.stdout, "closed" in listed.stdout) == (0, True, False)
+
+
+def test_prompts_of_no_folder_are_refused(kvbench, toy, tmp_path):
+    """
+    `report --data` names a folder that is there, or the page would silently lack them.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
+
+    told = one_error(kvbench("report", "out/toys", "--format", "html", "--data", "absent"), 2)
+
+    assert told == "error: --data: no folder absent\n"
 
 
 def test_what_is_printed_may_go_nowhere(monkeypatch):

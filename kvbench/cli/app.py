@@ -103,11 +103,11 @@ def main() -> None:
 
 
 def _crashed(error: Exception) -> int:
-    """The exit code of an error that no verb knows, once it is told: a full disk's, or that of a fault of kvbench's."""
+    """The exit code of an error that no verb knows, once it is told: a file's, or of a fault of kvbench's."""
     import tempfile
     import traceback
 
-    from kvbench.faults import fault_of, triton_fault
+    from kvbench.faults import closed_to_us, fault_of, triton_fault
     from kvbench.render.text import seen
 
     def tell(line: str, code: int) -> int:
@@ -120,6 +120,8 @@ def _crashed(error: Exception) -> int:
         return tell(seen(f"cannot write{where}: {fault.strerror or fault}"), UNUSABLE)
     if line := triton_fault(error):
         return tell(seen(line), UNUSABLE)
+    if closed := closed_to_us(error):
+        return tell(seen(f"{closed.filename}: {closed.strerror}"), UNUSABLE)
     text = "".join(["kvbench ", " ".join(map(repr, sys.argv[1:])), "\n\n", *traceback.format_exception(error)])
     try:
         with tempfile.NamedTemporaryFile("w", prefix="kvbench-", suffix=".txt", delete=False, encoding="utf-8") as file:

@@ -21,6 +21,7 @@ from kvbench.cli.shared import (
     show,
     writable_path,
 )
+from kvbench.files import is_folder
 
 if TYPE_CHECKING:
     from kvbench.report.tables import Report
@@ -61,6 +62,8 @@ def report(
     from kvbench.report.tables import Report
     from kvbench.results import NotARunError
 
+    if data and not is_folder(data):
+        fail(f"--data: no folder {data}", BAD_INPUT)
     try:
         found = Report.read(folder, kernels)
         if plot:

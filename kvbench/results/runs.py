@@ -47,7 +47,10 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
 
 def _is_run(folder: Path) -> bool:
-    return is_real_folder(folder) and (is_real_folder(folder / "cells") or (folder / "run.json").is_file())
+    try:
+        return is_real_folder(folder) and (is_real_folder(folder / "cells") or (folder / "run.json").is_file())
+    except OSError:  # closed to us, beside others that are not
+        return False
 
 
 def look(folder: Path) -> RunFolder:

@@ -102,6 +102,15 @@ def find_model(spec: ModelSpec) -> ModelFacts:
     Raises:
         ValueError: a name that can be no model.
     """
+    from kvbench.runners import model_files
+
+    try:
+        return _find_model(spec)
+    except OSError as error:  # closed to us
+        raise model_files.ModelError(f"model '{spec.name}': {error.filename}: {error.strerror}") from error
+
+
+def _find_model(spec: ModelSpec) -> ModelFacts:
     from kvbench.runners import catalog, facts, model_files
 
     source, backend = _source(spec), all_backends()[spec.backend]
