@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,7 @@ def export(
     try:
         if to in (Target.MLFLOW, Target.WANDB):
             say(*{Target.MLFLOW: to_mlflow.export, Target.WANDB: to_wandb.export}[to](folder, output))
+            _tell_what_is_left_out(folder)
             return
         written = {Target.LM_EVAL: to_lm_eval.export, Target.EEE: to_eee.export}[to](
             folder, output or folder / to.value
@@ -63,3 +65,12 @@ def export(
     results = [path for path in written if path.suffix == ".json"]
     samples = f", {len(written) - len(results)} files of samples" if len(written) > len(results) else ""
     say(*map(str, results), f"{len(results)} results{samples}")
+    _tell_what_is_left_out(folder)
+
+
+def _tell_what_is_left_out(folder: Path) -> None:
+    """On stderr a line for each file that can't be read, and one for cells that were not run."""
+    from kvbench import measured
+
+    for fault in measured.read(folder).faults:
+        say(fault, to=sys.stderr)

@@ -100,6 +100,22 @@ def test_only_what_lm_eval_measures_is_exported(kvbench, toy, tmp_path):
     assert kvbench("export", "absent", "--to", "lm-eval").exit_code == 2
 
 
+@pytest.mark.parametrize("lost", ["cells/*int8*/record.json", "run.json"])
+def test_what_an_export_leaves_out_is_told(kvbench, toy, tmp_path, lost):
+    """
+    A record that can't be read, and a run.json that is gone, cost a line on stderr each; the rest is written.
+    """
+    kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8", "int4"], tasks=["toy_a"]))
+    [file] = Path("out/toys").glob(lost)
+    file.unlink()
+
+    told = kvbench("export", "out/toys", "--to", "eee")
+
+    assert told.exit_code == 0
+    assert any((file.parent.name if "cells" in lost else "run.json") in line for line in told.stderr.splitlines())
+    assert list(Path("out/toys/eee").rglob("*.json"))
+
+
 def test_an_export_in_a_run_folder_goes_with_it(kvbench, exported):
     """
     `runs --remove` knows it as kvbench's own.

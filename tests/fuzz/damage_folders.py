@@ -76,6 +76,8 @@ def bases(folder: Path) -> list[Base]:
     (kernels / "rows.json").write_text(json.dumps({"rows": rows, "environment": gpus}))
     scores = {
         "report": ("report", "run", "--format", "json"),
+        "page": ("report", "run", "--format", "html"),
+        "export": ("export", "run", "--to", "eee"),
         "compare": ("compare", "run", "--format", "json"),
         "check a file": ("check", "run", "--against", "base.json"),
         "check a folder": ("check", "whole", "--against", "run"),

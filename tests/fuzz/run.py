@@ -40,7 +40,7 @@ def main() -> int:
             ("YAMLs", mutate_yaml.cases(options.yamls, options.seed, folder), 2.0),
             # a configuration that only transformers understands takes it seconds to import, once
             ("models", damage_models.cases(options.models, options.seed, folder), 15.0),
-            # each is read by four commands, in a few cases by processes of their own
+            # each is read by four to six commands, in a few cases by processes of their own
             ("folders", damage_folders.cases(options.folders, options.seed, folder / "folders"), 60.0),
             ("kills", kill_sweeps.cases(options.kills, options.seed, folder / "kills"), 60.0),
         ):
