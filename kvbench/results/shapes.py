@@ -20,7 +20,7 @@ def read_as(hint: Any, value: Any, where: str = "") -> Any:
     Raises:
         ValueError: it is something else; `where` names the place.
     """
-    if type(value) is hint or hint is Any:
+    if (type(value) is hint and hint is not int) or hint is Any:
         return value
     return _read(_form(hint), value, where)
 
@@ -54,9 +54,10 @@ def _read(form: tuple[Any, Any, tuple[Any, ...], bool, bool], value: Any, where:
         if kind is dict:
             return {key: read_as(inner[1], item, f"{prefix}{key}") for key, item in value.items()}
         return _read_keys(hint, value, prefix)
+    # a whole number that no float reaches can't be divided to be shown
+    if hint in (int, float) and isinstance(value, int) and abs(value) > LARGEST:
+        raise _wrong(where, WORDS[hint], value)
     if hint is float and (value in NON_FINITE or (isinstance(value, (int, float)) and not isinstance(value, bool))):
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise _wrong(where, WORDS[float], value)
         return value if isinstance(value, (int, float)) else float(value)
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
@@ -79,7 +80,7 @@ def _read_keys(hint: Any, value: dict[str, Any], prefix: str) -> Any:
     read = {}
     for key, item in value.items():
         form = forms.get(key)
-        if form is None or type(item) is form[0] or form[0] is Any:
+        if form is None or (type(item) is form[0] and form[0] is not int) or form[0] is Any:
             read[key] = item
         else:
             read[key] = _read(form, item, f"{prefix}{key}")

@@ -210,6 +210,10 @@ BREAKS = {
     "less than no error": (set_to("metrics", 0, "stderr", value=-1), "stderr of acc -1.0: expected a number from 0"),
     "positions are text": (set_to("model", "max_length", value="8k"), "model.max_length: expected a whole number, not"),
     "extras are text": (set_to("model", "extra", value="all"), "model.extra: expected a mapping, not 'all'"),
+    "documents beyond every float": (
+        set_to("metrics", 0, "n", value=10**400),
+        "metrics[0].n: expected a whole number, not 1000",
+    ),
     "identity is a list": (set_to("identity", value=[]), "identity: expected a mapping, not []"),
     "a repeat of what": (set_to("identity", "again", value="yes"), "identity.again: expected true or false, not 'yes'"),
     # it proves its name
