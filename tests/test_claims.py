@@ -521,12 +521,16 @@ def test_what_grows_over_32k_tokens_is_that_of_the_records():
         assert agrees(times, grown[name]), (name, grown[name])
     words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
     plain, window, mean = "`int4_centered`", "`int4_centered_window`", "the same, one mean for all positions"
-    assert f"and it has {grown[window]:.2f}. It is not" in words
-    assert f"one for all positions has {grown[mean]:.2f}, and 8 bits" in words
-    assert (
-        f"grow by {grown['`int8_centered`']:.2f}. Without a window the same codes grow by {grown[plain]:.2f} alone"
-        in words
-    )
+    assert f"and it has {grown[window]:.2f}. One mean" in words
+    assert f"the same codes grow by {grown[mean]:.2f}, and 8 bits under means" in words
+    assert f"by {grown['`int8_centered`']:.2f} alone. Without a window int4's codes grow by {grown[plain]:.2f}" in words
+    tiers, trellis = "`tiers421_centered_window`", "`tcq4321_centered_window`"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"their KLD grows by {grown[tiers]:.1f} and {grown[trellis]:.1f} times, int4's behind" in readme
+    assert f"the window by {grown[window]:.2f}. One mean for all positions ages, by {grown[mean]:.1f}." in readme
+    two_bits = " ".join((ROOT / "docs/two-bits.md").read_text(encoding="utf-8").split())
+    int2 = far["`int2_centered_window`"]
+    assert f"give `tiers421` {far[tiers]:.4f} in the last part and `int2` {int2:.4f}" in two_bits
     starts, ends = near[plain] / near[window], far[plain] / far[window]
     assert f"lose {starts:.1f} times as much at the start and {ends:.1f} times at the end" in words
 
@@ -644,11 +648,13 @@ def test_what_readme_says_of_gsm8k_is_measured():
     gsm8k = "gsm8k", "exact_match,strict-match"
 
     window = place[*gsm8k, *SCHEMES["`int4_centered_window`"]]
-    share, low, high = re.search(
-        r"a value answer ([\d.]+) %, what 16 bits did in that run \(95 % interval (−[\d.]+) to \+([\d.]+)", text
+    share, exact, low, high = re.search(
+        r"a value answer ([\d.]+) % where 16 bits answered ([\d.]+) in that run "
+        r"\(95 % interval (−[\d.]+) to \+([\d.]+)",
+        text,
     ).groups()
     assert agrees(share, 100 * window.value)
-    assert agrees(share, 100 * window.baseline)
+    assert agrees(exact, 100 * window.baseline)
     assert agrees(low, 100 * window.ci_low)
     assert agrees(high, 100 * window.ci_high)
 

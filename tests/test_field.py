@@ -292,8 +292,10 @@ def test_a_window_covers_lambada():
         record = json.loads(found.read_text(encoding="utf-8"))
         means.append(record["timings"]["prompt_tokens"] / record["facts"]["documents"])
     assert low - 0.5 <= min(means)
-    assert "`int4_centered` loses on all three" in section("Answers")
+    less = re.search("loses on SmolLM2 and Gemma, and on Qwen ([\\d.]+) points, too few to tell", section("Answers"))[1]
     place = made()["place"](of_label("`int4_centered`"))
-    for model in made()["MODELS"].values():
-        assert made()["comparisons"]("schemes")[model, "lambada_openai", "acc", *place].verdict == "WORSE"
+    for name, model in made()["MODELS"].items():
+        row = made()["comparisons"]("schemes")[model, "lambada_openai", "acc", *place]
+        assert row.verdict == ("INCONCLUSIVE" if name == "Qwen" else "WORSE")
+    assert agrees(less, 100 * (row.baseline - row.value))
     assert max(means) <= high + 0.5
