@@ -6,6 +6,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -302,7 +303,7 @@ def test_what_a_graph_takes_is_the_measured_time():
     assert all(agrees(figure, found[name]) for figure, name in zip(shown.groups(), names, strict=True))
 
 
-@pytest.mark.parametrize("file", ["acts", "acts-one-connection"])
+@pytest.mark.parametrize("file", ["acts", "acts-one-connection", "acts-settled"])
 def test_launches_on_many_streams_alone_make_kernels_begin_later(file):
     """docs/method.md's states of a GPU, and what changes them, are those of results/checks-h200, with one queue too."""
     rows = json.loads((ROOT / f"results/checks-h200/{file}.json").read_text(encoding="utf-8"))["rows"]
@@ -316,7 +317,7 @@ def test_launches_on_many_streams_alone_make_kernels_begin_later(file):
     for row in acts:
         many = row["act"] == "launches on eight more"
         assert row["after"]["step_ms"] == pytest.approx(float(slow if many else fast), rel=0.02), row["act"]
-        if file == "acts":
+        if file != "acts-one-connection":
             assert row["after"]["kernel_us"] == pytest.approx(float(slow_us if many else fast_us), rel=0.06), row["act"]
 
 
@@ -338,6 +339,52 @@ def test_a_speed_repeats_once_contexts_have_changed():
     )
     assert all(agrees(four, value) for value in steps["a context"])
     assert 100 * (max(steps["a context"]) / min(steps["a context"]) - 1) < float(share)
+
+
+def test_a_speed_repeats_as_throughput_stands():
+    """
+    docs/method.md's steps of twelve cells, the A/A of a sweep, a state's own factor and what settling takes are of
+    results/, and README's tokens per second are that sweep's.
+    """
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    step, share, decode, prefill, cost, factor = re.search(
+        r"took ([\d.]+) ms in both repeats, within ([\d.]+) %.*? decode within ([\d.]+) % .*? prompts within ([\d.]+) %"
+        r".*? costs a cell ([\d.]+) s .*? varies by a factor of ([\d.]+);",
+        text,
+    ).groups()
+    rows = json.loads((ROOT / "results/checks-h200/acts-settled.json").read_text(encoding="utf-8"))["rows"]
+    steps = [one for row in rows if "throughput" in row for one in row["steps_ms"]]
+    assert len(steps) == 24
+    assert agrees(step, median(steps))
+    assert 100 * (max(steps) / min(steps) - 1) < float(share)
+    settled = json.loads((ROOT / "results/checks-h200/settles.json").read_text(encoding="utf-8"))["rows"]
+    assert all(row["could"] for row in settled)
+    assert agrees(cost, median(row["seconds"] for row in settled))
+
+    records = Store(ROOT / "results/throughput-h200").load().records.values()
+    kernels = [record.facts["kernel_us"] for record in records]
+    assert agrees(factor, max(kernels) / min(kernels))
+    found = {(one.dtype, one.task, metric.name): metric.value for one in records for metric in one.metrics}
+    for name, figure in (("decode", decode), ("prefill", prefill)):
+        off = [
+            abs(found["again", task, name] / found["fp16", task, name] - 1) for task in ("32 × 1k", "8 × 8k", "1 × 32k")
+        ]
+        assert agrees(figure, 100 * max(off))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(
+        r"one H200 holds ([\d.]+) million tokens in 16 bits, ([\d.]+) in int8, ([\d.]+) in int4 and ([\d.]+) in int2, "
+        r"and 8 sequences of 8192 tokens decode at (\d+), (\d+), (\d+) and (\d+) tokens/s",
+        readme,
+    ).groups()
+    dtypes = ("fp16", "int8_per_token_head", "int4_per_token_head", "int2_per_token_head")
+    for dtype, tokens, rate in zip(dtypes, said[:4], said[4:], strict=True):
+        assert agrees(tokens, found[dtype, "8 × 8k", "memory_holds"] / 1e6)
+        assert agrees(rate, found[dtype, "8 × 8k", "decode"])
+    gain, fast, slow = re.search(
+        r"decodes ([\d.]+) × as fast under plain int4 \((\d+) against (\d+) tokens", readme
+    ).groups()
+    assert (fast, slow) == (said[6], said[4])
+    assert agrees(gain, found[dtypes[2], "8 × 8k", "decode"] / found["fp16", "8 × 8k", "decode"])
 
 
 def test_joined_products_changed_no_score():
@@ -367,10 +414,15 @@ def test_what_bounds_gsm8k_is_the_measured_time():
     ).groups()
     for figure, kind in zip(shown, ("matrix products", "attention"), strict=True):
         assert agrees(figure, profile["prompts"][kind] / 1e3)
-    (row,) = json.loads((ROOT / "results/long/qwen3-8b-h200-again.json").read_text(encoding="utf-8"))["rows"]
-    step, attention = re.search(r"fp16's step is ([\d.]+) ms, attention ([\d.]+) of it", text).groups()
-    assert agrees(step, row["step_ms"])
-    assert agrees(attention, row["step_ms_of"]["attention"])
+    fp16, int4 = json.loads((ROOT / "results/long/qwen3-8b-h200-again.json").read_text(encoding="utf-8"))["rows"]
+    said = re.search(
+        r"fp16's step is ([\d.]+) ms, attention ([\d.]+) of it, and int4's ([\d.]+) ms, attention ([\d.]+) of it: "
+        r"([\d.]+) ×.*? the rest, ([\d.]+) ms of matrix products.*? and ([\d.]+) of small kernels",
+        text,
+    ).groups()
+    meant = (fp16["step_ms"], fp16["step_ms_of"]["attention"], int4["step_ms"], int4["step_ms_of"]["attention"])
+    rest = (int4["decode_ratio"], int4["step_ms_of"]["matrix products"], int4["step_ms_of"]["other layers' arithmetic"])
+    assert all(map(agrees, said, (*meant, *rest)))
 
 
 def test_no_clock_goes_with_a_gpus_state():

@@ -250,11 +250,11 @@ def test_what_the_memory_holds_was_allocated(shape):
     assert found["int4"] / found["fp16"] == pytest.approx(bits[0] / bits[1], rel=0.02)
 
 
-@pytest.mark.parametrize(("slower", "told"), [(0.93, False), (1.23, True)])
+@pytest.mark.parametrize(("slower", "told"), [(0.93, False), (1.02, False), (1.23, True)])
 def test_rates_of_two_states_of_a_gpu_are_told(slower, told):
     """
-    Where an empty kernel of a graph took a tenth longer in one cell than in another, of a dtype too, the table says in
-    which.
+    Where an empty kernel of a graph took a fifth longer in one cell than in another, of a dtype too, the table says in
+    which; what one state varies by is no note.
     """
     store = Store(Path(__file__).parents[2] / "results" / "throughput")
     [first, *_] = store.load().records.values()
@@ -263,8 +263,8 @@ def test_rates_of_two_states_of_a_gpu_are_told(slower, told):
         [replace(first, dtype=d, rotation=r, facts={**first.facts, "kernel_us": us}) for d, r, us in cells]
     )
 
-    assert any("0.89 µs (fp16 · none, int4 · hadamard); 1.23 µs (int4 · none)" in note for note in notes) == told
-    assert any("two states" in note for note in notes) == told
+    said = [note for note in notes if "two states" in note]
+    assert [note.rpartition("took ")[2] for note in said] == [f"0.89 µs, but 1.23 (int4 · none · {first.task})"] * told
 
 
 def test_a_gpus_state_stands_beside_what_its_memory_holds(monkeypatch):
