@@ -35,6 +35,7 @@ PRESETS = (
     "int4_centered_window",
     "tcq4_centered_window",
     "tcq4_balanced_window",
+    "tcq4_balanced_full_window",
     "tcq3_centered_window",
     "int2_centered_window",
     "tiers421_centered_window",

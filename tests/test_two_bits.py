@@ -35,7 +35,7 @@ def test_what_the_first_screen_says_is_in_the_tables_below(made):
     preset, far, needles = (rows(made[name]()) for name in ("presets", "far", "needles"))
 
     int4, tcq4 = ([float(x) for x in preset[f"{name}_window"][2:5]] for name in ("int4_centered", "tcq4_balanced"))
-    assert "two to four times nearer on Qwen and Gemma in fewer bits" in text
+    assert "two to four times nearer than int4 on Qwen and Gemma" in text
     assert [round(int4[i] / tcq4[i]) for i in (0, 2)] == [2, 4]
 
     tiers, trellis = (preset[f"{name}_centered_window"] for name in ("tiers421_far", "tcq4321"))
@@ -57,5 +57,34 @@ def test_what_the_first_screen_says_is_in_the_tables_below(made):
     two = [float(row[4]) for row in preset.values() if float(row[1][:4]) < 3]
     assert "is at 0.12 or more" in text
     assert min(two) > 0.12
-    assert "has 0.048 at 2.49 bits" in text
-    assert "| 2.49 | 0.0483 |" in made["by_kind"]()
+    assert "has 0.047 at 2.49 bits" in text
+    assert "| 2.49 | 0.0474 |" in made["by_kind"]()
+    assert "a fifth faster than 16 bits" in text
+    assert [preset[f"{name}_centered_window"][7] for name in ("int4", "tiers421")] == ["1.22", "1.21"]
+
+    whole = preset["tcq4_balanced_full_window"]
+    assert "within 0.005 nats on all three" in text
+    assert max(map(float, whole[2:5])) < 0.005
+    assert whole[5].endswith("=")
+
+
+def test_four_bits_beside_16_and_8_in_one_run_are_what_the_page_says(made):
+    """
+    GSM8K of `tcq4_balanced_full_window`: its share, the differences and their intervals, and the verdicts at 2 points.
+    """
+    text = " ".join((ROOT / "docs" / "two-bits.md").read_text(encoding="utf-8").split())
+    run, dtype = made["read"](ROOT / "results" / "two-bits-four"), "tcq4+w64s4"
+    shares, differences = [], []
+    for base in (None, made["INT8"]):
+        (row,) = [
+            row
+            for row in made["compare"](run, baseline=base, margin="2pp").rows
+            if row.metric == made["SCORE"] and row.dtype == dtype
+        ]
+        assert row.verdict == "EQUIVALENT"
+        points = [f"{100 * x:+.1f}".replace("-", "−") for x in (row.difference, row.ci_low, row.ci_high)]
+        differences.append(f"{points[0]}{'' if base is None else ' points'} ({points[1]} to {points[2]})")
+        shares += [row.value, row.baseline]
+
+    share, exact, int8 = (f"{100 * x:.1f}" for x in (shares[0], shares[1], shares[3]))
+    assert f"answers {share} % where they answer {exact} and {int8}: {' and '.join(differences)}" in text
