@@ -1,0 +1,293 @@
+// Rows of a trellis read into the registers of a matrix product, and multiplied: see reading.py, which builds this file
+// once for each way of decoding, with these as macros:
+//   BITS of a code; KIND of decoding; COPIES of the table, interleaved, of which a lane reads its own; THREADS a block,
+//   BLOCKS a multiprocessor; DEPTH of tiles a warp has asked for; CACHED: the table is read through the L1 cache and not from shared memory;
+//   DUMP: the registers are written, to be compared with the definition.
+//
+// A warp takes 16 rows of 128 values at once. Lane 4g + t has 32 values that follow each other of row g and of row g + 8,
+// as an operand of m16n8k16 (fp16) or m16n8k32 (int8) is held; which channel such a place is, the query says.
+
+typedef unsigned int u32;
+
+#define MASKS 0    // no trellis: codes of two bits under a mask, two a register, as the decode kernels read int2
+#define CURVE 1    // the definition's polynomial in fp16, two values at once
+#define VALUES 2   // a table of one fp16 value a window
+#define PAIRS 3    // two fp16 values a window
+#define TRIPLES 4  // three int8 values a window
+#define QUADS 5    // four int8 values a window, multiplied as int8
+#define HALVES 6   // four int8 values a window, as fp16
+
+#define WORDS BITS  // of 32 bits, that a lane has of a row
+#define WHOLE (KIND == QUADS || KIND == TRIPLES)
+#define REGISTERS (WHOLE ? 8 : 16)  // a row's values
+
+#if KIND == PAIRS
+#define TAKES 2
+#elif KIND == TRIPLES
+#define TAKES 3
+#elif KIND == QUADS || KIND == HALVES
+#define TAKES 4
+#else
+#define TAKES 1
+#endif
+#define WINDOW (8 + BITS * (TAKES - 1))
+#define ENTRIES (1 << WINDOW)
+#define SCALED (COPIES == 32 ? 7 : COPIES == 16 ? 6 : COPIES == 8 ? 5 : COPIES == 4 ? 4 : COPIES == 2 ? 3 : 2)
+#define TABLE (KIND != MASKS && KIND != CURVE)
+
+#if CACHED
+typedef const char* Table;
+#else
+typedef u32 Table;  // where a lane's own copy begins, in bytes
+#endif
+#define BEFORE 1024  // bytes of shared memory that are the system's
+
+extern __shared__ __align__(16) char shared_table[];
+
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+__device__ __forceinline__ u32 add2(u32 a, u32 b) {
+  u32 d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// 32 bits of the string string[0] string[1] ..., those above the last `shift`
+template <int SHIFT>
+__device__ __forceinline__ u32 above(const u32 (&string)[WORDS + 1]) {
+  if constexpr (SHIFT < 0) {
+    return string[WORDS] << -SHIFT;
+  } else if constexpr (SHIFT % 32 == 0) {
+    return string[WORDS - SHIFT / 32];
+  } else {
+    return __funnelshift_r(string[WORDS - SHIFT / 32], string[WORDS - SHIFT / 32 - 1], SHIFT % 32);
+  }
+}
+
+// what the table has for the window that ends with value LAST of the string
+template <int LAST>
+__device__ __forceinline__ u32 look(const u32 (&string)[WORDS + 1], Table table) {
+  constexpr int end = 32 * WORDS - BITS * (LAST + 1);
+  u32 at = above<end - SCALED>(string) & ((ENTRIES - 1) << SCALED);
+#if CACHED
+  return __ldg((const u32*)(table + at));
+#else
+  // what lies in front of the table is added by the load itself
+  u32 found;
+  asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(found) : "r"(at | table), "n"(BEFORE));
+  return found;
+#endif
+}
+
+template <int I>
+__device__ __forceinline__ void decode_from(const u32 (&string)[WORDS + 1], Table table, u32 (&out)[REGISTERS]) {
+#if KIND == MASKS
+  // codes I, I + 8 and so on of both halves of a word
+  u32 word = string[1 + I / 8];
+  constexpr int place = I % 8 < 5 ? 2 * (I % 8) : 2 * (I % 8) - 6;
+  out[I] = (I % 8 < 5 ? word : word >> 6) & (0x00030003u << place);
+  if constexpr (I + 1 < 16) decode_from<I + 1>(string, table, out);
+#elif KIND == CURVE
+  // windows of values I and I + 8 of a word, in its lower half the later one. 275 w is 256 w + 19 w, and below 2^10
+  // only two bits of the first count; so neither half runs over into the other
+  constexpr int word = I / 8, place = I % 8;
+  u32 both = above<32 * (WORDS - 1 - word) + 14 - 2 * place>(string);
+  u32 n = (both & 0x00ff00ff) * 19 + (both & 0x00030003) * 256;
+  // twice 1 + n / 1024, less 3, and 2^-10 more
+  u32 level = add2(fma2((n & 0x03ff03ff) | 0x3c003c00, 0x40004000, 0xc200c200), 0x14001400);
+  // the definition's curve with coefficients (45.97 .082 -.0253 33.97) that give its values in fp16; 1536 more rounds
+  u32 square = mul2(level, level);
+  u32 factor = fma2(square, 0x503f503f, 0xa677a677);
+  factor = fma2(fma2(factor, square, 0x2d402d40), square, 0x51bf51bf);
+  out[I] = add2(fma2(level, factor, 0x66006600), 0xe600e600);
+  if constexpr (I + 1 < 16) decode_from<I + 1>(string, table, out);
+#elif KIND == VALUES
+  out[I] = permute(look<2 * I>(string, table), look<2 * I + 1>(string, table), 0x5410);
+  if constexpr (I + 1 < 16) decode_from<I + 1>(string, table, out);
+#elif KIND == PAIRS
+  out[I] = look<2 * I + 1>(string, table);
+  if constexpr (I + 1 < 16) decode_from<I + 1>(string, table, out);
+#elif KIND == QUADS
+  out[I] = look<4 * I + 3>(string, table);
+  if constexpr (I + 1 < 8) decode_from<I + 1>(string, table, out);
+#elif KIND == HALVES
+  u32 four = look<4 * I + 3>(string, table);  // 128 more than the values: as the mantissa of 1024.0, 1152 more
+  out[2 * I] = add2(permute(four, 0x64646464, 0x4140), 0xe480e480);
+  out[2 * I + 1] = add2(permute(four, 0x64646464, 0x4342), 0xe480e480);
+  if constexpr (I + 1 < 8) decode_from<I + 1>(string, table, out);
+#endif
+}
+
+#if KIND == TRIPLES
+template <int I>
+__device__ __forceinline__ void look_from(const u32 (&string)[WORDS + 1], Table table, u32 (&found)[11]) {
+  found[I] = look<(I < 10 ? 3 * I + 2 : 31)>(string, table);
+  if constexpr (I + 1 < 11) look_from<I + 1>(string, table, found);
+}
+
+// the place of a value among the bytes of the first of the two words that have its four, and the second
+__device__ constexpr u32 selector(int first) {
+  u32 selected = 0;
+  for (int i = 0; i < 4; i++) {
+    int value = first + i, word = value < 30 ? value / 3 : 10, byte = value < 30 ? value % 3 : value - 29;
+    selected |= (u32)(byte + (word == first / 3 ? 0 : 4)) << 4 * i;
+  }
+  return selected;
+}
+
+template <int I>
+__device__ __forceinline__ void four_from(const u32 (&found)[11], u32 (&out)[8]) {
+  constexpr int last = 4 * I + 3;
+  out[I] = permute(found[4 * I / 3], found[last < 30 ? last / 3 : 10], selector(4 * I));
+  if constexpr (I + 1 < 8) four_from<I + 1>(found, out);
+}
+#endif
+
+__device__ __forceinline__ void decode(const u32 (&string)[WORDS + 1], Table table, u32 (&out)[REGISTERS]) {
+#if KIND == TRIPLES
+  u32 found[11];
+  look_from<0>(string, table, found);
+  four_from<0>(found, out);
+#else
+  decode_from<0>(string, table, out);
+#endif
+}
+
+// the row's scale, a word of 16 bits, as a float; 8 - BITS of its bits are those before the first code
+__device__ __forceinline__ float scale_of(u32 stored) {
+  constexpr int start = 8 - BITS, mantissa = 10 - start;
+  u32 code = stored >> start;
+  float scale = __uint_as_float((code << (23 - mantissa)) + ((127 - 40) << 23));
+  scale = code == 0 ? 0.0f : scale;
+  return code == (1u << (16 - start)) - 1 ? __uint_as_float(0x7fc00000) : scale;
+}
+
+struct Tile {
+  u32 words[2][WORDS];
+  u32 scale[2];
+};
+
+__device__ __forceinline__ void load(Tile& tile, const u32* codes, const unsigned short* scales, int index, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    long long row = (long long)index * 16 + half * 8 + lane / 4;
+    const u32* at = codes + row * (4 * WORDS) + lane % 4 * WORDS;
+#if BITS == 2
+    uint2 words = *(const uint2*)at;
+    tile.words[half][0] = words.x, tile.words[half][1] = words.y;
+#else
+    uint4 words = *(const uint4*)at;
+    tile.words[half][0] = words.x, tile.words[half][1] = words.y;
+    tile.words[half][2] = words.z, tile.words[half][3] = words.w;
+#endif
+    tile.scale[half] = scales[row];
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
+    const u32* codes,              // [rows, 4 WORDS]
+    const unsigned short* scales,  // [rows]
+    const u32* query,              // [REGISTERS (of int8: twice, upper bytes first), 32]: of each lane
+    const u32* table,              // [ENTRIES, COPIES where it is read through the L1 cache]
+    float* sums,                   // [warps, 32, 4]: of products times scales
+    u32* values,                   // where DUMP, [rows, 4, REGISTERS]
+    int tiles) {
+  int lane = threadIdx.x % 32;
+  int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
+  Table own = 0;
+#if TABLE && CACHED
+  own = (const char*)table + lane % COPIES * 4;
+#elif TABLE
+  // four words at once, of neighbouring copies or entries
+  for (int i = threadIdx.x; i < ENTRIES * COPIES / 4; i += THREADS) {
+    uint4 four;
+    four.x = table[4 * i / COPIES];
+    four.y = COPIES >= 4 ? four.x : table[(4 * i + 1) / COPIES];
+    four.z = COPIES >= 4 ? four.x : table[(4 * i + 2) / COPIES];
+    four.w = COPIES >= 4 ? four.x : table[(4 * i + 3) / COPIES];
+    ((uint4*)shared_table)[i] = four;
+  }
+  own = lane % COPIES * 4;
+  if ((u32)__cvta_generic_to_shared(shared_table) != BEFORE) __trap();
+#endif
+  u32 multiplied[WHOLE ? 16 : REGISTERS];
+#pragma unroll
+  for (int i = 0; i < (WHOLE ? 16 : REGISTERS); i++) multiplied[i] = query[i * 32 + lane];
+  __syncthreads();
+
+  float sum[4] = {};
+  Tile ahead[DEPTH];
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) load(ahead[d], codes, scales, min(warp + d * warps, tiles - 1), lane);
+  for (int first = warp; first < tiles; first += DEPTH * warps) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      int tile = first + d * warps;
+      if (tile >= tiles) break;
+      Tile now = ahead[d];
+      load(ahead[d], codes, scales, min(tile + DEPTH * warps, tiles - 1), lane);
+      u32 out[2][REGISTERS];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        u32 string[WORDS + 1];
+        // the first word of 16 bits is the lower one
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) string[1 + i] = permute(now.words[half][i], 0, 0x1032);
+        string[0] = __shfl_up_sync(~0u, string[WORDS], 1);
+        if (lane % 4 == 0) string[0] = now.scale[half] & ((1 << (8 - BITS)) - 1);
+        decode(string, own, out[half]);
+      }
+#if DUMP
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int i = 0; i < REGISTERS; i++)
+          values[(((long long)tile * 16 + half * 8 + lane / 4) * 4 + lane % 4) * REGISTERS + i] = out[half][i];
+#else
+      float product[4];
+#if WHOLE
+      int parts[4] = {};
+#pragma unroll
+      for (int i = 0; i < 16; i += 2) {
+        if (i == 8)
+#pragma unroll
+          for (int j = 0; j < 4; j++) parts[j] <<= 8;
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(parts[0]), "+r"(parts[1]), "+r"(parts[2]), "+r"(parts[3])
+            : "r"(out[0][i % 8]), "r"(out[1][i % 8]), "r"(out[0][i % 8 + 1]), "r"(out[1][i % 8 + 1]),
+              "r"(multiplied[i]), "r"(multiplied[i + 1]));
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) product[j] = (float)parts[j];
+#else
+#pragma unroll
+      for (int j = 0; j < 4; j++) product[j] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 16; i += 2)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(product[0]), "+f"(product[1]), "+f"(product[2]), "+f"(product[3])
+            : "r"(out[0][i]), "r"(out[1][i]), "r"(out[0][i + 1]), "r"(out[1][i + 1]),
+              "r"(multiplied[i]), "r"(multiplied[i + 1]));
+#endif
+#pragma unroll
+      for (int j = 0; j < 4; j++) sum[j] += product[j] * scale_of(now.scale[j / 2]);
+#endif
+    }
+  }
+#if !DUMP
+#pragma unroll
+  for (int j = 0; j < 4; j++) sums[(warp * 32 + lane) * 4 + j] = sum[j];
+#endif
+}

@@ -1,0 +1,469 @@
+"""How fast a GPU reads a trellis: python benchmarks/reading.py [OUT.json] [--samples 20].
+
+537 million values, the keys and values of 32 sequences of 8192 tokens with 8 KV heads and head_dim 128, are read from
+memory, decoded in ways that a decode kernel might take, and multiplied by a query's eight heads, as a kernel would (an
+mma's operand in registers). Each way must first give the definition's values, bit for bit, of every window of 14 bits
+at every place and of random rows. Its prediction, from operations over rates, stands beside what was measured. Beside
+them: a copy of as many bytes, and the decode kernels of int2 and of 16 bits, which do softmax and outputs too.
+
+Needs a GPU with CUDA 9.0's matrix products. Ways in CUDA are built by NVRTC from reading.cu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvbench.attention import trellis as trellis_kernels
+from kvbench.dtypes import all_dtypes
+from kvbench.dtypes.base import Rows
+from kvbench.dtypes.trellis import TrellisPerTokenHead, table
+from kvbench.environment import describe
+from kvbench.timing import KernelRequest, run
+from kvbench.timing.clock import cold_copies, copy_bandwidth, time_calls
+
+SOURCE = Path(__file__).with_suffix(".cu")
+HEAD_DIM = 128
+ROWS = 2 * 32 * 8192 * 8
+HEADS = 8  # of the query
+LARGEST = 2000  # of the query's whole numbers: exact in fp16, and in two signed bytes
+PEER = KernelRequest(("fp16", "int2"), batches=(32,), contexts=(8192,))
+
+# of an H100 or H200, per clock: of a multiprocessor, lanes that whole numbers and all instructions have, and that a
+# turn of shared memory serves
+MULTIPROCESSORS, GHZ = 132, 1.96
+INTEGER, ISSUED, BANKS = 64, 128, 32
+COPY_SHARE = 1.05  # of a copy's rate, that reading alone reaches
+
+MASKS, CURVE, VALUES, PAIRS, TRIPLES, QUADS, HALVES = range(7)  # as reading.cu has them
+TAKES = {VALUES: 1, PAIRS: 2, TRIPLES: 3, QUADS: 4, HALVES: 4}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of decoding, and what it takes for a value.
+
+    copies: of the table, interleaved, a lane reads its own; 32 never meet in a bank.
+    integer: instructions of the integer ALU, a lane's. issued: of all kinds. turns: of shared memory or the L1 cache,
+        a warp's; with as many bytes, that is the prediction.
+    """
+
+    name: str
+    dtype: str
+    kind: int
+    integer: float
+    issued: float
+    copies: int = 1
+    cached: bool = False
+    threads: int = 256
+    depth: int = 2
+    blocks: int = 3  # a multiprocessor
+
+    @property
+    def takes(self) -> int:
+        return TAKES.get(self.kind, 1)
+
+    @property
+    def bits(self) -> int:
+        return int(self.dtype.removeprefix("tcq"))
+
+    @property
+    def window(self) -> int:
+        return 8 + self.bits * (self.takes - 1)
+
+    @property
+    def whole(self) -> bool:
+        return self.kind in (TRIPLES, QUADS)
+
+    @property
+    def looks(self) -> bool:
+        return self.kind in TAKES
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return 0 if self.cached or not self.looks else 4 * self.copies << self.window
+
+    @property
+    def turns(self) -> float:
+        """Of a value: what its lookup takes in the mean, of random windows."""
+        return turns(self.copies, self.cached, self.window) / self.takes if self.looks else 0.0
+
+    def predicted(self, read_gbps: float) -> dict[str, float]:
+        """Microseconds that each part would take alone; the longest is the prediction."""
+        clocks = ROWS * HEAD_DIM / MULTIPROCESSORS / GHZ / 1e3
+        return {
+            "memory": nbytes(self.bits) / read_gbps / 1e3,
+            "integer": self.integer * clocks / INTEGER,
+            "issued": self.issued * clocks / ISSUED,
+            "lookups": self.turns * clocks / BANKS,
+        }
+
+
+def nbytes(bits: int) -> int:
+    """Of all rows with their scales."""
+    return ROWS * (HEAD_DIM * bits // 8 + 2)
+
+
+def turns(copies: int, cached: bool, window: int) -> float:
+    """Turns of 32 lanes at random entries: of words of one bank, or of lines of the L1 cache, of 128 bytes."""
+    draw = random.Random(0)
+    total = 0
+    for _ in range(1000):
+        places = [draw.randrange(1 << window) * copies + lane % copies for lane in range(32)]
+        if cached:
+            total += len({place // 32 for place in places})
+        else:
+            total += max(len({p for p in places if p % 32 == bank}) for bank in range(32))
+    return total / 1000
+
+
+# a shift and a mask a lookup; the rest is a row's: the string's words in order, its scale, products and the tile's own
+WAYS = (
+    Way("masks of codes of 2 bits, no trellis", "tcq2", MASKS, 0.6, 0.8),
+    Way("polynomial", "tcq2", CURVE, 3.1, 7.7),
+    Way("1 a lookup, 32 tables", "tcq2", VALUES, 2.6, 3.8, 32),
+    Way("2 a lookup, 1 table", "tcq2", PAIRS, 1.1, 1.8, 1),
+    Way("2 a lookup, 8 tables", "tcq2", PAIRS, 1.1, 1.8, 8),
+    Way("2 a lookup, 32 tables", "tcq2", PAIRS, 1.1, 1.8, 32, threads=768, blocks=1),
+    Way("2 a lookup, 32 tables, 512 threads", "tcq2", PAIRS, 1.1, 1.8, 32, threads=512, blocks=1),
+    Way("3 a lookup, as int8", "tcq2", TRIPLES, 1.1, 1.6, 1),
+    Way("4 a lookup, as int8", "tcq2", QUADS, 0.6, 1.0, 1),
+    Way("4 a lookup, as int8, 2 tables", "tcq2", QUADS, 0.6, 1.0, 2, threads=768, blocks=1),
+    Way("4 a lookup, to fp16", "tcq2", HALVES, 1.1, 2.0, 1),
+    Way("1 a lookup, L1", "tcq2", VALUES, 2.6, 5.3, 1, cached=True),
+    Way("2 a lookup, L1", "tcq2", PAIRS, 1.1, 2.8, 1, cached=True),
+    Way("4 a lookup, as int8, L1", "tcq2", QUADS, 0.6, 1.5, 1, cached=True),
+    Way("1 a lookup, 32 tables", "tcq4", VALUES, 2.6, 3.8, 32, threads=512, blocks=1),
+    Way("2 a lookup, 8 tables", "tcq4", PAIRS, 1.2, 1.9, 8, threads=512, blocks=1),
+)
+
+
+# ---- rows, and what they are worth
+
+
+def dtype_of(name: str) -> TrellisPerTokenHead:
+    dtype = all_dtypes()[name]
+    assert isinstance(dtype, TrellisPerTokenHead)
+    return dtype
+
+
+def random_rows(dtype: TrellisPerTokenHead, rows: int, seed: int) -> Rows:
+    """Random strings, with scales around 1."""
+    made = torch.Generator("cuda").manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, dtype.code_bytes(HEAD_DIM)), dtype=torch.uint8, device="cuda", generator=made)
+    start, mantissa = dtype.start_bits, dtype.scale_form[0]
+    low = torch.randint(0, 1 << start, (rows,), dtype=torch.int32, device="cuda", generator=made)
+    code = torch.randint(39 << mantissa, 41 << mantissa, (rows,), dtype=torch.int32, device="cuda", generator=made)
+    return Rows(codes, ((code << start) | low).to(torch.int16))
+
+
+def hard_rows(dtype: TrellisPerTokenHead) -> Rows:
+    """Every window of 14 bits, one after the other all along a row, under every scale; then random rows."""
+    bit = torch.arange(HEAD_DIM * dtype.code_bits, device="cuda")
+    every = torch.arange(1 << 14, device="cuda")[:, None]
+    bits = ((every >> (13 - bit % 14)) & 1).view(1 << 14, -1, 16)
+    words = (bits << torch.arange(15, -1, -1, device="cuda")).sum(-1).to(torch.int16)
+    scale = torch.arange(1 << 14, device="cuda").mul(37).to(torch.int16)
+    more = random_rows(dtype, 1 << 14, 1)
+    assert more.scale is not None
+    return Rows(torch.cat([words.view(torch.uint8), more.codes]), torch.cat([scale, more.scale]))
+
+
+def values_of(dtype: TrellisPerTokenHead, rows: Rows) -> Tensor:
+    """[N, D] int32 whole numbers, by the definition: its rows with the scale 1."""
+    assert rows.scale is not None
+    start, mantissa = dtype.start_bits, dtype.scale_form[0]
+    one = (rows.scale.to(torch.int32) & ((1 << start) - 1)) | (dtype.scale_form[1] << mantissa << start)
+    return dtype.dequantize(Rows(rows.codes, one.to(torch.int16))).to(torch.int32)
+
+
+def entries(way: Way) -> Tensor:
+    """[2^window] int32, the table's words."""
+    values = table(dtype_of(way.dtype).trellis, torch.int32, torch.device("cpu"))[0]
+    window = torch.arange(1 << way.window)
+    each = [values[(window >> way.bits * (way.takes - 1 - i)) & 255] for i in range(way.takes)]
+    if way.kind in (VALUES, PAIRS):
+        parts, width = [x.to(torch.float16).view(torch.int16).to(torch.int64) & 0xFFFF for x in each], 16
+    else:
+        above = 128 if way.kind == HALVES else 0
+        parts, width = [(x + above).to(torch.int64) & 0xFF for x in each], 8
+    word = torch.stack([part << width * i for i, part in enumerate(parts)]).sum(0)
+    return word.to(torch.int32)
+
+
+def places(way: Way) -> list[list[int]]:
+    """Of each register, which of a lane's 32 values that follow each other it has, the lowest bits first."""
+    if way.whole:
+        return [list(range(4 * i, 4 * i + 4)) for i in range(8)]
+    if way.kind == CURVE:
+        return [[16 * (i // 8) + i % 8 + 8, 16 * (i // 8) + i % 8] for i in range(16)]
+    return [[2 * i, 2 * i + 1] for i in range(16)]
+
+
+def channels(way: Way) -> Tensor:
+    """[4, registers, 2 or 4]: of each of a row's four lanes, the channels that its registers have."""
+    step = torch.arange(4)[:, None, None] * 32 + torch.tensor(places(way))
+    each = 16 // way.bits
+    return step % each * (HEAD_DIM // each) + step // each
+
+
+def operand(way: Way, query: Tensor) -> Tensor:
+    """[registers, 32 lanes] int32 of the query [HEADS, D] of whole numbers; of int8 first the upper bytes."""
+    mine = query[:, channels(way)].permute(2, 0, 1, 3).reshape(-1, 32, 4 if way.whole else 2).contiguous()
+    if not way.whole:
+        return mine.to(torch.float16).view(torch.int32)[..., 0].contiguous()
+    upper = (mine + 128) >> 8
+    both = torch.cat([upper, mine - (upper << 8)]).to(torch.int8)
+    return both.contiguous().view(torch.int32)[..., 0].contiguous()
+
+
+# ---- kernels
+
+
+def build(way: Way, dump: bool) -> bytes:
+    """The program's cubin.
+
+    Raises:
+        RuntimeError: NVRTC refuses it.
+    """
+    from torch.cuda._utils import _get_gpu_rtc_library
+
+    library = _get_gpu_rtc_library()
+    macros = {"BITS": way.bits, "KIND": way.kind, "COPIES": way.copies, "THREADS": way.threads, "DEPTH": way.depth}
+    macros |= {"BLOCKS": way.blocks, "CACHED": int(way.cached), "DUMP": int(dump)}
+    options = [b"--gpu-architecture=sm_90", b"--std=c++17", *(f"-D{k}={v}".encode() for k, v in macros.items())]
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    library.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), b"reading.cu", 0, None, None)
+    if library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.value.decode())
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, cubin)
+    return cubin.raw
+
+
+class Reader:
+    """A way, built and loaded."""
+
+    def __init__(self, way: Way, cubin: bytes) -> None:
+        from torch.cuda._utils import _cuda_load_module
+
+        self.way = way
+        loaded = _cuda_load_module(cubin, ["read_rows"])
+        assert isinstance(loaded, dict)
+        self.kernel = loaded["read_rows"]
+        if way.shared >= 48 * 1024:
+            self.kernel.set_shared_memory_config(way.shared)
+        words = entries(way) if way.looks else torch.zeros(1, dtype=torch.int32)
+        self.table = (words.repeat_interleave(way.copies) if way.cached else words).cuda()
+
+    @property
+    def grid(self) -> int:
+        return self.way.blocks * MULTIPROCESSORS
+
+    def __call__(self, rows: Rows, query: Tensor, sums: Tensor, values: Tensor) -> None:
+        arguments = [rows.codes, rows.scale, query, self.table, sums, values, len(rows.codes) // 16]
+        self.kernel((self.grid, 1, 1), (self.way.threads, 1, 1), arguments, self.way.shared)
+
+
+def check_values(reader: Reader, rows: Rows, want: Tensor) -> bool:
+    """Whether every value of the rows is the definition's."""
+    way = reader.way
+    count = 8 if way.whole else 16
+    nothing = torch.zeros(16 * 32, dtype=torch.int32, device="cuda")
+    got = torch.zeros(len(rows.codes), 4, count, dtype=torch.int32, device="cuda")
+    reader(rows, nothing, nothing, got)
+    numbers = got.view(torch.int8 if way.whole else torch.float16).view(len(got), 4, count, -1)
+    back = torch.empty_like(want)
+    back[:, channels(way).flatten().cuda()] = numbers.flatten(1).to(torch.int32)
+    return torch.equal(back, want)
+
+
+def expected(dtype: TrellisPerTokenHead, rows: Rows, query: Tensor) -> tuple[Tensor, float]:
+    """[HEADS] float64: sums of all rows' products with the query, and what they may differ by."""
+    total, square = torch.zeros(HEADS, dtype=torch.float64, device="cuda"), 0.0
+    assert rows.scale is not None
+    for codes, scale in zip(rows.codes.split(1 << 18), rows.scale.split(1 << 18), strict=True):
+        x = trellis_kernels.dequantize(dtype, Rows(codes, scale), HEAD_DIM).double()
+        scores = x @ query.double().T
+        total += scores.sum(0)
+        square += float(scores.square().sum() / HEADS)
+    return total, 1e-3 * square**0.5
+
+
+@triton.jit
+def gather_kernel(
+    word_ptr,  # [rows, 8] int32
+    start_ptr,  # [rows] int16
+    table_ptr,  # [2^(8 + 2 (TAKES - 1))] int32
+    sum_ptr,  # [programs] int32
+    count,  # tiles a program
+    TAKES: tl.constexpr,  # noqa: N803 - a constant
+    R: tl.constexpr,  # noqa: N803
+):
+    """Sums of what the table has for all windows, modulo 2^32: of codes of 2 bits, TAKES values an entry."""
+    row = tl.program_id(0).to(tl.int64) * count * R + tl.arange(0, R)
+    chunk = tl.arange(0, 8)[None, :]
+    total = tl.zeros([R, 8], tl.int32)
+    for i in range(count):
+        at = word_ptr + (row + i * R)[:, None] * 8 + chunk
+        word = tl.load(at)
+        before = tl.load(at - 1, mask=chunk > 0, other=0)
+        start = tl.load(start_ptr + row + i * R).to(tl.int32)[:, None] & 63
+        before = tl.where(chunk > 0, (before >> 16) & 0xFFFF, start)
+        word = ((word >> 16) & 0xFFFF) | (word << 16)
+        both = (before.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
+        for j in tl.static_range(16 // TAKES):
+            window = (both >> (32 - 2 * TAKES * (j + 1))).to(tl.int32) & ((1 << (8 + 2 * (TAKES - 1))) - 1)
+            total += tl.load(table_ptr + window)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+# ---- measuring
+
+
+def measure_triton(way: Way, copies: list[Rows], samples: int) -> dict[str, Any]:
+    """A row of Triton's own loads from a table: its sum of all words must be that of the values."""
+    words = entries(way)
+    device_words = words.cuda()
+    programs, r = 16 * MULTIPROCESSORS, 128
+    count = ROWS // r // programs
+    sums = torch.zeros(programs, dtype=torch.int32, device="cuda")
+
+    def call(rows: Rows) -> None:
+        gather_kernel[(programs,)](
+            rows.codes.view(torch.int32), rows.scale, device_words, sums, count, way.takes, r, num_warps=4
+        )
+
+    done = programs * count * r
+    call(copies[0])
+    want = 0
+    for begin in range(0, done, 1 << 18):
+        assert copies[0].scale is not None
+        end = min(begin + (1 << 18), done)
+        some = Rows(copies[0].codes[begin:end], copies[0].scale[begin:end])
+        values = values_of(dtype_of(way.dtype), some)[:, channels_in_order()]
+        packed = values.view(-1, way.takes)
+        if way.kind in (VALUES, PAIRS):
+            bits = packed.to(torch.float16).view(torch.int16).to(torch.int64) & 0xFFFF
+            want += int((bits << (16 * torch.arange(way.takes, device="cuda"))).sum())
+        else:
+            want += int(((packed.to(torch.int64) & 255) << (8 * torch.arange(4, device="cuda"))).sum())
+    ok = int(sums.to(torch.int64).sum()) % 2**32 == want % 2**32
+    row: dict[str, Any] = {"way": way.name, "dtype": way.dtype, "gate": "ok" if ok else "another sum"}
+    if ok:
+        times = time_calls([partial(call, rows) for rows in copies], samples)
+        row.update(us=times.median * ROWS / done, samples_us=[x * ROWS / done for x in times.samples_us])
+    return row
+
+
+def channels_in_order() -> Tensor:
+    """[D]: the channels in the order of a string of 2-bit codes."""
+    step = torch.arange(HEAD_DIM, device="cuda")
+    return step % 8 * 16 + step // 8
+
+
+def measure(way: Way, programs: tuple[bytes, bytes], copies: list[Rows], samples: int) -> dict[str, Any]:
+    """A row: gates first, then the time."""
+    dtype = dtype_of(way.dtype)
+    row: dict[str, Any] = {"way": way.name, **asdict(way), "gate": None}
+    query = torch.randint(-LARGEST, LARGEST + 1, (HEADS, HEAD_DIM), generator=torch.Generator().manual_seed(0))
+    reader = Reader(way, programs[0])
+    warps = reader.grid * way.threads // 32
+    sums = torch.zeros(warps, 8, 4, 2, 2, device="cuda")  # of row g: head 2 t + column, of rows g and g + 8
+    mine = operand(way, query).cuda()
+    if way.kind != MASKS:
+        hard = hard_rows(dtype)
+        if not check_values(Reader(way, programs[1]), hard, values_of(dtype, hard)):
+            return row | {"gate": "other values"}
+        reader(copies[0], mine, sums, sums)
+        want, allowed = expected(dtype, copies[0], query.cuda())
+        error = float((sums.double().sum((0, 1, 3)).flatten() - want).abs().max())
+        row.update(error=error, allowed=allowed)
+        if not error <= allowed:
+            return row | {"gate": "another sum"}
+    times = time_calls([partial(reader, rows, mine, sums, sums) for rows in copies], samples)
+    row.update(us=times.median, us_p10=times.quantile(0.1), us_p90=times.quantile(0.9))
+    row["gate"] = "ok" if way.kind != MASKS else "-"
+    row["samples_us"] = list(times.samples_us)
+    return row
+
+
+def main() -> None:
+    """Measures, prints and keeps what was found, a row at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="int2 and 16 bits beside")
+    given = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("not run: there is no GPU of compute capability 9.0 here to time on")
+        return
+    with ThreadPoolExecutor() as pool:
+        built = {(way, dump): pool.submit(build, way, dump) for way in WAYS for dump in (False, True)}
+        torch.cuda.init()
+        copy_gbps = copy_bandwidth()
+    found: dict[str, Any] = {"environment": describe(), "copy_gbps": copy_gbps, "rows": [], "peers": []}
+    copies: dict[str, list[Rows]] = {}
+    for name in ("tcq2", "tcq4"):
+        count = max(2, cold_copies(nbytes(int(name[-1]))))
+        copies[name] = [random_rows(dtype_of(name), ROWS, seed) for seed in range(count)]
+        target = torch.empty_like(copies[name][0].codes)
+        times = time_calls([partial(target.copy_, rows.codes) for rows in copies[name]], given.samples)
+        found["rows"].append({"way": "a copy of the codes", "dtype": name, "gate": "-", "us": times.median})
+        show(found["rows"][-1])
+    for way in WAYS:
+        try:
+            programs = built[way, False].result(), built[way, True].result()
+            row = measure(way, programs, copies[way.dtype], given.samples)
+        except Exception:
+            row = {"way": way.name, "dtype": way.dtype, "gate": traceback.format_exc(limit=3)}
+        keep(found, row | {"predicted": way.predicted(COPY_SHARE * copy_gbps)}, given.out)
+    for kind in (VALUES, PAIRS, QUADS):
+        way = Way(f"Triton, {TAKES[kind]} a lookup, L1", "tcq2", kind, 0, 0, cached=True)
+        try:
+            row = measure_triton(way, copies["tcq2"], given.samples)
+        except Exception:
+            row = {"way": way.name, "dtype": "tcq2", "gate": traceback.format_exc(limit=3)}
+        keep(found, row, given.out)
+    copies.clear()
+    if given.peers:
+        found["peers"] = run(PEER, lambda row: print(row["dtype"], row["us"], row["gate"], flush=True)).rows
+        if given.out:
+            given.out.write_text(json.dumps(found, indent=1))
+
+
+def keep(found: dict[str, Any], row: dict[str, Any], out: Path | None) -> None:
+    found["rows"].append(row)
+    show(row)
+    if out:
+        out.write_text(json.dumps(found, indent=1))
+
+
+def show(row: dict[str, Any]) -> None:
+    predicted = row.get("predicted") or {}
+    by = max(predicted, key=predicted.get) if predicted else None  # type: ignore[arg-type]
+    us = "-" if row.get("us") is None else f"{row['us']:.1f}"
+    expected_us = f"{predicted[by]:.0f} ({by})" if by else "-"
+    print(f"{row['dtype']:6}{row['way']:40}{us:>8} µs, predicted {expected_us:18} {row['gate']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
