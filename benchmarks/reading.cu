@@ -2,7 +2,7 @@
 // once for each way of decoding, with these as macros:
 //   BITS of a code; KIND of decoding; COPIES of the table, interleaved, of which a lane reads its own; THREADS a block,
 //   BLOCKS a multiprocessor; DEPTH of tiles a warp has asked for; CACHED: the table is read through the L1 cache and not from shared memory;
-//   DUMP: the registers are written, to be compared with the definition.
+//   DUMP: the registers are written, to be compared with the definition; DECODE: attention is computed, and not rows read.
 //
 // A warp takes 16 rows of 128 values at once. Lane 4g + t has 32 values that follow each other of row g and of row g + 8,
 // as an operand of m16n8k16 (fp16) or m16n8k32 (int8) is held; which channel such a place is, the query says.
@@ -65,21 +65,21 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 }
 
 // 32 bits of the string string[0] string[1] ..., those above the last `shift`
-template <int SHIFT>
-__device__ __forceinline__ u32 above(const u32 (&string)[WORDS + 1]) {
+template <int SHIFT, int N>
+__device__ __forceinline__ u32 above(const u32 (&string)[N]) {
   if constexpr (SHIFT < 0) {
-    return string[WORDS] << -SHIFT;
+    return string[N - 1] << -SHIFT;
   } else if constexpr (SHIFT % 32 == 0) {
-    return string[WORDS - SHIFT / 32];
+    return string[N - 1 - SHIFT / 32];
   } else {
-    return __funnelshift_r(string[WORDS - SHIFT / 32], string[WORDS - SHIFT / 32 - 1], SHIFT % 32);
+    return __funnelshift_r(string[N - 1 - SHIFT / 32], string[N - 2 - SHIFT / 32], SHIFT % 32);
   }
 }
 
 // what the table has for the window that ends with value LAST of the string
-template <int LAST>
-__device__ __forceinline__ u32 look(const u32 (&string)[WORDS + 1], Table table) {
-  constexpr int end = 32 * WORDS - BITS * (LAST + 1);
+template <int LAST, int N>
+__device__ __forceinline__ u32 look(const u32 (&string)[N], Table table) {
+  constexpr int end = 32 * (N - 1) - BITS * (LAST + 1);
   u32 at = above<end - SCALED>(string) & ((ENTRIES - 1) << SCALED);
 #if CACHED
   return __ldg((const u32*)(table + at));
@@ -174,6 +174,28 @@ __device__ __forceinline__ float scale_of(u32 stored) {
   return code == (1u << (16 - start)) - 1 ? __uint_as_float(0x7fc00000) : scale;
 }
 
+// where a lane's copy of the table begins; written into shared memory first, which __syncthreads() is to follow
+__device__ __forceinline__ Table own_table(const u32* table) {
+  int lane = threadIdx.x % 32;
+#if TABLE && CACHED
+  return (const char*)table + lane % COPIES * 4;
+#elif TABLE
+  // four words at once, of neighbouring copies or entries
+  for (int i = threadIdx.x; i < ENTRIES * COPIES / 4; i += THREADS) {
+    uint4 four;
+    four.x = table[4 * i / COPIES];
+    four.y = COPIES >= 4 ? four.x : table[(4 * i + 1) / COPIES];
+    four.z = COPIES >= 4 ? four.x : table[(4 * i + 2) / COPIES];
+    four.w = COPIES >= 4 ? four.x : table[(4 * i + 3) / COPIES];
+    ((uint4*)shared_table)[i] = four;
+  }
+  if ((u32)__cvta_generic_to_shared(shared_table) != BEFORE) __trap();
+  return lane % COPIES * 4;
+#else
+  return 0;
+#endif
+}
+
 struct Tile {
   u32 words[2][WORDS];
   u32 scale[2];
@@ -196,6 +218,8 @@ __device__ __forceinline__ void load(Tile& tile, const u32* codes, const unsigne
   }
 }
 
+#if !DECODE
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
     const u32* codes,              // [rows, 4 WORDS]
     const unsigned short* scales,  // [rows]
@@ -206,22 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
     int tiles) {
   int lane = threadIdx.x % 32;
   int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
-  Table own = 0;
-#if TABLE && CACHED
-  own = (const char*)table + lane % COPIES * 4;
-#elif TABLE
-  // four words at once, of neighbouring copies or entries
-  for (int i = threadIdx.x; i < ENTRIES * COPIES / 4; i += THREADS) {
-    uint4 four;
-    four.x = table[4 * i / COPIES];
-    four.y = COPIES >= 4 ? four.x : table[(4 * i + 1) / COPIES];
-    four.z = COPIES >= 4 ? four.x : table[(4 * i + 2) / COPIES];
-    four.w = COPIES >= 4 ? four.x : table[(4 * i + 3) / COPIES];
-    ((uint4*)shared_table)[i] = four;
-  }
-  own = lane % COPIES * 4;
-  if ((u32)__cvta_generic_to_shared(shared_table) != BEFORE) __trap();
-#endif
+  Table own = own_table(table);
   u32 multiplied[WHOLE ? 16 : REGISTERS];
 #pragma unroll
   for (int i = 0; i < (WHOLE ? 16 : REGISTERS); i++) multiplied[i] = query[i * 32 + lane];
@@ -291,3 +300,202 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
   for (int j = 0; j < 4; j++) sums[(warp * 32 + lane) * 4 + j] = sum[j];
 #endif
 }
+
+#else  // DECODE: attention of one query a sequence, of keys and values alike, with KIND == PAIRS and BITS == 2
+
+#define PAGE 64
+#define KV_HEADS 8
+#define HEADS 4  // query heads a KV head
+#define SCALE (0.08838834764831845f * 1.4426950408889634f)  // of scores, whose exponents are base 2
+#define STALE 8  // by how many powers of two a weight may be more than 1 before the maximum is looked for again
+
+// a tile of 16 tokens: as keys its row g is token 2 g, row g + 8 token 2 g + 1; as values a lane has tokens 4 t to 4 t + 3
+struct Asked {
+  uint2 keys[2];
+  u32 values[4];
+  u32 key_scales, value_scales;  // of two rows
+  uint2 starts;                  // with the scales of four values
+};
+
+__device__ __forceinline__ void mma(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_of(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// two equal fp16 numbers, as an 8 x 8 matrix of the warp, transposed
+__device__ __forceinline__ u32 transposed(float x) {
+  u32 both, turned;
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(both) : "f"(x));
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(both));
+  return turned;
+}
+
+template <int I>
+__device__ __forceinline__ void all_pairs(const u32 (&string)[3], Table table, u32 (&out)[16]) {
+  out[I] = look<2 * I + 1>(string, table);
+  if constexpr (I + 1 < 16) all_pairs<I + 1>(string, table, out);
+}
+
+template <int I>
+__device__ __forceinline__ void eight_pairs(const u32 (&string)[2], Table table, u32 (&out)[8]) {
+  out[I] = look<2 * I + 1>(string, table);
+  if constexpr (I + 1 < 8) eight_pairs<I + 1>(string, table, out);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_rows(
+    const unsigned short* query,   // [B, KV_HEADS, HEADS, 128] fp16, turned as the keys are
+    const u32* keys,               // [P, KV_HEADS, PAGE, 8]
+    const unsigned short* k_scales,  // [P, KV_HEADS, PAGE]
+    const u32* values, const unsigned short* v_scales,
+    const int* page_table,         // [B, pages]
+    const int* lengths,            // [B]
+    const u32* table,              // [ENTRIES]
+    float* part_o,                 // [B * KV_HEADS, splits, HEADS, 128]: sums of weights times values
+    float* part_m,                 // [B * KV_HEADS, splits, HEADS]: what the weights' exponents are relative to, base 2
+    float* part_l,                 // the same: sums of weights
+    int pairs, int splits, int pages) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
+  Table own = own_table(table);
+  __syncthreads();
+  // column g of a product is head g / 2; of values, of the even steps where g is even and else of the odd ones
+  u32 first_of_two = g % 2 ? 0x1044 : 0x4410, second_of_two = g % 2 ? 0x3244 : 0x4432;
+
+  for (int item = warp; item < pairs * splits; item += warps) {
+    int pair = item / splits, split = item % splits, b = pair / KV_HEADS, kv_head = pair % KV_HEADS;
+    int length = lengths[b], tiles = (length + 15) / 16, each = (tiles + splits - 1) / splits;
+    int first = split * each, end = min(tiles, first + each);
+    // the pages of the next 32 are at hand, one a lane
+    int page_0 = first * 16 / PAGE;
+    int my_page = page_table[b * pages + min(page_0 + lane, pages - 1)];
+
+    u32 multiplied[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      int step = 32 * t + 2 * i, channel = step % 8 * 16 + step / 8;
+      const unsigned short* at = query + (pair * HEADS + g / 2) * 128 + channel;
+      multiplied[i] = at[0] | (u32)at[16] << 16;
+    }
+    float m = -1e30f, l = 0.0f;  // below every score, and finite
+    float sums[4][4] = {};
+
+    auto ask = [&](Asked& asked, int tile) {
+      int token = tile * 16, page = token / PAGE - page_0;
+      if (page >= 32) {
+        page_0 += 32, page -= 32;
+        my_page = page_table[b * pages + min(page_0 + lane, pages - 1)];
+      }
+      int row = (__shfl_sync(~0u, my_page, page) * KV_HEADS + kv_head) * PAGE + token % PAGE;
+      const uint2* k_at = (const uint2*)(keys + (long long)(row + 2 * g) * 8) + t;
+      asked.keys[0] = k_at[0], asked.keys[1] = k_at[4];
+      const u32* v_at = values + (long long)(row + 4 * t) * 8 + g;
+#pragma unroll
+      for (int i = 0; i < 4; i++) asked.values[i] = v_at[8 * i];
+      asked.key_scales = *(const u32*)(k_scales + row + 2 * g);
+      asked.value_scales = *(const u32*)(v_scales + row + 2 * g);
+      asked.starts = *(const uint2*)(v_scales + row + 4 * t);
+    };
+
+    Asked ahead[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+      if (first + d < end) ask(ahead[d], first + d);
+    for (int base = first; base < end; base += DEPTH) {
+#pragma unroll
+      for (int d = 0; d < DEPTH; d++) {
+        int tile = base + d;
+        if (tile >= end) break;
+        Asked now = ahead[d];
+        if (tile + DEPTH < end) ask(ahead[d], tile + DEPTH);
+
+        float score[4] = {};
+        {
+          u32 out[2][16];
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            u32 string[3] = {0, permute(now.keys[half].x, 0, 0x1032), permute(now.keys[half].y, 0, 0x1032)};
+            string[0] = __shfl_up_sync(~0u, string[2], 1);
+            if (t == 0) string[0] = now.key_scales >> 16 * half & 63;
+            all_pairs<0>(string, own, out[half]);
+          }
+#pragma unroll
+          for (int i = 0; i < 16; i += 2)
+            mma(score, out[0][i], out[1][i], out[0][i + 1], out[1][i + 1], multiplied[i], multiplied[i + 1]);
+        }
+
+        // a lane's two scores, of head t: columns 2 t and 2 t + 1 are alike
+        float scaled[2], bias[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          scaled[half] = score[2 * half] * (SCALE * scale_of(now.key_scales >> 16 * half & 0xffff));
+          bias[half] = log2_of(scale_of(now.value_scales >> 16 * half & 0xffff));
+        }
+        if (tile == tiles - 1) {
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            if (tile * 16 + 2 * g + half >= length) scaled[half] = __uint_as_float(0xff800000);
+        }
+        float top = fmaxf(scaled[0] + bias[0], scaled[1] + bias[1]);
+        if (__any_sync(~0u, top > m + STALE)) {
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+          top = fmaxf(fmaxf(top, __shfl_xor_sync(~0u, top, 16)), m);
+          float decay = exp2_of(m - top);
+          m = top;
+          l *= decay;
+#pragma unroll
+          for (int i = 0; i < 16; i++) sums[i / 4][i % 4] *= decay;
+        }
+        u32 weights[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float exponent = scaled[half] - m;
+          l += exp2_of(exponent);
+          weights[half] = transposed(exp2_of(exponent + bias[half]));
+        }
+
+        u32 out[4][8];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          u32 string[2] = {0, permute(now.values[i], 0, 0x1032)};
+          string[0] = __shfl_up_sync(~0u, string[1], 4);
+          if (g == 0) string[0] = (i < 2 ? now.starts.x : now.starts.y) >> 16 * (i % 2) & 63;
+          eight_pairs<0>(string, own, out[i]);
+        }
+        // tokens 4 t and 4 t + 2 were even rows, the others odd ones
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          u32 b0 = permute(weights[half], 0, first_of_two), b1 = permute(weights[half], 0, second_of_two);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            mma(sums[i], out[half][2 * i], out[half][2 * i + 1], out[half + 2][2 * i], out[half + 2][2 * i + 1], b0, b1);
+        }
+      }
+    }
+    l += __shfl_xor_sync(~0u, l, 4);
+    l += __shfl_xor_sync(~0u, l, 8);
+    l += __shfl_xor_sync(~0u, l, 16);
+    long long part = (long long)item * HEADS + t;
+    if (g == 0) part_m[part] = m, part_l[part] = l;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      int step = 16 * g + i;
+      part_o[part * 128 + step % 8 * 16 + step / 8] = sums[i / 4][i % 4];
+    }
+  }
+}
+
+#endif

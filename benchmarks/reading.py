@@ -6,6 +6,9 @@ mma's operand in registers). Each way must first give the definition's values, b
 at every place and of random rows. Its prediction, from operations over rates, stands beside what was measured. Beside
 them: a copy of as many bytes, and the decode kernels of int2 and of 16 bits, which do softmax and outputs too.
 
+The last rows are a whole decode step over such rows, by the fastest way: queries turned, scores, softmax, outputs,
+splits merged and turned back. It must agree with float64.
+
 Needs a GPU with CUDA 9.0's matrix products. Ways in CUDA are built by NVRTC from reading.cu.
 """
 
@@ -16,15 +19,19 @@ import ctypes
 import json
 import random
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from kvbench_kernels.hadamard import Turn, rotate
+from kvbench_kernels.merge import merge
 from torch import Tensor
 
 from kvbench.attention import trellis as trellis_kernels
@@ -37,10 +44,12 @@ from kvbench.timing.clock import cold_copies, copy_bandwidth, time_calls
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HEAD_DIM = 128
-ROWS = 2 * 32 * 8192 * 8
+BATCH, CONTEXT, KV_HEADS, QUERY_HEADS, PAGE = 32, 8192, 8, 32, 64
+ROWS = 2 * BATCH * CONTEXT * KV_HEADS
 HEADS = 8  # of the query
 LARGEST = 2000  # of the query's whole numbers: exact in fp16, and in two signed bytes
-PEER = KernelRequest(("fp16", "int2"), batches=(32,), contexts=(8192,))
+PARTS = ("read", "decode", "peers", "more", "triton")
+PEER = KernelRequest(("fp16", "int2"), batches=(BATCH,), contexts=(CONTEXT,))
 
 # of an H100 or H200, per clock: of a multiprocessor, lanes that whole numbers and all instructions have, and that a
 # turn of shared memory serves
@@ -123,25 +132,27 @@ def turns(copies: int, cached: bool, window: int) -> float:
     draw = random.Random(0)
     total = 0
     for _ in range(1000):
-        places = [draw.randrange(1 << window) * copies + lane % copies for lane in range(32)]
+        places = {draw.randrange(1 << window) * copies + lane % copies for lane in range(32)}
         if cached:
             total += len({place // 32 for place in places})
         else:
-            total += max(len({p for p in places if p % 32 == bank}) for bank in range(32))
+            total += max(Counter(place % 32 for place in places).values())
     return total / 1000
 
 
 # a shift and a mask a lookup; the rest is a row's: the string's words in order, its scale, products and the tile's own
 WAYS = (
     Way("masks of codes of 2 bits, no trellis", "tcq2", MASKS, 0.6, 0.8),
+    Way("2 a lookup, 32 tables", "tcq2", PAIRS, 1.1, 1.8, 32, threads=768, blocks=1),
+    Way("2 a lookup, 32 tables, 512 threads", "tcq2", PAIRS, 1.1, 1.8, 32, threads=512, blocks=1),
+    Way("4 a lookup, as int8", "tcq2", QUADS, 0.6, 1.0, 1),
     Way("polynomial", "tcq2", CURVE, 3.1, 7.7),
+)
+MORE = (
     Way("1 a lookup, 32 tables", "tcq2", VALUES, 2.6, 3.8, 32),
     Way("2 a lookup, 1 table", "tcq2", PAIRS, 1.1, 1.8, 1),
     Way("2 a lookup, 8 tables", "tcq2", PAIRS, 1.1, 1.8, 8),
-    Way("2 a lookup, 32 tables", "tcq2", PAIRS, 1.1, 1.8, 32, threads=768, blocks=1),
-    Way("2 a lookup, 32 tables, 512 threads", "tcq2", PAIRS, 1.1, 1.8, 32, threads=512, blocks=1),
     Way("3 a lookup, as int8", "tcq2", TRIPLES, 1.1, 1.6, 1),
-    Way("4 a lookup, as int8", "tcq2", QUADS, 0.6, 1.0, 1),
     Way("4 a lookup, as int8, 2 tables", "tcq2", QUADS, 0.6, 1.0, 2, threads=768, blocks=1),
     Way("4 a lookup, to fp16", "tcq2", HALVES, 1.1, 2.0, 1),
     Way("1 a lookup, L1", "tcq2", VALUES, 2.6, 5.3, 1, cached=True),
@@ -149,6 +160,11 @@ WAYS = (
     Way("4 a lookup, as int8, L1", "tcq2", QUADS, 0.6, 1.5, 1, cached=True),
     Way("1 a lookup, 32 tables", "tcq4", VALUES, 2.6, 3.8, 32, threads=512, blocks=1),
     Way("2 a lookup, 8 tables", "tcq4", PAIRS, 1.2, 1.9, 8, threads=512, blocks=1),
+)
+# a whole step has softmax, the tile's pages and scales, and products of weights besides
+DECODES = tuple(
+    Way(f"decode, {threads} threads, {depth} tiles ahead", "tcq2", PAIRS, 1.3, 2.2, 32, False, threads, depth, 1)
+    for threads, depth in ((512, 1), (512, 2), (640, 1), (768, 1))
 )
 
 
@@ -161,13 +177,15 @@ def dtype_of(name: str) -> TrellisPerTokenHead:
     return dtype
 
 
-def random_rows(dtype: TrellisPerTokenHead, rows: int, seed: int) -> Rows:
-    """Random strings, with scales around 1."""
+def random_rows(dtype: TrellisPerTokenHead, rows: int, seed: int, exponent: int = 0) -> Rows:
+    """Random strings, with scales around 2^exponent."""
     made = torch.Generator("cuda").manual_seed(seed)
     codes = torch.randint(0, 256, (rows, dtype.code_bytes(HEAD_DIM)), dtype=torch.uint8, device="cuda", generator=made)
     start, mantissa = dtype.start_bits, dtype.scale_form[0]
     low = torch.randint(0, 1 << start, (rows,), dtype=torch.int32, device="cuda", generator=made)
-    code = torch.randint(39 << mantissa, 41 << mantissa, (rows,), dtype=torch.int32, device="cuda", generator=made)
+    one = (dtype.scale_form[1] + exponent) << mantissa
+    around = (one - (1 << mantissa), one + (1 << mantissa))
+    code = torch.randint(*around, (rows,), dtype=torch.int32, device="cuda", generator=made)
     return Rows(codes, ((code << start) | low).to(torch.int16))
 
 
@@ -234,7 +252,7 @@ def operand(way: Way, query: Tensor) -> Tensor:
 # ---- kernels
 
 
-def build(way: Way, dump: bool) -> bytes:
+def build(way: Way, dump: bool = False, decode: bool = False) -> bytes:
     """The program's cubin.
 
     Raises:
@@ -244,7 +262,7 @@ def build(way: Way, dump: bool) -> bytes:
 
     library = _get_gpu_rtc_library()
     macros = {"BITS": way.bits, "KIND": way.kind, "COPIES": way.copies, "THREADS": way.threads, "DEPTH": way.depth}
-    macros |= {"BLOCKS": way.blocks, "CACHED": int(way.cached), "DUMP": int(dump)}
+    macros |= {"BLOCKS": way.blocks, "CACHED": int(way.cached), "DUMP": int(dump), "DECODE": int(decode)}
     options = [b"--gpu-architecture=sm_90", b"--std=c++17", *(f"-D{k}={v}".encode() for k, v in macros.items())]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     library.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), b"reading.cu", 0, None, None)
@@ -262,13 +280,13 @@ def build(way: Way, dump: bool) -> bytes:
 class Reader:
     """A way, built and loaded."""
 
-    def __init__(self, way: Way, cubin: bytes) -> None:
+    def __init__(self, way: Way, cubin: bytes, name: str = "read_rows") -> None:
         from torch.cuda._utils import _cuda_load_module
 
         self.way = way
-        loaded = _cuda_load_module(cubin, ["read_rows"])
+        loaded = _cuda_load_module(cubin, [name])
         assert isinstance(loaded, dict)
-        self.kernel = loaded["read_rows"]
+        self.kernel = loaded[name]
         if way.shared >= 48 * 1024:
             self.kernel.set_shared_memory_config(way.shared)
         words = entries(way) if way.looks else torch.zeros(1, dtype=torch.int32)
@@ -380,18 +398,18 @@ def channels_in_order() -> Tensor:
     return step % 8 * 16 + step // 8
 
 
-def measure(way: Way, programs: tuple[bytes, bytes], copies: list[Rows], samples: int) -> dict[str, Any]:
-    """A row: gates first, then the time."""
+def measure(way: Way, programs: list[Future[bytes]], copies: list[Rows], samples: int) -> dict[str, Any]:
+    """A row: gates first, then the time. programs: to be timed, and that writes its registers."""
     dtype = dtype_of(way.dtype)
     row: dict[str, Any] = {"way": way.name, **asdict(way), "gate": None}
     query = torch.randint(-LARGEST, LARGEST + 1, (HEADS, HEAD_DIM), generator=torch.Generator().manual_seed(0))
-    reader = Reader(way, programs[0])
+    reader = Reader(way, programs[0].result())
     warps = reader.grid * way.threads // 32
     sums = torch.zeros(warps, 8, 4, 2, 2, device="cuda")  # of row g: head 2 t + column, of rows g and g + 8
     mine = operand(way, query).cuda()
     if way.kind != MASKS:
         hard = hard_rows(dtype)
-        if not check_values(Reader(way, programs[1]), hard, values_of(dtype, hard)):
+        if not check_values(Reader(way, programs[1].result()), hard, values_of(dtype, hard)):
             return row | {"gate": "other values"}
         reader(copies[0], mine, sums, sums)
         want, allowed = expected(dtype, copies[0], query.cuda())
@@ -406,55 +424,172 @@ def measure(way: Way, programs: tuple[bytes, bytes], copies: list[Rows], samples
     return row
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a decode step reads: keys and values in pages of 64 tokens, and a query a sequence."""
+
+    query: Tensor  # [B, HQ, D] bf16
+    keys: Rows  # [P * HKV * PAGE]
+    values: Rows
+    page_table: Tensor  # [B, pages] int32
+    lengths: Tensor  # [B] int32
+
+    @classmethod
+    def make(cls, length: int, seed: int) -> Step:
+        pages = -(-length // PAGE)
+        made = torch.Generator("cuda").manual_seed(seed)
+        order = torch.randperm(BATCH * pages, device="cuda", generator=made)
+        rows = [random_rows(dtype_of("tcq2"), BATCH * pages * KV_HEADS * PAGE, 2 * seed + i, -5) for i in range(2)]
+        return cls(
+            torch.randn(BATCH, QUERY_HEADS, HEAD_DIM, device="cuda", generator=made).to(torch.bfloat16),
+            *rows,
+            order.to(torch.int32).view(BATCH, pages),
+            # the last tile of a sequence may be a part of one
+            length - torch.arange(BATCH, dtype=torch.int32, device="cuda") % 19
+            if length % PAGE
+            else torch.full((BATCH,), length, dtype=torch.int32, device="cuda"),
+        )
+
+    def wanted(self, query: Tensor, b: int) -> Tensor:
+        """[HQ, D] float64: attention of sequence b over its rows, of turned queries; its outputs are turned too."""
+        dtype, length = dtype_of("tcq2"), int(self.lengths[b])
+        page = self.page_table[b].to(torch.int64)
+        sides = []
+        for rows in (self.keys, self.values):
+            assert rows.scale is not None
+            codes = rows.codes.view(-1, KV_HEADS, PAGE, rows.codes.shape[-1])[page]
+            scale = rows.scale.view(-1, KV_HEADS, PAGE)[page]
+            x = trellis_kernels.dequantize(dtype, Rows(codes.flatten(0, 2), scale.flatten()), HEAD_DIM).double()
+            sides.append(x.view(len(page), KV_HEADS, PAGE, HEAD_DIM).transpose(0, 1).flatten(1, 2)[:, :length])
+        q = query[b].double().view(KV_HEADS, -1, HEAD_DIM)
+        weights = (q @ sides[0].transpose(1, 2) * HEAD_DIM**-0.5).softmax(-1)
+        return (weights @ sides[1]).flatten(0, 1)
+
+
+class Decoder(Reader):
+    """Attention over trellises, built and loaded."""
+
+    def __init__(self, way: Way, cubin: bytes) -> None:
+        super().__init__(way, cubin, "decode_rows")
+        self.turn = Turn(HEAD_DIM, 4, torch.ones(HEAD_DIM, device="cuda"))
+        self.splits = self.grid * way.threads // 32 // (BATCH * KV_HEADS)
+
+    def attend(self, step: Step, query: Tensor, turn: Turn) -> Tensor:
+        """[B, HQ, D] bf16 of queries as fp16, turned as the keys are; turned back by `turn`."""
+        group, pairs = QUERY_HEADS // KV_HEADS, BATCH * KV_HEADS
+        part_o = torch.empty(pairs, self.splits, group, HEAD_DIM, device="cuda")
+        part_m, part_l = torch.empty(2, pairs, self.splits, group, device="cuda")
+        rows = [step.keys.codes, step.keys.scale, step.values.codes, step.values.scale]
+        arguments = [query, *rows, step.page_table, step.lengths, self.table, part_o, part_m, part_l]
+        arguments += [pairs, self.splits, step.page_table.shape[1]]
+        self.kernel((self.grid, 1, 1), (self.way.threads, 1, 1), arguments, self.way.shared)
+        out = torch.empty(
+            BATCH, QUERY_HEADS, HEAD_DIM, dtype=torch.float32 if turn.block == 1 else torch.bfloat16, device="cuda"
+        )
+        merge(
+            part_o,
+            part_m,
+            part_l,
+            out,
+            turn,
+            kv_heads=KV_HEADS,
+            group=group,
+            sinks=None,
+            v_scale=None,
+            query_starts=None,
+        )
+        return out
+
+    def step(self, step: Step) -> Tensor:
+        """What is timed."""
+        return self.attend(step, rotate(step.query, self.turn, dtype=torch.float16), self.turn)
+
+
+def measure_decode(way: Way, built: Future[bytes], steps: list[Step], samples: int) -> dict[str, Any]:
+    """A row: the gate, then the time of a step of 32 sequences of 8192 tokens."""
+    row: dict[str, Any] = {"way": way.name, **asdict(way), "gate": None}
+    decoder = Decoder(way, built.result())
+    row["error"] = 0.0
+    for step in (Step.make(1000, 7), steps[0]):
+        query = rotate(step.query, decoder.turn, dtype=torch.float16)
+        got = decoder.attend(step, query, Turn()).double()
+        for b in (0, 1, BATCH - 1):
+            want = step.wanted(query, b)
+            row["error"] = max(row["error"], float((got[b] - want).norm() / want.norm()))
+    # weights are fp16, of 11 bits, and all else is finer
+    if not row["error"] <= 2.0**-11:
+        return row | {"gate": "other outputs"}
+    times = time_calls([partial(decoder.step, step) for step in steps], samples)
+    row.update(us=times.median, us_p10=times.quantile(0.1), us_p90=times.quantile(0.9), gate="ok")
+    row["samples_us"] = list(times.samples_us)
+    alone = time_calls(
+        [
+            partial(decoder.attend, step, rotate(step.query, decoder.turn, dtype=torch.float16), decoder.turn)
+            for step in steps
+        ],
+        samples,
+    )
+    return row | {"us_without_turning_queries": alone.median}
+
+
 def main() -> None:
     """Measures, prints and keeps what was found, a row at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="int2 and 16 bits beside")
+    parser.add_argument("--part", action="append", choices=PARTS, help="of these alone; a fault ends a process")
     given = parser.parse_args()
+    parts = given.part or PARTS
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print("not run: there is no GPU of compute capability 9.0 here to time on")
         return
-    with ThreadPoolExecutor() as pool:
-        built = {(way, dump): pool.submit(build, way, dump) for way in WAYS for dump in (False, True)}
-        torch.cuda.init()
-        copy_gbps = copy_bandwidth()
-    found: dict[str, Any] = {"environment": describe(), "copy_gbps": copy_gbps, "rows": [], "peers": []}
-    copies: dict[str, list[Rows]] = {}
-    for name in ("tcq2", "tcq4"):
-        count = max(2, cold_copies(nbytes(int(name[-1]))))
-        copies[name] = [random_rows(dtype_of(name), ROWS, seed) for seed in range(count)]
-        target = torch.empty_like(copies[name][0].codes)
-        times = time_calls([partial(target.copy_, rows.codes) for rows in copies[name]], given.samples)
-        found["rows"].append({"way": "a copy of the codes", "dtype": name, "gate": "-", "us": times.median})
-        show(found["rows"][-1])
-    for way in WAYS:
-        try:
-            programs = built[way, False].result(), built[way, True].result()
-            row = measure(way, programs, copies[way.dtype], given.samples)
-        except Exception:
-            row = {"way": way.name, "dtype": way.dtype, "gate": traceback.format_exc(limit=3)}
-        keep(found, row | {"predicted": way.predicted(COPY_SHARE * copy_gbps)}, given.out)
-    for kind in (VALUES, PAIRS, QUADS):
-        way = Way(f"Triton, {TAKES[kind]} a lookup, L1", "tcq2", kind, 0, 0, cached=True)
-        try:
-            row = measure_triton(way, copies["tcq2"], given.samples)
-        except Exception:
-            row = {"way": way.name, "dtype": "tcq2", "gate": traceback.format_exc(limit=3)}
-        keep(found, row, given.out)
-    copies.clear()
-    if given.peers:
-        found["peers"] = run(PEER, lambda row: print(row["dtype"], row["us"], row["gate"], flush=True)).rows
+    found: dict[str, Any] = {"environment": describe(), "rows": [], "peers": []}
+
+    def keep_file() -> None:
         if given.out:
             given.out.write_text(json.dumps(found, indent=1))
 
+    def keep(row: dict[str, Any]) -> None:
+        found["rows"].append(row)
+        show(row)
+        keep_file()
 
-def keep(found: dict[str, Any], row: dict[str, Any], out: Path | None) -> None:
-    found["rows"].append(row)
-    show(row)
-    if out:
-        out.write_text(json.dumps(found, indent=1))
+    def attempt(way: Way, measured: Callable[[], dict[str, Any]]) -> None:
+        try:
+            row = measured()
+        except Exception:
+            row = {"way": way.name, "dtype": way.dtype, "gate": traceback.format_exc(limit=3)}
+        keep(row | {"predicted": way.predicted(COPY_SHARE * found["copy_gbps"])})
+
+    with ThreadPoolExecutor() as pool:
+        built = {(way, dump): pool.submit(build, way, dump) for way in WAYS + MORE for dump in (False, True)}
+        steps_built = {way: pool.submit(build, way, decode=True) for way in DECODES}
+        torch.cuda.init()
+        found["copy_gbps"] = copy_bandwidth()
+
+    @lru_cache
+    def copies(name: str) -> list[Rows]:
+        count = max(2, cold_copies(nbytes(int(name[-1]))))
+        made = [random_rows(dtype_of(name), ROWS, seed) for seed in range(count)]
+        target = torch.empty_like(made[0].codes)
+        times = time_calls([partial(target.copy_, rows.codes) for rows in made], given.samples)
+        keep({"way": "a copy of the codes", "dtype": name, "gate": "-", "us": times.median})
+        return made
+
+    for way in (WAYS if "read" in parts else ()) + (MORE if "more" in parts else ()):
+        programs = [built[way, False], built[way, True]]
+        attempt(way, partial(measure, way, programs, copies(way.dtype), given.samples))
+    if "decode" in parts:
+        steps = [Step.make(CONTEXT, seed) for seed in range(max(2, cold_copies(nbytes(2))))]
+        for way in DECODES:
+            attempt(way, partial(measure_decode, way, steps_built[way], steps, given.samples))
+    if "peers" in parts:
+        found["peers"] = run(PEER, lambda row: print(row["dtype"], row["us"], row["gate"], flush=True)).rows
+        keep_file()
+    if "triton" in parts:
+        for kind in (VALUES, PAIRS, QUADS):
+            way = Way(f"Triton, {TAKES[kind]} a lookup, L1", "tcq2", kind, 0, 0, cached=True)
+            attempt(way, partial(measure_triton, way, copies(way.dtype), given.samples))
 
 
 def show(row: dict[str, Any]) -> None:
