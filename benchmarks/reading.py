@@ -258,9 +258,9 @@ def build(way: Way, dump: bool = False, decode: bool = False) -> bytes:
     Raises:
         RuntimeError: NVRTC refuses it.
     """
-    from torch.cuda._utils import _get_gpu_rtc_library
+    from torch.cuda._utils import _get_nvrtc_library
 
-    library = _get_gpu_rtc_library()
+    library = _get_nvrtc_library()
     macros = {"BITS": way.bits, "KIND": way.kind, "COPIES": way.copies, "THREADS": way.threads, "DEPTH": way.depth}
     macros |= {"BLOCKS": way.blocks, "CACHED": int(way.cached), "DUMP": int(dump), "DECODE": int(decode)}
     options = [b"--gpu-architecture=sm_90", b"--std=c++17", *(f"-D{k}={v}".encode() for k, v in macros.items())]
