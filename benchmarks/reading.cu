@@ -2,6 +2,7 @@
 // once for each way of decoding, with these as macros:
 //   BITS of a code; KIND of decoding; COPIES of the table, interleaved, of which a lane reads its own; THREADS a block,
 //   BLOCKS a multiprocessor; DEPTH of tiles a warp has asked for; CACHED: the table is read through the L1 cache and not from shared memory;
+//   MULTIPLIED: shifts to the left are multiplications;
 //   DUMP: the registers are written, to be compared with the definition; DECODE: attention is computed, and not rows read.
 //
 // A warp takes 16 rows of 128 values at once. Lane 4g + t has 32 values that follow each other of row g and of row g + 8,
@@ -80,7 +81,13 @@ __device__ __forceinline__ u32 above(const u32 (&string)[N]) {
 template <int LAST, int N>
 __device__ __forceinline__ u32 look(const u32 (&string)[N], Table table) {
   constexpr int end = 32 * (N - 1) - BITS * (LAST + 1);
+#if MULTIPLIED
+  // from the next whole byte to the left, by a multiplication, which another unit does
+  constexpr int byte = end > SCALED ? (end - SCALED + 7) / 8 * 8 : 0;
+  u32 at = (above<byte>(string) * (1u << (byte - (end - SCALED)))) & ((ENTRIES - 1) << SCALED);
+#else
   u32 at = above<end - SCALED>(string) & ((ENTRIES - 1) << SCALED);
+#endif
 #if CACHED
   return __ldg((const u32*)(table + at));
 #else

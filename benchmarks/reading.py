@@ -80,6 +80,7 @@ class Way:
     threads: int = 256
     depth: int = 2
     blocks: int = 3  # a multiprocessor
+    multiplied: bool = False  # shifts are multiplications where they can be
 
     @property
     def takes(self) -> int:
@@ -145,6 +146,7 @@ WAYS = (
     Way("masks of codes of 2 bits, no trellis", "tcq2", MASKS, 0.6, 0.8),
     Way("2 a lookup, 32 tables", "tcq2", PAIRS, 1.1, 1.8, 32, threads=768, blocks=1),
     Way("2 a lookup, 32 tables, 512 threads", "tcq2", PAIRS, 1.1, 1.8, 32, threads=512, blocks=1),
+    Way("the same, multiplied", "tcq2", PAIRS, 0.8, 1.9, 32, threads=512, blocks=1, multiplied=True),
     Way("4 a lookup, as int8", "tcq2", QUADS, 0.6, 1.0, 1),
     Way("polynomial", "tcq2", CURVE, 3.1, 7.7),
 )
@@ -163,8 +165,26 @@ MORE = (
 )
 # a whole step has softmax, the tile's pages and scales, and products of weights besides
 DECODES = tuple(
-    Way(f"decode, {threads} threads, {depth} tiles ahead", "tcq2", PAIRS, 1.3, 2.2, 32, False, threads, depth, 1)
-    for threads, depth in ((512, 1), (512, 2), (640, 1), (768, 1))
+    Way(
+        f"decode, {threads} threads, {depth} ahead{multiplied * ', multiplied'}",
+        "tcq2",
+        PAIRS,
+        integer,
+        2.2,
+        32,
+        False,
+        threads,
+        depth,
+        1,
+        multiplied,
+    )
+    for threads, depth, multiplied, integer in (
+        (512, 1, False, 1.3),
+        (512, 2, False, 1.3),
+        (512, 2, True, 1.0),
+        (640, 1, False, 1.3),
+        (768, 1, False, 1.3),
+    )
 )
 
 
@@ -262,7 +282,13 @@ def build(way: Way, dump: bool = False, decode: bool = False) -> bytes:
 
     library = _get_nvrtc_library()
     macros = {"BITS": way.bits, "KIND": way.kind, "COPIES": way.copies, "THREADS": way.threads, "DEPTH": way.depth}
-    macros |= {"BLOCKS": way.blocks, "CACHED": int(way.cached), "DUMP": int(dump), "DECODE": int(decode)}
+    macros |= {
+        "BLOCKS": way.blocks,
+        "MULTIPLIED": int(way.multiplied),
+        "CACHED": int(way.cached),
+        "DUMP": int(dump),
+        "DECODE": int(decode),
+    }
     options = [b"--gpu-architecture=sm_90", b"--std=c++17", *(f"-D{k}={v}".encode() for k, v in macros.items())]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     library.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), b"reading.cu", 0, None, None)
@@ -357,9 +383,12 @@ def gather_kernel(
 # ---- measuring
 
 
-def measure_triton(way: Way, copies: list[Rows], samples: int) -> dict[str, Any]:
-    """A row of Triton's own loads from a table: its sum of all words must be that of the values."""
-    words = entries(way)
+def measure_triton(way: Way, bare: bool, copies: list[Rows], samples: int) -> dict[str, Any]:
+    """A row of Triton's own loads from a table: its sum of all words must be that of the values.
+
+    bare: entries are one value in int8.
+    """
+    words = table(dtype_of(way.dtype).trellis, torch.int8, torch.device("cpu"))[0] if bare else entries(way)
     device_words = words.cuda()
     programs, r = 16 * MULTIPROCESSORS, 128
     count = ROWS // r // programs
@@ -379,7 +408,9 @@ def measure_triton(way: Way, copies: list[Rows], samples: int) -> dict[str, Any]
         some = Rows(copies[0].codes[begin:end], copies[0].scale[begin:end])
         values = values_of(dtype_of(way.dtype), some)[:, channels_in_order()]
         packed = values.view(-1, way.takes)
-        if way.kind in (VALUES, PAIRS):
+        if bare:
+            want += int(values.sum())
+        elif way.kind in (VALUES, PAIRS):
             bits = packed.to(torch.float16).view(torch.int16).to(torch.int64) & 0xFFFF
             want += int((bits << (16 * torch.arange(way.takes, device="cuda"))).sum())
         else:
@@ -587,9 +618,10 @@ def main() -> None:
         found["peers"] = run(PEER, lambda row: print(row["dtype"], row["us"], row["gate"], flush=True)).rows
         keep_file()
     if "triton" in parts:
-        for kind in (VALUES, PAIRS, QUADS):
-            way = Way(f"Triton, {TAKES[kind]} a lookup, L1", "tcq2", kind, 0, 0, cached=True)
-            attempt(way, partial(measure_triton, way, copies(way.dtype), given.samples))
+        for kind, bare in ((VALUES, True), (VALUES, False), (PAIRS, False), (QUADS, False)):
+            name = f"Triton, {TAKES[kind]} a lookup, L1{bare * ', one byte'}"
+            way = Way(name, "tcq2", kind, 0, 0, cached=True)
+            attempt(way, partial(measure_triton, way, bare, copies(way.dtype), given.samples))
 
 
 def show(row: dict[str, Any]) -> None:
