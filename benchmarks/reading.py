@@ -470,15 +470,15 @@ class Step:
         pages = -(-length // PAGE)
         made = torch.Generator("cuda").manual_seed(seed)
         order = torch.randperm(BATCH * pages, device="cuda", generator=made)
-        rows = [random_rows(dtype_of("tcq2"), BATCH * pages * KV_HEADS * PAGE, 2 * seed + i, -5) for i in range(2)]
+        tokens = BATCH * pages * KV_HEADS * PAGE
+        # the last tile of a sequence may be a part of one
+        less = torch.arange(BATCH, dtype=torch.int32, device="cuda") % (19 if length % PAGE else 1)
         return cls(
             torch.randn(BATCH, QUERY_HEADS, HEAD_DIM, device="cuda", generator=made).to(torch.bfloat16),
-            *rows,
+            random_rows(dtype_of("tcq2"), tokens, 2 * seed, -5),
+            random_rows(dtype_of("tcq2"), tokens, 2 * seed + 1, -5),
             order.to(torch.int32).view(BATCH, pages),
-            # the last tile of a sequence may be a part of one
-            length - torch.arange(BATCH, dtype=torch.int32, device="cuda") % 19
-            if length % PAGE
-            else torch.full((BATCH,), length, dtype=torch.int32, device="cuda"),
+            length - less,
         )
 
     def wanted(self, query: Tensor, b: int) -> Tensor:
@@ -494,7 +494,8 @@ class Step:
             sides.append(x.view(len(page), KV_HEADS, PAGE, HEAD_DIM).transpose(0, 1).flatten(1, 2)[:, :length])
         q = query[b].double().view(KV_HEADS, -1, HEAD_DIM)
         weights = (q @ sides[0].transpose(1, 2) * HEAD_DIM**-0.5).softmax(-1)
-        return (weights @ sides[1]).flatten(0, 1)
+        out: Tensor = (weights @ sides[1]).flatten(0, 1)
+        return out
 
 
 class Decoder(Reader):
