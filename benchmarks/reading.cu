@@ -1,9 +1,10 @@
 // Rows of a trellis read into the registers of a matrix product, and multiplied: see reading.py, which builds this file
 // once for each way of decoding, with these as macros:
 //   BITS of a code; KIND of decoding; COPIES of the table, interleaved, of which a lane reads its own; THREADS a block,
-//   BLOCKS a multiprocessor; DEPTH of tiles a warp has asked for; CACHED: the table is read through the L1 cache and not from shared memory;
-//   MULTIPLIED: shifts to the left are multiplications;
-//   DUMP: the registers are written, to be compared with the definition; DECODE: attention is computed, and not rows read.
+//   one a multiprocessor; DEPTH of tiles that a warp has room for in shared memory, one being read, the others asked for;
+//   CACHED: the table is read through the L1 cache and not from shared memory; MULTIPLIED: shifts to the left are
+//   multiplications; DUMP: the registers are written, to be compared with the definition; DECODE: attention is computed,
+//   and not rows read; EARLY: values are looked up before weights are known.
 //
 // A warp takes 16 rows of 128 values at once. Lane 4g + t has 32 values that follow each other of row g and of row g + 8,
 // as an operand of m16n8k16 (fp16) or m16n8k32 (int8) is held; which channel such a place is, the query says.
@@ -203,31 +204,41 @@ __device__ __forceinline__ Table own_table(const u32* table) {
 #endif
 }
 
-struct Tile {
-  u32 words[2][WORDS];
-  u32 scale[2];
-};
-
-__device__ __forceinline__ void load(Tile& tile, const u32* codes, const unsigned short* scales, int index, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    long long row = (long long)index * 16 + half * 8 + lane / 4;
-    const u32* at = codes + row * (4 * WORDS) + lane % 4 * WORDS;
-#if BITS == 2
-    uint2 words = *(const uint2*)at;
-    tile.words[half][0] = words.x, tile.words[half][1] = words.y;
-#else
-    uint4 words = *(const uint4*)at;
-    tile.words[half][0] = words.x, tile.words[half][1] = words.y;
-    tile.words[half][2] = words.z, tile.words[half][3] = words.w;
-#endif
-    tile.scale[half] = scales[row];
-  }
+// ask: 16 or 4 bytes of memory into shared memory; close: what was asked for since; await: all but the last PENDING closed
+__device__ __forceinline__ void ask16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void ask4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void await() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+  __syncwarp();
+}
+
+__device__ __forceinline__ void mma(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma(int (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+#if TABLE && !CACHED
+#define ROOM (ENTRIES * COPIES * 4)  // of the table, behind which the warps' tiles lie
+#else
+#define ROOM 0
+#endif
 
 #if !DECODE
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) read_rows(
     const u32* codes,              // [rows, 4 WORDS]
     const unsigned short* scales,  // [rows]
     const u32* query,              // [REGISTERS (of int8: twice, upper bytes first), 32]: of each lane
@@ -243,64 +254,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
   for (int i = 0; i < (WHOLE ? 16 : REGISTERS); i++) multiplied[i] = query[i * 32 + lane];
   __syncthreads();
 
+  // a tile is the words of its rows, then their scales
+  constexpr int scales_at = 16 * 16 * WORDS, size = scales_at + 32;
+  const char* tile_0 = shared_table + ROOM + threadIdx.x / 32 * (DEPTH * size);
+  auto ask = [&](int tile, int slot) {
+    if (tile < tiles) {
+      u32 to = BEFORE + (u32)(tile_0 - shared_table) + slot * size;
+      const char* from = (const char*)(codes + (long long)tile * (64 * WORDS));
+#pragma unroll
+      for (int i = 0; i < WORDS / 2; i++) ask16(to + 512 * i + 16 * lane, from + 512 * i + 16 * lane);
+      if (lane < 8) ask4(to + scales_at + 4 * lane, scales + (long long)tile * 16 + 2 * lane);
+    }
+    close();
+  };
+#pragma unroll
+  for (int d = 0; d < DEPTH - 1; d++) ask(warp + d * warps, d);
   float sum[4] = {};
-  Tile ahead[DEPTH];
+  int slot = 0;
+  for (int tile = warp; tile < tiles; tile += warps) {
+    await<DEPTH - 2>();
+    ask(tile + (DEPTH - 1) * warps, slot == 0 ? DEPTH - 1 : slot - 1);
+    const char* at = tile_0 + slot * size;
+    slot = slot == DEPTH - 1 ? 0 : slot + 1;
+    u32 out[2][REGISTERS], scale[2];
 #pragma unroll
-  for (int d = 0; d < DEPTH; d++) load(ahead[d], codes, scales, min(warp + d * warps, tiles - 1), lane);
-  for (int first = warp; first < tiles; first += DEPTH * warps) {
+    for (int half = 0; half < 2; half++) {
+      int row = half * 8 + lane / 4;
+      scale[half] = *(const unsigned short*)(at + scales_at + 2 * row);
+      u32 string[WORDS + 1];
+      // the first word of 16 bits is the lower one
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-      int tile = first + d * warps;
-      if (tile >= tiles) break;
-      Tile now = ahead[d];
-      load(ahead[d], codes, scales, min(tile + DEPTH * warps, tiles - 1), lane);
-      u32 out[2][REGISTERS];
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        u32 string[WORDS + 1];
-        // the first word of 16 bits is the lower one
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) string[1 + i] = permute(now.words[half][i], 0, 0x1032);
-        string[0] = __shfl_up_sync(~0u, string[WORDS], 1);
-        if (lane % 4 == 0) string[0] = now.scale[half] & ((1 << (8 - BITS)) - 1);
-        decode(string, own, out[half]);
+      for (int i = 0; i < WORDS; i += 2) {
+        uint2 two = *(const uint2*)(at + (row * 4 + lane % 4) * (4 * WORDS) + 4 * i);
+        string[1 + i] = permute(two.x, 0, 0x1032), string[2 + i] = permute(two.y, 0, 0x1032);
       }
+      string[0] = __shfl_up_sync(~0u, string[WORDS], 1);
+      if (lane % 4 == 0) string[0] = scale[half] & ((1 << (8 - BITS)) - 1);
+      decode(string, own, out[half]);
+    }
 #if DUMP
 #pragma unroll
-      for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int i = 0; i < REGISTERS; i++)
-          values[(((long long)tile * 16 + half * 8 + lane / 4) * 4 + lane % 4) * REGISTERS + i] = out[half][i];
+      for (int i = 0; i < REGISTERS; i++)
+        values[(((long long)tile * 16 + half * 8 + lane / 4) * 4 + lane % 4) * REGISTERS + i] = out[half][i];
 #else
-      float product[4];
+    float product[4];
 #if WHOLE
-      int parts[4] = {};
+    int parts[2][4] = {};  // of the query's upper and lower bytes
 #pragma unroll
-      for (int i = 0; i < 16; i += 2) {
-        if (i == 8)
+    for (int i = 0; i < 16; i += 2)
+      mma(parts[i / 8], out[0][i % 8], out[1][i % 8], out[0][i % 8 + 1], out[1][i % 8 + 1], multiplied[i],
+          multiplied[i + 1]);
 #pragma unroll
-          for (int j = 0; j < 4; j++) parts[j] <<= 8;
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+r"(parts[0]), "+r"(parts[1]), "+r"(parts[2]), "+r"(parts[3])
-            : "r"(out[0][i % 8]), "r"(out[1][i % 8]), "r"(out[0][i % 8 + 1]), "r"(out[1][i % 8 + 1]),
-              "r"(multiplied[i]), "r"(multiplied[i + 1]));
-      }
-#pragma unroll
-      for (int j = 0; j < 4; j++) product[j] = (float)parts[j];
+    for (int j = 0; j < 4; j++) product[j] = (float)(parts[0][j] * 256 + parts[1][j]);
 #else
+    float parts[2][4] = {};  // two sums, of which none waits for the other
 #pragma unroll
-      for (int j = 0; j < 4; j++) product[j] = 0.0f;
+    for (int i = 0; i < 16; i += 2)
+      mma(parts[i / 2 % 2], out[0][i], out[1][i], out[0][i + 1], out[1][i + 1], multiplied[i], multiplied[i + 1]);
 #pragma unroll
-      for (int i = 0; i < 16; i += 2)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(product[0]), "+f"(product[1]), "+f"(product[2]), "+f"(product[3])
-            : "r"(out[0][i]), "r"(out[1][i]), "r"(out[0][i + 1]), "r"(out[1][i + 1]),
-              "r"(multiplied[i]), "r"(multiplied[i + 1]));
+    for (int j = 0; j < 4; j++) product[j] = parts[0][j] + parts[1][j];
 #endif
 #pragma unroll
-      for (int j = 0; j < 4; j++) sum[j] += product[j] * scale_of(now.scale[j / 2]);
+    for (int j = 0; j < 4; j++) sum[j] += product[j] * scale_of(scale[j / 2]);
 #endif
-    }
   }
 #if !DUMP
 #pragma unroll
@@ -316,19 +334,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) read_rows(
 #define SCALE (0.08838834764831845f * 1.4426950408889634f)  // of scores, whose exponents are base 2
 #define STALE 8  // by how many powers of two a weight may be more than 1 before the maximum is looked for again
 
-// a tile of 16 tokens: as keys its row g is token 2 g, row g + 8 token 2 g + 1; as values a lane has tokens 4 t to 4 t + 3
-struct Asked {
-  uint2 keys[2];
-  u32 values[4];
-  u32 key_scales, value_scales;  // of two rows
-  uint2 starts;                  // with the scales of four values
-};
-
-__device__ __forceinline__ void mma(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+// a tile of 16 tokens: as keys its row g is token 2 g, row g + 8 token 2 g + 1; as values a lane has tokens 4 t to 4 t + 3.
+// In shared memory keys of even tokens lie before those of odd ones, values by their token modulo 4, so that a warp reads
+// what follows each other; then the keys' scales and the values'
+#define TILE (512 + 512 + 32 + 32)
 
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
@@ -362,7 +371,7 @@ __device__ __forceinline__ void eight_pairs(const u32 (&string)[2], Table table,
   if constexpr (I + 1 < 8) eight_pairs<I + 1>(string, table, out);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_rows(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
     const unsigned short* query,   // [B, KV_HEADS, HEADS, 128] fp16, turned as the keys are
     const u32* keys,               // [P, KV_HEADS, PAGE, 8]
     const unsigned short* k_scales,  // [P, KV_HEADS, PAGE]
@@ -378,6 +387,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_rows(
   int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
   Table own = own_table(table);
   __syncthreads();
+  u32 ring = BEFORE + ROOM + threadIdx.x / 32 * (DEPTH * TILE);
+  int own_row = lane / 2;  // of those that are asked for, of 16 bytes each
+  int key_to = own_row % 2 * 256 + own_row / 2 * 32 + lane % 2 * 16;
+  int value_to = 512 + own_row % 4 * 128 + own_row / 4 * 32 + lane % 2 * 16;
   // column g of a product is head g / 2; of values, of the even steps where g is even and else of the odd ones
   u32 first_of_two = g % 2 ? 0x1044 : 0x4410, second_of_two = g % 2 ? 0x3244 : 0x4432;
 
@@ -399,97 +412,103 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_rows(
     float m = -1e30f, l = 0.0f;  // below every score, and finite
     float sums[4][4] = {};
 
-    auto ask = [&](Asked& asked, int tile) {
-      int token = tile * 16, page = token / PAGE - page_0;
-      if (page >= 32) {
-        page_0 += 32, page -= 32;
-        my_page = page_table[b * pages + min(page_0 + lane, pages - 1)];
+    auto ask = [&](int tile, int slot) {
+      if (tile < end) {
+        int token = tile * 16, page = token / PAGE - page_0;
+        if (page >= 32) {
+          page_0 += 32, page -= 32;
+          my_page = page_table[b * pages + min(page_0 + lane, pages - 1)];
+        }
+        int row = (__shfl_sync(~0u, my_page, page) * KV_HEADS + kv_head) * PAGE + token % PAGE;
+        u32 to = ring + slot * TILE;
+        ask16(to + key_to, (const char*)keys + row * 32ll + 16 * lane);
+        ask16(to + value_to, (const char*)values + row * 32ll + 16 * lane);
+        const unsigned short* scales = lane < 8 ? k_scales : v_scales;
+        if (lane < 16) ask4(to + 1024 + 4 * lane, scales + row + lane % 8 * 2);
       }
-      int row = (__shfl_sync(~0u, my_page, page) * KV_HEADS + kv_head) * PAGE + token % PAGE;
-      const uint2* k_at = (const uint2*)(keys + (long long)(row + 2 * g) * 8) + t;
-      asked.keys[0] = k_at[0], asked.keys[1] = k_at[4];
-      const u32* v_at = values + (long long)(row + 4 * t) * 8 + g;
-#pragma unroll
-      for (int i = 0; i < 4; i++) asked.values[i] = v_at[8 * i];
-      asked.key_scales = *(const u32*)(k_scales + row + 2 * g);
-      asked.value_scales = *(const u32*)(v_scales + row + 2 * g);
-      asked.starts = *(const uint2*)(v_scales + row + 4 * t);
+      close();
     };
 
-    Asked ahead[DEPTH];
+    __syncwarp();
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-      if (first + d < end) ask(ahead[d], first + d);
-    for (int base = first; base < end; base += DEPTH) {
-#pragma unroll
-      for (int d = 0; d < DEPTH; d++) {
-        int tile = base + d;
-        if (tile >= end) break;
-        Asked now = ahead[d];
-        if (tile + DEPTH < end) ask(ahead[d], tile + DEPTH);
+    for (int d = 0; d < DEPTH - 1; d++) ask(first + d, d);
+    int slot = 0;
+    for (int tile = first; tile < end; tile++) {
+      await<DEPTH - 2>();
+      ask(tile + DEPTH - 1, slot == 0 ? DEPTH - 1 : slot - 1);
+      const char* at = shared_table + ring - BEFORE + slot * TILE;
+      slot = slot == DEPTH - 1 ? 0 : slot + 1;
+      u32 key_scales = *(const u32*)(at + 1024 + 4 * g), value_scales = *(const u32*)(at + 1056 + 4 * g);
 
-        float score[4] = {};
-        {
-          u32 out[2][16];
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            u32 string[3] = {0, permute(now.keys[half].x, 0, 0x1032), permute(now.keys[half].y, 0, 0x1032)};
-            string[0] = __shfl_up_sync(~0u, string[2], 1);
-            if (t == 0) string[0] = now.key_scales >> 16 * half & 63;
-            all_pairs<0>(string, own, out[half]);
-          }
-#pragma unroll
-          for (int i = 0; i < 16; i += 2)
-            mma(score, out[0][i], out[1][i], out[0][i + 1], out[1][i + 1], multiplied[i], multiplied[i + 1]);
-        }
-
-        // a lane's two scores, of head t: columns 2 t and 2 t + 1 are alike
-        float scaled[2], bias[2];
+      float score[2][4] = {};  // two sums, of which none waits for the other
+      {
+        u32 out[2][16];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          scaled[half] = score[2 * half] * (SCALE * scale_of(now.key_scales >> 16 * half & 0xffff));
-          bias[half] = log2_of(scale_of(now.value_scales >> 16 * half & 0xffff));
+          uint2 two = *(const uint2*)(at + 256 * half + 8 * lane);
+          u32 string[3] = {0, permute(two.x, 0, 0x1032), permute(two.y, 0, 0x1032)};
+          string[0] = __shfl_up_sync(~0u, string[2], 1);
+          if (t == 0) string[0] = key_scales >> 16 * half & 63;
+          all_pairs<0>(string, own, out[half]);
         }
-        if (tile == tiles - 1) {
 #pragma unroll
-          for (int half = 0; half < 2; half++)
-            if (tile * 16 + 2 * g + half >= length) scaled[half] = __uint_as_float(0xff800000);
-        }
-        float top = fmaxf(scaled[0] + bias[0], scaled[1] + bias[1]);
-        if (__any_sync(~0u, top > m + STALE)) {
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
-          top = fmaxf(fmaxf(top, __shfl_xor_sync(~0u, top, 16)), m);
-          float decay = exp2_of(m - top);
-          m = top;
-          l *= decay;
-#pragma unroll
-          for (int i = 0; i < 16; i++) sums[i / 4][i % 4] *= decay;
-        }
-        u32 weights[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          float exponent = scaled[half] - m;
-          l += exp2_of(exponent);
-          weights[half] = transposed(exp2_of(exponent + bias[half]));
-        }
+        for (int i = 0; i < 16; i += 2)
+          mma(score[i / 2 % 2], out[0][i], out[1][i], out[0][i + 1], out[1][i + 1], multiplied[i], multiplied[i + 1]);
+      }
 
-        u32 out[4][8];
+      u32 out[4][8];
+      auto look_up_values = [&]() {
+        uint2 starts = *(const uint2*)(at + 1056 + 8 * t);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          u32 string[2] = {0, permute(now.values[i], 0, 0x1032)};
+          u32 string[2] = {0, permute(*(const u32*)(at + 512 + 128 * i + 32 * t + 4 * g), 0, 0x1032)};
           string[0] = __shfl_up_sync(~0u, string[1], 4);
-          if (g == 0) string[0] = (i < 2 ? now.starts.x : now.starts.y) >> 16 * (i % 2) & 63;
+          if (g == 0) string[0] = (i < 2 ? starts.x : starts.y) >> 16 * (i % 2) & 63;
           eight_pairs<0>(string, own, out[i]);
         }
-        // tokens 4 t and 4 t + 2 were even rows, the others odd ones
+      };
+      if (EARLY) look_up_values();
+
+      // a lane's two scores, of head t: columns 2 t and 2 t + 1 are alike
+      float scaled[2], bias[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          u32 b0 = permute(weights[half], 0, first_of_two), b1 = permute(weights[half], 0, second_of_two);
+      for (int half = 0; half < 2; half++) {
+        float sum = score[0][2 * half] + score[1][2 * half];
+        scaled[half] = sum * (SCALE * scale_of(key_scales >> 16 * half & 0xffff));
+        bias[half] = log2_of(scale_of(value_scales >> 16 * half & 0xffff));
+      }
+      if (tile == tiles - 1) {
 #pragma unroll
-          for (int i = 0; i < 4; i++)
-            mma(sums[i], out[half][2 * i], out[half][2 * i + 1], out[half + 2][2 * i], out[half + 2][2 * i + 1], b0, b1);
-        }
+        for (int half = 0; half < 2; half++)
+          if (tile * 16 + 2 * g + half >= length) scaled[half] = __uint_as_float(0xff800000);
+      }
+      float top = fmaxf(scaled[0] + bias[0], scaled[1] + bias[1]);
+      if (__any_sync(~0u, top > m + STALE)) {
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
+        top = fmaxf(fmaxf(top, __shfl_xor_sync(~0u, top, 16)), m);
+        float decay = exp2_of(m - top);
+        m = top;
+        l *= decay;
+#pragma unroll
+        for (int i = 0; i < 16; i++) sums[i / 4][i % 4] *= decay;
+      }
+      u32 weights[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float exponent = scaled[half] - m;
+        l += exp2_of(exponent);
+        weights[half] = transposed(exp2_of(exponent + bias[half]));
+      }
+
+      if (!EARLY) look_up_values();
+      // tokens 4 t and 4 t + 2 were even rows, the others odd ones
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        u32 b0 = permute(weights[half], 0, first_of_two), b1 = permute(weights[half], 0, second_of_two);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          mma(sums[i], out[half][2 * i], out[half][2 * i + 1], out[half + 2][2 * i], out[half + 2][2 * i + 1], b0, b1);
       }
     }
     l += __shfl_xor_sync(~0u, l, 4);
