@@ -363,8 +363,30 @@ def gather_kernel(
     count,  # tiles a program
     TAKES: tl.constexpr,  # noqa: N803 - a constant
     R: tl.constexpr,  # noqa: N803
+    COPIES: tl.constexpr,  # noqa: N803 - of the table in shared memory, 32 KB in all; 0: it is read through the L1 cache
 ):
-    """Sums of what the table has for all windows, modulo 2^32: of codes of 2 bits, TAKES values an entry."""
+    """Sums of what the table has for all windows, modulo 2^32: of codes of 2 bits, TAKES values an entry.
+
+    Triton gives a program no such table, but its assembly may declare one, of 48 KB at most.
+    """
+    ENTRIES: tl.constexpr = 1 << (8 + 2 * (TAKES - 1))  # noqa: N806
+    if COPIES:
+        thread = tl.arange(0, 128)
+        tl.inline_asm_elementwise(
+            ".shared .align 16 .b32 trellis_table[8192];\nmov.b32 $0, 0;", "=r,r", [thread], tl.int32, False, 1
+        )
+        for i in range(ENTRIES * COPIES // 128):
+            at = i * 128 + thread
+            tl.inline_asm_elementwise(
+                "{\n.reg .b32 at;\nmov.u32 at, trellis_table;\nadd.u32 at, at, $1;\nst.shared.b32 [at], $2;\n"
+                "mov.b32 $0, 0;\n}",
+                "=r,r,r",
+                [at * 4, tl.load(table_ptr + at // COPIES)],
+                tl.int32,
+                False,
+                1,
+            )
+        tl.debug_barrier()
     row = tl.program_id(0).to(tl.int64) * count * R + tl.arange(0, R)
     chunk = tl.arange(0, 8)[None, :]
     total = tl.zeros([R, 8], tl.int32)
@@ -377,18 +399,30 @@ def gather_kernel(
         word = ((word >> 16) & 0xFFFF) | (word << 16)
         both = (before.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
         for j in tl.static_range(16 // TAKES):
-            window = (both >> (32 - 2 * TAKES * (j + 1))).to(tl.int32) & ((1 << (8 + 2 * (TAKES - 1))) - 1)
-            total += tl.load(table_ptr + window)
+            window = (both >> (32 - 2 * TAKES * (j + 1))).to(tl.int32) & (ENTRIES - 1)
+            if COPIES:
+                total += tl.inline_asm_elementwise(
+                    "{\n.reg .b32 at, lane;\nmov.u32 lane, %laneid;\nand.b32 lane, lane, $2;\n"
+                    "mad.lo.u32 at, lane, 4, $1;\nmov.u32 lane, trellis_table;\nadd.u32 at, at, lane;\n"
+                    "ld.shared.b32 $0, [at];\n}",
+                    "=r,r,n",
+                    [window * (4 * COPIES), COPIES - 1],
+                    tl.int32,
+                    True,
+                    1,
+                )
+            else:
+                total += tl.load(table_ptr + window)
     tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
 
 
 # ---- measuring
 
 
-def measure_triton(way: Way, bare: bool, copies: list[Rows], samples: int) -> dict[str, Any]:
+def measure_triton(way: Way, bare: bool, tables: int, copies: list[Rows], samples: int) -> dict[str, Any]:
     """A row of Triton's own loads from a table: its sum of all words must be that of the values.
 
-    bare: entries are one value in int8.
+    bare: entries are one value in int8.  tables: copies in shared memory; 0: none.
     """
     words = table(dtype_of(way.dtype).trellis, torch.int8, torch.device("cpu"))[0] if bare else entries(way)
     device_words = words.cuda()
@@ -398,7 +432,7 @@ def measure_triton(way: Way, bare: bool, copies: list[Rows], samples: int) -> di
 
     def call(rows: Rows) -> None:
         gather_kernel[(programs,)](
-            rows.codes.view(torch.int32), rows.scale, device_words, sums, count, way.takes, r, num_warps=4
+            rows.codes.view(torch.int32), rows.scale, device_words, sums, count, way.takes, r, tables, num_warps=4
         )
 
     done = programs * count * r
@@ -621,10 +655,17 @@ def main() -> None:
         found["peers"] = run(PEER, lambda row: print(row["dtype"], row["us"], row["gate"], flush=True)).rows
         keep_file()
     if "triton" in parts:
-        for kind, bare in ((VALUES, True), (VALUES, False), (PAIRS, False), (QUADS, False)):
-            name = f"Triton, {TAKES[kind]} a lookup, L1{bare * ', one byte'}"
-            way = Way(name, "tcq2", kind, 0, 0, cached=True)
-            attempt(way, partial(measure_triton, way, bare, copies(way.dtype), given.samples))
+        for kind, bare, tables in (
+            (VALUES, False, 32),
+            (PAIRS, False, 8),
+            (VALUES, True, 0),
+            (VALUES, False, 0),
+            (PAIRS, False, 0),
+            (QUADS, False, 0),
+        ):
+            where = f"{tables} tables" if tables else f"L1{bare * ', one byte'}"
+            way = Way(f"Triton, {TAKES[kind]} a lookup, {where}", "tcq2", kind, 0, 0, max(1, tables), not tables)
+            attempt(way, partial(measure_triton, way, bare, tables, copies(way.dtype), given.samples))
 
 
 def show(row: dict[str, Any]) -> None:
