@@ -1,4 +1,4 @@
-"""How fast a GPU reads a trellis: python benchmarks/reading.py [OUT.json] [--samples 20].
+"""How fast a GPU reads a trellis: python benchmarks/reading.py [OUT.json].
 
 537 million values, the keys and values of 32 sequences of 8192 tokens with 8 KV heads and head_dim 128, are read from
 memory, decoded in ways that a decode kernel might take, and multiplied by a query's eight heads, as a kernel would (an
@@ -603,7 +603,7 @@ def measure_decode(way: Way, built: Future[bytes], steps: list[Step], samples: i
 def main() -> None:
     """Measures, prints and keeps what was found, a row at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("out", nargs="?", type=Path, help="gets the rows beside those that are there")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--part", action="append", choices=PARTS, help="of these alone; a fault ends a process")
     given = parser.parse_args()
@@ -611,7 +611,10 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print("not run: there is no GPU of compute capability 9.0 here to time on")
         return
-    found: dict[str, Any] = {"environment": describe(), "rows": [], "peers": []}
+    found: dict[str, Any] = {"rows": [], "peers": []}
+    if given.out and given.out.exists():
+        found = json.loads(given.out.read_text())
+    found["environment"] = describe()
 
     def keep_file() -> None:
         if given.out:

@@ -295,6 +295,24 @@ def speeds() -> str:
     return table(heads, rows)
 
 
+def reading() -> str:
+    """How long a trellis takes to be read, and a decode step over it, beside the decode kernels of the same run."""
+    run = json.loads((RESULTS / "reading-h200.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in run["rows"]:
+        predicted = row.get("predicted", {})
+        by = max(predicted, key=predicted.__getitem__, default=None)
+        said = ABSENT if by is None else f"{predicted[by]:.0f}, {by}"
+        rows.append((row["dtype"], not row["way"].startswith("decode"), row["us"], row["way"], said))
+    lines = [[f"`{dtype}`", way, f"{us:.1f}", said] for dtype, _, us, way, said in sorted(rows)]
+    for row in run["peers"]:
+        name = row["dtype"].removesuffix("_per_token_head")
+        lines.append([f"`{name}`", "decode, by kvbench's kernel", f"{row['us']:.1f}", ABSENT])
+    peer = run["peers"][0]
+    lines.append(["bf16", f"decode, {peer['best_16bit_peer']}", f"{peer['best_16bit_us']:.1f}", ABSENT])
+    return table(["dtype", "way", "µs", "predicted, by"], lines)
+
+
 def by_kind() -> str:
     """Gemma with keys by layer: bits, divergence and perplexity's ratio."""
     listed = yaml.safe_load((ROOT / "configs" / "two-bits-gemma.yaml").read_text(encoding="utf-8"))["schemes"]
@@ -373,6 +391,7 @@ TABLES = {
     "needles": needles,
     "many_needles": many_needles,
     "speeds": speeds,
+    "reading": reading,
 }
 
 
