@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import kvbench_kernels.loading  # noqa: F401 - it tells Triton to look
 import pytest
 import triton
 import typer
@@ -153,3 +155,43 @@ def test_memory_is_the_machine_s_and_a_model_s_error_is_not(toy, monkeypatch):
         with pytest.raises(kind) as found:
             agreement.check(model)
         assert is_the_machine_s(found.value) == (kind is not RefusedError)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 700, -1])
+def test_a_kernel_cut_off_in_triton_s_cache_is_not_loaded(bytes_left, compiled, monkeypatch):
+    """
+    CUDA is not given it, which on an H200 ended the process by a segmentation fault; the folder is named. A whole one
+    is loaded.
+    """
+    cache, folder = compiled
+    loaded = []
+
+    def load_binary(name, image, shared, device):
+        loaded.append(name)
+        return None, None, 0, 0, 1024
+
+    utils = SimpleNamespace(load_binary=load_binary, unload_module=lambda module: None)
+    active = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=lambda *_: None,
+        utils=utils,
+    )
+    monkeypatch.setattr(triton.compiler.compiler, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(triton.compiler.compiler, "max_shared_mem", lambda device: 2**17)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(cache))
+    build()._init_handles()
+    assert loaded == ["put_one"]
+    binary = folder / "put_one.cubin"
+    image = binary.read_bytes()
+    binary.write_bytes(image[:bytes_left])
+    try:
+        with pytest.raises(ValueError, match="kernel image") as raised:
+            build()._init_handles()
+    finally:
+        binary.write_bytes(image)
+
+    assert loaded == ["put_one"]
+    line = triton_fault(raised.value)
+    assert line.startswith(f"Triton's cache {cache} has a damaged file (ValueError: kernel image put_one.cubin has ")
+    assert line.endswith("): remove that folder")
