@@ -4,7 +4,8 @@
 //   one a multiprocessor; DEPTH of tiles that a warp has room for in shared memory, one being read, the others asked for;
 //   CACHED: the table is read through the L1 cache and not from shared memory; MULTIPLIED: shifts to the left are
 //   multiplications; DUMP: the registers are written, to be compared with the definition; DECODE: attention is computed,
-//   and not rows read; EARLY: values are looked up before weights are known.
+//   and not rows read; EARLY: values are looked up before weights are known; TOGETHER: tiles that share a look at the
+//   maximum.
 //
 // A warp takes 16 rows of 128 values at once. Lane 4g + t has 32 values that follow each other of row g and of row g + 8,
 // as an operand of m16n8k16 (fp16) or m16n8k32 (int8) is held; which channel such a place is, the query says.
@@ -338,6 +339,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) read_rows(
 // In shared memory keys of even tokens lie before those of odd ones, values by their token modulo 4, so that a warp reads
 // what follows each other; then the keys' scales and the values'
 #define TILE (512 + 512 + 32 + 32)
+#define STEP (16 * TOGETHER)
+#define SLOT (TILE * TOGETHER)
 
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
@@ -387,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
   int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
   Table own = own_table(table);
   __syncthreads();
-  u32 ring = BEFORE + ROOM + threadIdx.x / 32 * (DEPTH * TILE);
+  u32 ring = BEFORE + ROOM + threadIdx.x / 32 * (DEPTH * SLOT);
   int own_row = lane / 2;  // of those that are asked for, of 16 bytes each
   int key_to = own_row % 2 * 256 + own_row / 2 * 32 + lane % 2 * 16;
   int value_to = 512 + own_row % 4 * 128 + own_row / 4 * 32 + lane % 2 * 16;
@@ -396,10 +399,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
 
   for (int item = warp; item < pairs * splits; item += warps) {
     int pair = item / splits, split = item % splits, b = pair / KV_HEADS, kv_head = pair % KV_HEADS;
-    int length = lengths[b], tiles = (length + 15) / 16, each = (tiles + splits - 1) / splits;
+    int length = lengths[b], tiles = (length + STEP - 1) / STEP, each = (tiles + splits - 1) / splits;
     int first = split * each, end = min(tiles, first + each);
     // the pages of the next 32 are at hand, one a lane
-    int page_0 = first * 16 / PAGE;
+    int page_0 = first * STEP / PAGE;
     int my_page = page_table[b * pages + min(page_0 + lane, pages - 1)];
 
     u32 multiplied[16];
@@ -414,17 +417,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
 
     auto ask = [&](int tile, int slot) {
       if (tile < end) {
-        int token = tile * 16, page = token / PAGE - page_0;
+        int token = tile * STEP, page = token / PAGE - page_0;
         if (page >= 32) {
           page_0 += 32, page -= 32;
           my_page = page_table[b * pages + min(page_0 + lane, pages - 1)];
         }
         int row = (__shfl_sync(~0u, my_page, page) * KV_HEADS + kv_head) * PAGE + token % PAGE;
-        u32 to = ring + slot * TILE;
-        ask16(to + key_to, (const char*)keys + row * 32ll + 16 * lane);
-        ask16(to + value_to, (const char*)values + row * 32ll + 16 * lane);
+        u32 to = ring + slot * SLOT;
         const unsigned short* scales = lane < 8 ? k_scales : v_scales;
-        if (lane < 16) ask4(to + 1024 + 4 * lane, scales + row + lane % 8 * 2);
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++, to += TILE, row += 16) {
+          ask16(to + key_to, (const char*)keys + row * 32ll + 16 * lane);
+          ask16(to + value_to, (const char*)values + row * 32ll + 16 * lane);
+          if (lane < 16) ask4(to + 1024 + 4 * lane, scales + row + lane % 8 * 2);
+        }
       }
       close();
     };
@@ -436,53 +442,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
     for (int tile = first; tile < end; tile++) {
       await<DEPTH - 2>();
       ask(tile + DEPTH - 1, slot == 0 ? DEPTH - 1 : slot - 1);
-      const char* at = shared_table + ring - BEFORE + slot * TILE;
+      const char* at = shared_table + ring - BEFORE + slot * SLOT;
       slot = slot == DEPTH - 1 ? 0 : slot + 1;
-      u32 key_scales = *(const u32*)(at + 1024 + 4 * g), value_scales = *(const u32*)(at + 1056 + 4 * g);
-
-      float score[2][4] = {};  // two sums, of which none waits for the other
-      {
+      float score[TOGETHER][2][4] = {};  // two sums, of which none waits for the other
+      u32 key_scales[TOGETHER], value_scales[TOGETHER];
+#pragma unroll
+      for (int k = 0; k < TOGETHER; k++) {
+        key_scales[k] = *(const u32*)(at + k * TILE + 1024 + 4 * g);
+        value_scales[k] = *(const u32*)(at + k * TILE + 1056 + 4 * g);
         u32 out[2][16];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          uint2 two = *(const uint2*)(at + 256 * half + 8 * lane);
+          uint2 two = *(const uint2*)(at + k * TILE + 256 * half + 8 * lane);
           u32 string[3] = {0, permute(two.x, 0, 0x1032), permute(two.y, 0, 0x1032)};
           string[0] = __shfl_up_sync(~0u, string[2], 1);
-          if (t == 0) string[0] = key_scales >> 16 * half & 63;
+          if (t == 0) string[0] = key_scales[k] >> 16 * half & 63;
           all_pairs<0>(string, own, out[half]);
         }
 #pragma unroll
         for (int i = 0; i < 16; i += 2)
-          mma(score[i / 2 % 2], out[0][i], out[1][i], out[0][i + 1], out[1][i + 1], multiplied[i], multiplied[i + 1]);
+          mma(score[k][i / 2 % 2], out[0][i], out[1][i], out[0][i + 1], out[1][i + 1], multiplied[i],
+              multiplied[i + 1]);
       }
 
       u32 out[4][8];
-      auto look_up_values = [&]() {
-        uint2 starts = *(const uint2*)(at + 1056 + 8 * t);
+      auto look_up_values = [&](const char* of_tile) {
+        uint2 starts = *(const uint2*)(of_tile + 1056 + 8 * t);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          u32 string[2] = {0, permute(*(const u32*)(at + 512 + 128 * i + 32 * t + 4 * g), 0, 0x1032)};
+          u32 string[2] = {0, permute(*(const u32*)(of_tile + 512 + 128 * i + 32 * t + 4 * g), 0, 0x1032)};
           string[0] = __shfl_up_sync(~0u, string[1], 4);
           if (g == 0) string[0] = (i < 2 ? starts.x : starts.y) >> 16 * (i % 2) & 63;
           eight_pairs<0>(string, own, out[i]);
         }
       };
-      if (EARLY) look_up_values();
+      if (EARLY) look_up_values(at);
 
-      // a lane's two scores, of head t: columns 2 t and 2 t + 1 are alike
-      float scaled[2], bias[2];
+      // a lane's two scores of a tile, of head t: columns 2 t and 2 t + 1 are alike
+      float scaled[TOGETHER][2], bias[TOGETHER][2], top = -1e30f;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float sum = score[0][2 * half] + score[1][2 * half];
-        scaled[half] = sum * (SCALE * scale_of(key_scales >> 16 * half & 0xffff));
-        bias[half] = log2_of(scale_of(value_scales >> 16 * half & 0xffff));
-      }
+      for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float sum = score[k][0][2 * half] + score[k][1][2 * half];
+          scaled[k][half] = sum * (SCALE * scale_of(key_scales[k] >> 16 * half & 0xffff));
+          bias[k][half] = log2_of(scale_of(value_scales[k] >> 16 * half & 0xffff));
+        }
       if (tile == tiles - 1) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-          if (tile * 16 + 2 * g + half >= length) scaled[half] = __uint_as_float(0xff800000);
+        for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            if (tile * STEP + 16 * k + 2 * g + half >= length) scaled[k][half] = __uint_as_float(0xff800000);
       }
-      float top = fmaxf(scaled[0] + bias[0], scaled[1] + bias[1]);
+#pragma unroll
+      for (int k = 0; k < TOGETHER; k++)
+        top = fmaxf(top, fmaxf(scaled[k][0] + bias[k][0], scaled[k][1] + bias[k][1]));
       if (__any_sync(~0u, top > m + STALE)) {
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 4));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
@@ -493,22 +508,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
 #pragma unroll
         for (int i = 0; i < 16; i++) sums[i / 4][i % 4] *= decay;
       }
-      u32 weights[2];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float exponent = scaled[half] - m;
-        l += exp2_of(exponent);
-        weights[half] = transposed(exp2_of(exponent + bias[half]));
-      }
-
-      if (!EARLY) look_up_values();
-      // tokens 4 t and 4 t + 2 were even rows, the others odd ones
+      for (int k = 0; k < TOGETHER; k++) {
+        u32 weights[2];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        u32 b0 = permute(weights[half], 0, first_of_two), b1 = permute(weights[half], 0, second_of_two);
+        for (int half = 0; half < 2; half++) {
+          float exponent = scaled[k][half] - m;
+          l += exp2_of(exponent);
+          weights[half] = transposed(exp2_of(exponent + bias[k][half]));
+        }
+        if (!EARLY) look_up_values(at + k * TILE);
+        // tokens 4 t and 4 t + 2 were even rows, the others odd ones
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          mma(sums[i], out[half][2 * i], out[half][2 * i + 1], out[half + 2][2 * i], out[half + 2][2 * i + 1], b0, b1);
+        for (int half = 0; half < 2; half++) {
+          u32 b0 = permute(weights[half], 0, first_of_two), b1 = permute(weights[half], 0, second_of_two);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            mma(sums[i], out[half][2 * i], out[half][2 * i + 1], out[half + 2][2 * i], out[half + 2][2 * i + 1], b0,
+                b1);
+        }
       }
     }
     l += __shfl_xor_sync(~0u, l, 4);

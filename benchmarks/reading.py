@@ -82,6 +82,7 @@ class Way:
     depth: int = 4
     multiplied: bool = False  # shifts are multiplications where they can be
     early: bool = False  # values are looked up before weights are known
+    together: int = 1  # tiles that share a look at the maximum
 
     @property
     def takes(self) -> int:
@@ -107,7 +108,7 @@ class Way:
         """Bytes of shared memory: the table, and the warps' tiles of keys, or of both."""
         own = 0 if self.cached or not self.looks else 4 * self.copies << self.window
         tile = 16 * (HEAD_DIM * self.bits // 8 + 2)
-        return own + self.threads // 32 * self.depth * tile * (2 if decode else 1)
+        return own + self.threads // 32 * self.depth * self.together * tile * (2 if decode else 1)
 
     @property
     def turns(self) -> float:
@@ -166,28 +167,16 @@ MORE = (
     Way("2 a lookup, 8 tables", "tcq4", PAIRS, 1.2, 1.9, 8, threads=512),
 )
 # a whole step has softmax, the tile's pages and scales, and products of weights besides
-DECODES = tuple(
-    Way(
-        f"decode, {threads} threads{early * ', early'}{more * ', multiplied'}",
-        "tcq2",
-        PAIRS,
-        1.0 if more else 1.3,
-        2.2,
-        32,
-        False,
-        threads,
-        depth,
-        more,
-        early,
-    )
-    for threads, depth, early, more in (
-        (512, 4, False, False),
-        (512, 4, True, False),
-        (640, 4, False, False),
-        (640, 4, True, False),
-        (768, 3, False, False),
-        (640, 4, False, True),
-    )
+STEP = partial(Way, dtype="tcq2", kind=PAIRS, integer=1.3, issued=2.2, copies=32)
+DECODES = (
+    STEP("decode, 512 threads", threads=512),
+    STEP("decode, 512 threads, early", threads=512, early=True),
+    STEP("decode, 512 threads, 2 tiles together", threads=512, depth=2, together=2),
+    STEP("decode, 640 threads", threads=640),
+    STEP("decode, 640 threads, early", threads=640, early=True),
+    STEP("decode, 640 threads, 2 tiles together", threads=640, depth=2, together=2),
+    STEP("decode, 640 threads, multiplied", threads=640, integer=1.0, multiplied=True),
+    STEP("decode, 768 threads", threads=768, depth=3),
 )
 
 
@@ -287,6 +276,8 @@ def build(way: Way, dump: bool = False, decode: bool = False) -> bytes:
     macros = {"BITS": way.bits, "KIND": way.kind, "COPIES": way.copies, "THREADS": way.threads, "DEPTH": way.depth}
     macros |= {
         "MULTIPLIED": int(way.multiplied),
+        "EARLY": int(way.early),
+        "TOGETHER": way.together,
         "CACHED": int(way.cached),
         "DUMP": int(dump),
         "DECODE": int(decode),
