@@ -5,6 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from kvbench.dtypes import all_dtypes
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +91,71 @@ def test_four_bits_beside_16_and_8_in_one_run_are_what_the_page_says(made):
 
     share, exact, int8 = (f"{100 * x:.1f}" for x in (shares[0], shares[1], shares[3]))
     assert f"answers {share} % where they answer {exact} and {int8}: {' and '.join(differences)}" in text
+
+
+def test_what_the_page_says_of_decode_steps_is_in_the_records(made):
+    """
+    Microseconds of a layer's step that int2 saves and windows take back, and how near the second run's rates are.
+    """
+    text = " ".join((ROOT / "docs" / "two-bits.md").read_text(encoding="utf-8").split())
+    rates = [
+        {place: metrics["decode"]["value"] for place, metrics in made["records"](run, "8 × 8k").items()}
+        for run in ("two-bits-speed", "two-bits-speed-repeat")
+    ]
+
+    def saved(a, b):
+        """Of a layer's step of 8 sequences, by model: what b takes less than a."""
+        us = {place: 8e6 / rate for place, rate in rates[0].items()}
+        models = {made["SHAPE"]: 36, "qwen2.5-coder-1.5b-instruct": 28}
+        return [round((us[model, *a] - us[model, *b]) / layers) for model, layers in models.items()]
+
+    exact, int4, int2 = (
+        ("fp16", "none"),
+        ("int4_per_token_head", "randomized_hadamard"),
+        ("int2_per_token_head", "hadamard"),
+    )
+    tiers, window = (
+        tuple(made["Scheme"].parse(f"{name}_centered_window").columns()[of] for of in ("dtype", "rotation"))
+        for name in ("tiers421", "int4")
+    )
+    found = (*saved(exact, int2), *saved(tiers, int2), *saved(window, int4))
+    assert (
+        "int2 saves {} µs a layer on the shape and {} on the 1.5B, and tiers with centres and their window "
+        "take {} and {} µs of it back, int4's {} and {} beside plain int4".format(*found)
+        in text
+    )
+
+    assert "gave every decode rate again to 0.2 %" in text
+    assert all(rate == pytest.approx(rates[0][place], rel=0.002) for place, rate in rates[1].items())
+
+
+def energies(name, rows, parts):
+    """Of each row's parts the energy of what a dtype errs by, and their own: [rows, parts, 2]."""
+    dtype = all_dtypes()[name]
+    errors = dtype.dequantize(dtype.quantize(rows)) - rows
+    pairs = zip(errors.split(parts, -1), rows.split(parts, -1), strict=True)
+    return torch.stack([torch.stack([x.square().sum((-2, -1)) for x in pair], -1) for pair in pairs], 1)
+
+
+def test_what_the_page_says_of_rows_is_what_dtypes_do_to_them():
+    """
+    Of tiers in a trellis and uniform ones the decibels of each width's part, and what heavy tails cost `tcq2`.
+    """
+    text = " ".join((ROOT / "docs" / "two-bits.md").read_text(encoding="utf-8").split())
+    generator = torch.Generator().manual_seed(0)
+    rows = {width: torch.randn(3000, 1, width, generator=generator) for width in (64, 128)}
+
+    parts = re.search(
+        r"err by ([\d.]+), ([\d.]+) and ([\d.]+) dB, where uniform tiers have ([\d.]+), ([\d.]+) and ([\d.]+):", text
+    )
+    for said, name in zip((parts.groups()[:3], parts.groups()[3:]), ("tcq421", "tiers421_per_token_head"), strict=True):
+        error, own = energies(name, rows[64], (16, 32, 16)).sum(0).T
+        assert (10 * torch.log10(own / error)).tolist() == pytest.approx([float(x) for x in said], abs=0.2)
+
+    said = re.search(r"errs by ([\d.]+) decibels more at head_dim 64, ([\d.]+) at 128", text).groups()
+    for width, more in zip((64, 128), map(float, said), strict=True):
+        # two degrees: a normal number over the root of an exponential one
+        heavy = rows[width] / torch.empty_like(rows[width]).exponential_(generator=generator).sqrt()
+        ratios = [energies("tcq2", x, width)[:, 0] for x in (rows[width], heavy)]
+        medians = [(10 * torch.log10(x[:, 1] / x[:, 0])).median() for x in ratios]
+        assert float(medians[0] - medians[1]) == pytest.approx(more, abs=0.2)
