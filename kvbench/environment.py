@@ -217,23 +217,29 @@ def _memory_gib() -> float | None:
         return None
 
 
+def host_memory() -> int | None:
+    """Bytes of this machine's memory, or of a container's; None where the system does not say."""
+    here, most = _memory_gib(), _container_memory("max")
+    return None if here is None else min(int(here * 2**30), most if most is not None else 2**62)
+
+
+def _container_memory(name: str) -> int | None:
+    try:
+        text = Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
 def free_host_memory() -> int:
     """Bytes that this process can take before others lose theirs; 0 where the system does not say."""
-
-    def number(path: str) -> int | None:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            return None
-        return int(text) if text.isdigit() else None
-
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
     free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
     # a container may have less
-    most, used = (number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    most, used = map(_container_memory, ("max", "current"))
     return free if most is None or used is None else max(0, min(free, most - used))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvbench.attention import kernels_lack
+from kvbench.environment import host_memory
 from kvbench.results import Record, dtype_label, name_of
 from kvbench.runners.backends import DEFAULT, Asked, Gift
 from kvbench.runners.model_files import NO_TOKENIZER
@@ -399,6 +400,23 @@ def too_long(cells: Sequence[Cell]) -> list[str]:
         tokens, positions = task.longest(), model.max_length
         if tokens is not None and positions is not None and tokens > positions:
             lines.append(f"model {model.name}, task {task.name}: {beyond(tokens, positions)}")
+    return lines
+
+
+def too_large(cells: Sequence[Cell], device: str) -> list[str]:
+    """A line for each model whose weights are more than a CPU's memory: the system would end this process, or others.
+
+    A GPU's memory that is too small is an error of the cell.
+    """
+    here = host_memory() if device == "cpu" else None
+    lines = []
+    for model in dict.fromkeys(cell.model for cell in cells):
+        size = (model.parameters or 0) * getattr(torch, model.compute_dtype).itemsize
+        if here is not None and size > here and model.quantized is None:
+            lines.append(
+                f"model {model.name}: its weights take {size / 2**30:.1f} GiB in {model.compute_dtype}, and this "
+                f"machine has {here / 2**30:.1f}: take a smaller model, or a machine with a GPU"
+            )
     return lines
 
 

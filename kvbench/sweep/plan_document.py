@@ -15,7 +15,7 @@ from kvbench.sweep import estimate
 from kvbench.sweep.clock import Clock, duration
 from kvbench.sweep.command import Planned, not_done
 from kvbench.sweep.parts import REAL, ModelFacts, Parts, Share, default_device
-from kvbench.sweep.plan import Cell, done_otherwise, doubts, missing_data, too_long, unserved, unsuited
+from kvbench.sweep.plan import Cell, done_otherwise, doubts, missing_data, too_large, too_long, unserved, unsuited
 from kvbench.sweep.sensitivity import sensitivities, shown_size
 from kvbench.tasks.throughput import RESERVE_BYTES
 
@@ -60,6 +60,7 @@ def _lacks(planned: Planned) -> list[str]:
         ([f"output {planned.store.folder}: {place}; --output takes another"] if place else [])
         + [f"model {name}: {todo}" for name, todo in models.items()]
         + missing_data(left)
+        + too_large(left, default_device())
         + too_long(left)
         + unsuited(left)
         + unserved(left, planned.sweep.attention, default_device())

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from kvbench.cli import app
+from kvbench.sweep import command
 from kvbench.sweep.config import load_sweep, parse_sweep
 from kvbench.sweep.first import first_sweep
 from kvbench.sweep.parts import REAL
 from kvbench.sweep.plan import plan, too_long, unsuited
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_first_sweep_can_be_planned(kvbench):
@@ -80,6 +83,30 @@ def test_a_first_sweep_of_random_weights_times_them(tmp_path):
         "model shape (random weights), task divergence: a model of random weights has no tokenizer: run the task "
         "throughput, which needs none"
     ]
+
+
+def test_weights_that_memory_can_not_hold_are_refused(kvbench, tmp_path, monkeypatch):
+    """
+    Before the system would end the process for them: the plan says so, and the sweep is refused with exit code 4.
+    """
+    monkeypatch.setattr(command, "REAL", REAL)
+    monkeypatch.setattr("kvbench.sweep.plan_document.default_device", lambda: "cpu")
+    monkeypatch.setattr("kvbench.sweep.plan.host_memory", lambda: 23 * 2**30)
+    config = ROOT / "configs" / "throughput.yaml"
+    line = (
+        "model qwen3-8b (random weights): its weights take 30.5 GiB in float32, and this machine has 23.0: take a "
+        "smaller model, or a machine with a GPU"
+    )
+    where = ("--set", "compute_dtype=float32", "--only", "dtype=fp16", "--output", "run")
+
+    shown, refused = (kvbench(verb, config, *where) for verb in ("plan", "sweep"))
+
+    assert line in " ".join(shown.stdout.split())
+    assert "memory: 30.5 GiB of weights (qwen3-8b (random weights))" in shown.stdout
+    assert refused.exit_code == 4
+    assert refused.stderr == f"error: this machine lacks what the sweep needs\n  {line}\n"
+    monkeypatch.setattr("kvbench.sweep.plan.host_memory", lambda: 31 * 2**30)
+    assert line not in " ".join(kvbench("plan", config, *where).stdout.split())
 
 
 def test_a_first_sweep_of_a_folder_names_it_from_the_yaml(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from functools import partial
 from kvbench.environment import device_name
 from kvbench.sweep.executors.base import gpus_here
 from kvbench.sweep.job import Job, Tell
-from kvbench.sweep.plan import Cell
+from kvbench.sweep.plan import Cell, too_large
 from kvbench.sweep.session import Bench
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError, raise_if_stopped
@@ -32,7 +32,7 @@ class Inline:
 
     def missing(self, cells: Sequence[Cell]) -> list[str]:
         """See Executor."""
-        return []
+        return too_large(cells, self.device)
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor. A GPU that fails every further call ends it, since its memory is free with this process."""

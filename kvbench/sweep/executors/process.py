@@ -21,7 +21,7 @@ from kvbench.runners.model_files import RefusedError
 from kvbench.sweep.executors.base import gpus_here
 from kvbench.sweep.executors.pool import Died, Queue, Seat, share_out
 from kvbench.sweep.job import Advanced, Event, Job, Step, Tell
-from kvbench.sweep.plan import Cell
+from kvbench.sweep.plan import Cell, too_large
 from kvbench.sweep.session import Bench
 from kvbench.sweep.spec import ModelSpec
 from kvbench.sweep.stopping import UnusableError
@@ -115,7 +115,7 @@ class Processes:
             f"GPU {one}: this machine has {here}; name others with --devices, or leave it out"
             for one in self.devices
             if one.isdigit() and int(one) >= count
-        ] + spread_over_none(cells, self.devices)
+        ] + [*spread_over_none(cells, self.devices), *too_large(cells, self.device)]
 
     def run(self, cells: Sequence[Cell], job: Job, tell: Tell) -> None:
         """See Executor."""
