@@ -26,6 +26,14 @@ SIGNS = {"WORSE": " **▼**", "EQUIVALENT": " =", "INCONCLUSIVE": " ?", "BETTER"
 ABSENT = "–"
 # where a scheme was asked GSM8K: with the field, all questions with the presets, or, destroyed, the first alone
 ASKED = (("field", "gsm8k"), ("schemes", "gsm8k"), ("field", "gsm8k-50"))
+# of results/first-token: how keys are centred, and what of a cache is packed
+CENTRED = {
+    "none": "not centred",
+    "center_constant": "one mean",
+    "center": "means by page",
+    "mixed": "by page in 16 layers, one mean behind",
+}
+PARTS = {"whole": "all packed", "kept": "all but the first", "alone": "the first alone"}
 CPU_METRICS = ("kld", "kld@512-1024", "ppl_ratio", "same_top")
 
 Place = tuple[str, str]  # dtype and rotation, as records have them
@@ -338,7 +346,32 @@ def claims() -> str:
     return table(["claim", "their figures", "here", *MODELS, "holds on", "besides"], rows, last=":---")
 
 
-TABLES = {"three models": on_three_models, "answers": answers, "presets": presets, "claims": claims, "a cpu": on_a_cpu}
+def first_token() -> str:
+    """What a packed first token does to last words of LAMBADA, by draw of the rotation's signs, and to divergence."""
+    rows = []
+    for path in sorted((ROOT / "results" / "first-token").glob("*.json"), reverse=True):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        model = next(short for short, name in MODELS.items() if name == record["model"])
+        for keys, shown in CENTRED.items():
+            parts = {
+                part: [row for row in record["rows"] if (row["keys"], row["part"]) == (keys, part)] for part in PARTS
+            }
+            if all(parts.values()):
+                changes = [", ".join(f"{row['change']:+.3f}" for row in found) for found in parts.values()]
+                moved = [nats(sum(row["kld"] for row in found) / len(found)) for found in parts.values()]
+                rows.append([f"{model}, {shown}", *(one.replace("-", "−") for one in changes), *moved])
+    head = ["int4, keys", *PARTS.values(), *(f"KLD: {shown}" for shown in PARTS.values())]
+    return table(head, rows)
+
+
+TABLES = {
+    "three models": on_three_models,
+    "answers": answers,
+    "presets": presets,
+    "first token": first_token,
+    "claims": claims,
+    "a cpu": on_a_cpu,
+}
 
 
 def page() -> str:

@@ -281,6 +281,45 @@ def test_what_is_said_of_needles_is_measured():
     assert max((found_of_40("SmolLM2", one), one) for one in two_bits) == (20, "`kivi2+w64s4`")
 
 
+def test_what_is_said_of_the_first_token_is_measured():
+    """
+    How alike first keys are and how much is attended to them; what that row does to last words by its draw, and to the
+    divergence, beside what all others do.
+    """
+    prose = section("The first token")
+    record = json.loads((ROOT / "results/first-token/smollm2-cpu.json").read_text(encoding="utf-8"))
+    first = record["first"]
+    assert f"it has {100 * first['attended']:.0f} % of all attention" in prose
+    assert f"a cosine of {first['alike']:.2f}, those at the seventeenth position {first['alike_at_16']:.2f}" in prose
+
+    def rows(part, keys=None):
+        return [row for row in record["rows"] if row["part"] == part and keys in (None, row["keys"])]
+
+    def change(part, keys):
+        return rows(part, keys)[0]["change"]
+
+    def kld(part, keys):
+        found = [row["kld"] for row in rows(part, keys)]
+        return sum(found) / len(found)
+
+    kept, alone = ([row["change"] for row in rows(part)] for part in ("kept", "alone"))
+    assert f"{-max(kept):.3f} to {-min(kept):.3f} nats" in prose
+    assert f"between −{-min(alone):.3f} and +{max(alone):.3f}" in prose
+    assert f"{change('alone', 'mixed'):+.3f} made up for −{-change('kept', 'mixed'):.3f}" in prose
+    assert abs(change("whole", "mixed")) < rows("whole", "mixed")[0]["stderr"]
+    others = " ".join(f"{kld('kept', keys):.4f}" for keys in ("center", "center_constant", "none"))
+    assert re.findall(r"they leave least, (\S+) beside one mean's (\S+) and (\S+) without", prose) == [
+        tuple(others.split())
+    ]
+    longer = f"it is {first['centred']:.2f} times as long, where a later key is {first['centred_at_16']:.2f} times"
+    assert longer in prose
+    own = [f"{kld('alone', keys):.4f}" for keys in ("center_constant", "center", "none")]
+    share = kld("alone", "center") / kld("whole", "center")
+    assert f"it costs {own[0]} under one mean and {own[1]} by page, where it costs {own[2]} uncentred, {share:.0%}" in (
+        prose.replace(" %", "%")
+    )
+
+
 def test_a_window_covers_lambada():
     """
     The mean length of its texts on each model lies between what the prose says.
