@@ -227,6 +227,9 @@ def parameters(source: ModelSource) -> int | None:
     """How many weights it has, by the size of its files; None where these are no plain numbers of one dtype.
 
     Of a shape those that would be drawn, which takes seconds of imports the first time.
+
+    Raises:
+        ModelError: a shape of which transformers can make no model.
     """
     if source.kind == "embedded":
         return EMBEDDED[source.name].parameters
@@ -235,10 +238,7 @@ def parameters(source: ModelSource) -> int | None:
 
         from kvbench.runners.placement import skeleton
 
-        try:
-            return sum(int(weight.numel()) for weight in skeleton(source, torch.bfloat16).parameters())
-        except ModelError:  # loading says why
-            return None
+        return sum(int(weight.numel()) for weight in skeleton(source, torch.bfloat16).parameters())
     if source.kind not in ("folder", "hub") or source.path is None or not source.path.is_dir():
         return None
     config = read_json(source.path / "config.json")

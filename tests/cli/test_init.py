@@ -85,6 +85,21 @@ def test_a_first_sweep_of_random_weights_times_them(tmp_path):
     ]
 
 
+def test_a_shape_of_no_model_is_bad_input(kvbench, tmp_path, monkeypatch):
+    """
+    The plan lays it out without memory, and says what transformers says of it; no cell has to fail for it.
+    """
+    monkeypatch.setattr(command, "REAL", REAL)
+    shape = json.loads((ROOT / "configs" / "shapes" / "qwen3-8b.json").read_text())
+    Path("shape.json").write_text(json.dumps({**shape, "num_hidden_layers": 1, "num_attention_heads": 0}))
+    Path("t.yaml").write_text("{name: t, model: shape.json, dtypes: [fp16], tasks: [throughput]}")
+
+    refused = kvbench("plan", "t.yaml")
+
+    assert refused.exit_code == 2
+    assert "error: t.yaml:1:18: model: model 'shape (random weights)' cannot be laid out: " in refused.stderr
+
+
 def test_weights_that_memory_can_not_hold_are_refused(kvbench, tmp_path, monkeypatch):
     """
     Before the system would end the process for them: the plan says so, and the sweep is refused with exit code 4.
