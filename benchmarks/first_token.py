@@ -34,6 +34,7 @@ from kvbench.transforms.rotation import SEED
 TURN = "randomized_hadamard"
 KEYS = {"none": "", "center_constant": "center_constant+", "center": "center+", "mixed": "center+"}
 BOUNDS = (0, 1, 4, 16, 64, 10**6)
+LOGITS_AT_A_TIME = 2**26
 LOOKED_AT, SETTLED = 32, 16  # documents whose attention is looked at, and the position from which on
 
 
@@ -94,14 +95,24 @@ def schemes(dtype: str, keys: str, layers: dict[str, Any], draw: int, longest: i
 def measured(runner: TransformersRunner, exact: list[Tensor], documents: list[Document]) -> dict[str, Any]:
     """What this cache does to last words, and to all that comes."""
     changes, before, after, kld = [], [], [], []
-    for document, one, other in zip(documents, exact, runner.hidden_states([d.tokens for d in documents]), strict=True):
-        p, q = (runner.log_probs(hidden[:-1]).double() for hidden in (one, other))
-        kld.append((p.exp() * (p - q)).sum(-1).cpu())
-        comes = torch.tensor(document.tokens[document.context :], device=p.device)
-        last = slice(document.context - 1, None)
-        changes.append(float((q - p)[last].gather(1, comes[:, None]).sum()))
-        before.append(bool((p[last].argmax(1) == comes).all()))
-        after.append(bool((q[last].argmax(1) == comes).all()))
+    stored = runner.hidden_states([document.tokens for document in documents])
+    vocabulary = runner.log_probs(stored[0][:1]).shape[-1]
+    first = 0
+    while first < len(documents):
+        # as many as are held at once
+        rows, last = 0, first
+        while last < len(documents) and (last == first or rows * vocabulary < LOGITS_AT_A_TIME):
+            rows, last = rows + len(documents[last].tokens), last + 1
+        p, q = (runner.log_probs(torch.cat([x[:-1] for x in of[first:last]])) for of in (exact, stored))
+        lengths = [len(document.tokens) - 1 for document in documents[first:last]]
+        kld += (p.exp() * (p - q)).sum(-1, dtype=torch.float64).cpu().split(lengths)
+        for document, own, other in zip(documents[first:last], p.split(lengths), q.split(lengths), strict=True):
+            comes = torch.tensor(document.tokens[document.context :], device=p.device)
+            own, other = own[document.context - 1 :], other[document.context - 1 :]
+            changes.append(float((other - own).gather(1, comes[:, None]).sum()))
+            before.append(bool((own.argmax(1) == comes).all()))
+            after.append(bool((other.argmax(1) == comes).all()))
+        first = last
     change = torch.tensor(changes, dtype=torch.float64)
     position = torch.cat([torch.arange(len(x)) for x in kld])
     moved = torch.cat(kld)
