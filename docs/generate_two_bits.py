@@ -341,13 +341,15 @@ def by_kind() -> str:
     return table(heads, sorted(rows, key=lambda row: (row[4], row)))
 
 
+@cache
 def presets() -> str:
     """What a reader must know of the presets of this page first, from the records of the sections below."""
     loss = {place: value for run in ("field", "two-bits", "two-bits-designs") for place, value in _losses(run).items()}
     answered = {
         (row.dtype, row.rotation): row
-        for row in compare(read(RESULTS / "two-bits-tasks"), margin=MARGIN).rows
-        if row.metric == SCORE
+        for run in ("schemes", "two-bits-tasks")
+        for row in compare(read(RESULTS / run), margin=MARGIN).rows
+        if row.metric == SCORE and row.model == MODELS["Qwen"]
     }
     timed = {place[1:]: metrics for place, metrics in records("two-bits-speed", "8 × 8k").items() if place[0] == SHAPE}
     exact = timed["fp16", "none"]
