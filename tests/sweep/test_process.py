@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -51,6 +52,31 @@ def test_a_process_that_dies_costs_one_cell(sweep, ends, tmp_path):
     assert failed == [("int8_per_token_head", "toy_a", "WorkerDiedError: its process ended: killed by SIGKILL")]
     assert len(records) == 16
     assert "1 of 16 cells failed" in errors
+
+
+def test_a_process_that_can_not_begin_ends_all(toy, tmp_path, monkeypatch):
+    """
+    It is told as the machine's fault with exit code 4, Ctrl-C is heeded again, and the processes that did begin end.
+    """
+    begun = []
+    context = multiprocessing.get_context("spawn")
+
+    def first_alone(process):
+        if begun:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        begun.append(process)
+        process._popen = SimpleNamespace(kill=lambda: ended.append(process), wait=lambda timeout: 0, returncode=0)
+
+    ended, heeded = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(context.Process, "start", first_alone)
+    pool = ProcessPool([ProcessSeat(number) for number in range(2)])
+    pool._seats[0].start()
+    with pytest.raises(UnusableError, match="no process can begin here: Resource temporarily unavailable; finished"):
+        pool._seats[1].start()
+    pool.end()
+
+    assert signal.getsignal(signal.SIGINT) is heeded
+    assert ended == begun
 
 
 def alive(pid):

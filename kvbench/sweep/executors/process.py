@@ -133,14 +133,25 @@ class ProcessSeat(Seat):
     connection: Any = None
 
     def start(self) -> None:
-        """A new process here."""
+        """A new process here.
+
+        Raises:
+            UnusableError: this machine lets none begin.
+        """
         context = multiprocessing.get_context(START)
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, self.variables), daemon=True)
         # Ctrl-C goes to the whole group; the parent alone heeds it, and a new process inherits what is ignored
         heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.process.start()
-        signal.signal(signal.SIGINT, heeded)
+        try:
+            self.connection, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, self.variables), daemon=True)
+            process.start()
+        except OSError as error:
+            raise UnusableError(
+                f"no process can begin here: {error.strerror or error}; finished work is kept"
+            ) from error
+        finally:
+            signal.signal(signal.SIGINT, heeded)
+        self.process = process  # from here on it is ended with the others
         theirs.close()  # so that its end is the connection's
 
     def hear(self) -> Event | Died | Exception:
