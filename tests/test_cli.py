@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -298,6 +299,28 @@ def test_what_is_printed_may_go_nowhere(monkeypatch):
         with pytest.raises(SystemExit) as left:
             main()
         assert left.value.code == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stream_of_another_encoding_takes_every_text(monkeypatch, terminal):
+    """
+    A file or a pipe gets UTF-8, as all files of kvbench; a terminal of ASCII shows what it can.
+    """
+
+    class Stream(io.TextIOWrapper):
+        def isatty(self):
+            return terminal
+
+    written = io.BytesIO()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["kvbench", "ls", "rotations"])
+    monkeypatch.setattr(sys, "stdout", Stream(written, encoding="ascii", write_through=True))
+    with pytest.raises(SystemExit) as left:
+        main()
+
+    assert left.value.code == 0
+    assert ("─".encode() in written.getvalue()) == (not terminal)
+    assert (b"????" in written.getvalue()) == terminal
 
 
 def test_a_full_disk_is_the_machines_fault_and_named(kvbench, toy, tmp_path, monkeypatch):

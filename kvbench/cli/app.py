@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gc
+import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -84,8 +86,7 @@ def _main(
 def main() -> None:
     """Runs the command line; what it prints may be cut off by a pipe that closes, or go nowhere."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before we began, by a shell's `>&-`
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - it lasts as long as we do
+        setattr(sys, name, _open(getattr(sys, name)))
     try:
         app()
     except BrokenPipeError:
@@ -100,6 +101,21 @@ def main() -> None:
         # Python's end would look for garbage in all that torch brought, half a second; Triton names what is not freed
         if "triton" not in sys.modules:
             gc.freeze()
+
+
+def _open(stream: TextIO | None) -> TextIO:
+    """A stream that takes every text: nowhere where a shell closed it (`>&-`), a file or a pipe in UTF-8.
+
+    A terminal of another encoding shows what it can.
+    """
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+        if stream.isatty():
+            stream.reconfigure(errors="replace")
+        else:
+            stream.reconfigure(encoding="utf-8")
+    return stream
 
 
 def _crashed(error: Exception) -> int:
