@@ -201,6 +201,21 @@ def far() -> str:
     return table(["keys, values", "keys' transforms", "values'", *heads, "last over first"], rows)
 
 
+def far_more() -> str:
+    """The same of more documents, with the growth's 95 % interval (bootstrap over documents)."""
+    rows, heads = [], []
+    for cell in read(RESULTS / "two-bits-far").cells:
+        parts = {name[4:]: series.values for name, series in cell.series.items() if name.startswith("kld@")}
+        first, *_, last = parts.values()
+        if last.any():
+            test = bootstrap((last, first), _share, paired=True, method="percentile", rng=0)
+            low, high = test.confidence_interval
+            growth = f"{_share(last, first):.2f} ({low:.2f} to {high:.2f})"
+            rows.append([*name_of(cell.dtype, cell.rotation), *(nats(x.mean()) for x in parts.values()), growth])
+            heads = list(parts)
+    return table(["keys, values", "keys' transforms", "values'", *heads, "last over first"], sorted(rows))
+
+
 def answers() -> str:
     """GSM8K's share of right answers, and by how many points it differs from 16 bits' and from int8_centered's."""
     run, own = read(RESULTS / "two-bits-tasks"), records("two-bits-tasks", "gsm8k")
@@ -376,6 +391,25 @@ def presets() -> str:
     return table([*heads, "kernels read", "× tokens/s", "× tokens held"], rows)
 
 
+def held() -> str:
+    """Divergences of the documents that presets were chosen by, and of as many others, by the first model's loss."""
+    runs = ("field", "two-bits", "two-bits-gemma", "two-bits-designs")
+    chosen = {place: value for run in runs for place, value in _losses(run).items()}
+    others = _losses("two-bits-held")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for model, dtype, rotation in sorted(others, key=lambda place: others[place]):
+        if dtype != "fp16":
+            cells = rows.setdefault((dtype, rotation), [ABSENT] * len(MODELS))
+            pair = (found_.get((model, dtype, rotation)) for found_ in (chosen, others))
+            cells[list(MODELS.values()).index(model)] = ", ".join(map(nats, pair))
+    lines = []
+    for (dtype, rotation), cells in rows.items():
+        short, *layered = dtype.split("+l")
+        name, *transforms = name_of(short, rotation)
+        lines.append([f"{name}, keys by layer" if layered else name, *transforms, *cells])
+    return table(["keys, values", "keys' transforms", "values'", *MODELS], lines)
+
+
 def _losses(folder: str) -> dict[tuple[str, str, str], float]:
     """By model, dtype and rotation: the divergence behind 1536 tokens."""
     return {place: metrics["kld@1536-2048"]["value"] for place, metrics in records(folder, "divergence").items()}
@@ -387,8 +421,10 @@ TABLES = {
     "positions": positions,
     "kinds": kinds,
     "designs": designs,
+    "held": held,
     "by_kind": by_kind,
     "far": far,
+    "far_more": far_more,
     "answers": answers,
     "needles": needles,
     "many_needles": many_needles,
