@@ -1,7 +1,8 @@
 """How much of a scoring task's time in the model a GPU works, by cache.
 
 A task's requests are scored once to compile, five times to time, and once under torch.profiler, whose kernels' spans
-give the seconds in which the GPU works; what runs beside another kernel counts once. Needs a GPU.
+give the seconds in which the GPU works; what runs beside another kernel counts once. A loop that is always the same
+says how fast the host was meanwhile, which has to launch in time. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ def scored(runner: Any, requests: Any) -> float:
     return time.perf_counter() - began
 
 
+def host_seconds() -> float:
+    """Of a fixed loop of one thread: a host with other work takes up to twice as long."""
+    began, total = time.perf_counter(), 0
+    for i in range(3_000_000):
+        total += i & 7
+    return time.perf_counter() - began
+
+
 def busy(runner: Any, requests: Any) -> tuple[float, int]:
     """Seconds in which the GPU works, and its launches."""
     found = spans(lambda: scored(runner, requests))
@@ -79,13 +88,17 @@ def main() -> None:
             runner = loaded.runner(Scheme.parse(cell))
             requests = requests_of(task, runner)
             scored(runner, requests)
+            host = [host_seconds()]
             walls = sorted(scored(runner, requests) for _ in range(5))
+            host.append(host_seconds())
             works, launches = busy(runner, requests)
             row = {"task": name, "cell": cell, "requests": len(requests), "walls": walls, "wall": median(walls)}
-            rows.append(row | {"busy": works, "share": works / median(walls), "launches": launches})
+            rows.append(row | {"busy": works, "share": works / median(walls), "launches": launches, "host": host})
             share = 100 * works / median(walls)
             print(
-                f"{name} {cell}: {median(walls):.3f} s, of which the GPU works {works:.3f} ({share:.0f} %)", flush=True
+                f"{name} {cell}: {median(walls):.3f} s, of which the GPU works {works:.3f} ({share:.0f} %); a loop "
+                f"on the host {host[0]:.2f} and {host[1]:.2f} s",
+                flush=True,
             )
             if options.output:  # of what is stopped, what was done is kept
                 options.output.write_text(json.dumps({"environment": describe(), "rows": rows}, indent=1) + "\n")

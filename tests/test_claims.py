@@ -425,6 +425,49 @@ def test_what_bounds_gsm8k_is_the_measured_time():
     assert all(map(agrees, said, (*meant, *rest)))
 
 
+def test_what_a_busy_host_leaves_of_a_gpu_is_the_measured_share():
+    """docs/method.md's shares of a GPU's work on a host with other work, and that host's loops, are of results/host."""
+    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    off, low, high, worst, best, quiet, fast, slow = map(
+        float,
+        re.search(
+            r"works as long in each cell, within ([\d.]+) %, .*? time (\d+) to (\d+) % in four cells of the eighteen "
+            r"and (\d+) to (\d+) % in the others.*? took ([\d.]+) s later in run b and ([\d.]+) to ([\d.]+) s around",
+            text,
+        ).groups(),
+    )
+    runs = [
+        {
+            (row["task"], row["cell"]): row
+            for row in json.loads((ROOT / f"results/host/{name}.json").read_text())["rows"]
+        }
+        for name in ("busy-h200", "busy-h200-a", "busy-h200-b")
+    ]
+    for key, row in runs[1].items():
+        same = [run[key]["busy"] for run in runs if key in run]
+        assert max(same) / min(same) - 1 < off / 100, (key, row["busy"])
+    shares = sorted(100 * row["share"] for run in runs[1:] for row in run.values())
+    assert [round(one) for one in (shares[0], shares[-5], shares[-4], shares[-1])] == [worst, best, low, high]
+    loops = {
+        line.split(" loop")[0]: [float(one) for one in re.findall(r"0\.\d+", line.split(" load")[0])]
+        for line in (ROOT / "results/host/busy-h200-b.txt").read_text().splitlines()
+    }
+    around = [*loops["before-busy"], *loops["after-busy"]]
+    assert [round(one, 2) for one in (median(loops["before-engine"]), min(around), max(around))] == [quiet, fast, slow]
+
+
+def test_what_sealing_takes_is_the_measured_time():
+    """docs/kernels.md's steps that fill a page and others are those of results/checks-h200/sealing.json."""
+    text = " ".join((ROOT / "docs/kernels.md").read_text(encoding="utf-8").split())
+    plain, window = re.search(r"take int4 ([\d.]+ and [\d.]+) µs, with a window ([\d.]+ and [\d.]+)\.", text).groups()
+    reference = re.search(r"`kivi2` takes ([\d.]+) ms in such a step and ([\d.]+) in another", text).groups()
+    rows = json.loads((ROOT / "results/checks-h200/sealing.json").read_text())["rows"]
+    times = {row["scheme"]: [median(row["us"][name]) for name in ("sealing", "else")] for row in rows}
+    assert all(map(agrees, plain.split(" and "), times["int4"]))
+    assert all(map(agrees, window.split(" and "), times["int4+w64s4"]))
+    assert all(map(agrees, reference, [one / 1e3 for one in times["kivi2"]]))
+
+
 def test_no_clock_goes_with_a_gpus_state():
     """docs/method.md's megahertz in both states are those of results/checks-h200/states.json."""
     rows = json.loads((ROOT / "results/checks-h200/states.json").read_text(encoding="utf-8"))["rows"]
