@@ -364,11 +364,26 @@ def first_token() -> str:
     return table(head, rows)
 
 
+def sinks() -> str:
+    """LAMBADA's accuracy and the divergence behind 1536 tokens, of each scheme of configs/sinks.yaml on each model."""
+    rows = []
+    for spec in yaml.safe_load((ROOT / "configs" / "sinks.yaml").read_text(encoding="utf-8"))["schemes"][1:]:
+        scheme = Scheme.of(spec)
+        name = spec if isinstance(spec, str) else spec.get("scheme") or f"{spec['dtype']}_per_token_head"
+        kept = scheme.window.sinks if scheme.window else 0
+        cells = [_share("sinks", model, "lambada_openai", scheme) for model in MODELS.values()]
+        own = [records("sinks").get((model, "divergence", *place(scheme)), {}) for model in MODELS.values()]
+        rows.append([f"`{name}`", str(kept), *cells, *(with_error(one.get("kld@1536-2048", {})) for one in own)])
+    head = ["scheme", "kept", *(f"LAMBADA: {model}" for model in MODELS), *(f"KLD: {model}" for model in MODELS)]
+    return table(head, rows)
+
+
 TABLES = {
     "three models": on_three_models,
     "answers": answers,
     "presets": presets,
     "first token": first_token,
+    "sinks": sinks,
     "claims": claims,
     "a cpu": on_a_cpu,
 }
