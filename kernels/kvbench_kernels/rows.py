@@ -117,9 +117,23 @@ def store_words(codes, codes_ptr, to, D: tl.constexpr, BITS: tl.constexpr):
     """Word j of W takes the codes of channels j, j+W, j+2W, ..., and goes to the cache's rows `to`, but those at -1."""
     SPAN: tl.constexpr = codes[0].shape[1]
     WORDS: tl.constexpr = D * BITS // 16
-    d = tl.arange(0, SPAN)[None, :]
-    for i in tl.static_range(WORDS // SPAN):
-        word = codes[i]
-        for stream in tl.static_range(1, 16 // BITS):
-            word = word | (codes[i + stream * (WORDS // SPAN)] << (stream * BITS))
-        tl.store(codes_ptr + (to * WORDS)[:, None] + i * SPAN + d, word.to(tl.int16), mask=(to >= 0)[:, None])
+    if WORDS // SPAN * SPAN == WORDS:
+        d = tl.arange(0, SPAN)[None, :]
+        for i in tl.static_range(WORDS // SPAN):
+            word = codes[i]
+            for stream in tl.static_range(1, 16 // BITS):
+                word = word | (codes[i + stream * (WORDS // SPAN)] << (stream * BITS))
+            tl.store(codes_ptr + (to * WORDS)[:, None] + i * SPAN + d, word.to(tl.int16), mask=(to >= 0)[:, None])
+    else:
+        # streams begin anywhere in a tile: all tiles' codes at a place become one number, where words look theirs up
+        kind: tl.constexpr = tl.int32 if D // SPAN * BITS <= 31 else tl.int64
+        places = codes[0].to(kind)
+        for i in tl.static_range(1, D // SPAN):
+            places = places | (codes[i].to(kind) << (i * BITS))
+        w = tl.arange(0, triton.next_power_of_2(WORDS))[None, :]
+        word = tl.zeros([codes[0].shape[0], w.shape[1]], kind)
+        for stream in tl.static_range(16 // BITS):
+            channel = tl.broadcast_to(tl.minimum(w + stream * WORDS, D - 1), word.shape)
+            code = tl.gather(places, channel % SPAN, axis=1) >> (channel // SPAN * BITS)
+            word = word | ((code & ((1 << BITS) - 1)) << (stream * BITS))
+        tl.store(codes_ptr + (to * WORDS)[:, None] + w, word.to(tl.int16), mask=(to >= 0)[:, None] & (w < WORDS))
