@@ -311,6 +311,9 @@ def test_what_is_said_of_the_first_token_is_measured():
     assert f"between −{-min(alone):.3f} and +{max(alone):.3f}" in prose
     errors = [row["stderr"] for row in rows if row["part"] == "alone"]
     assert f"a standard error of {min(errors):.3f} to {max(errors):.3f} over texts" in prose
+    told = [abs(row["change"]) > 2 * row["stderr"] for row in rows if row["part"] == "alone"]
+    assert "most draws are told from none" in prose
+    assert sum(told) > 0.75 * len(told)
     own, others, *_ = (
         next(row["change"] for row in rows if (row["part"], row["keys"], row["draw"]) == (part, "mixed", 0))
         for part in ("alone", "kept")
