@@ -157,7 +157,10 @@ def load_scales(ptr, row, mask, COUNT: tl.constexpr):
     return words
 
 
-@triton.jit(do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"])
+@triton.jit(
+    do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr", "part_m_ptr", "part_l_ptr"],
+)
 def _decode_blocks_kernel(
     q_ptr,  # [T, HQ, D] any float
     k_ptr,  # [P, HKV, S, words] int16

@@ -183,7 +183,10 @@ def _store_part(
     tl.store(o_at, o, mask=(vw < V_WORDS)[:, None, None] & is_head[None, :, None])
 
 
-@triton.jit(do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"])
+@triton.jit(
+    do_not_specialize=["window", "stride_table", "SPLITS", "center_last", "stride_center"],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr", "part_m_ptr", "part_l_ptr"],
+)
 def _decode_kernel(
     q_ptr,  # [T, HQ, D] any float
     k_ptr,  # [P, HKV, S, words] int16, or [P, HKV, S, D] fp16 or bf16; SYMMETRIC4, SIGNED: [P, HKV, S, bytes] int8

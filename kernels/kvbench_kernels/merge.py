@@ -12,7 +12,9 @@ from kvbench_kernels.tuning import INTERPRETED
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
+@triton.jit(
+    do_not_specialize=["SPLITS"], do_not_specialize_on_alignment=["part_m_ptr", "part_l_ptr", "query_starts_ptr"]
+)
 def merge_kernel(
     part_o_ptr,  # [pairs, SPLITS, HEADS, D] float32
     part_m_ptr,  # [pairs, SPLITS, HEADS] float32, -inf where a split had no tokens

@@ -179,7 +179,7 @@ def _spread_side(
 
 @triton.jit(
     do_not_specialize=["length", "stride_table"],
-    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr"],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr", "k_unit_ptr", "v_unit_ptr"],
 )
 def _spread_kernel(
     k_ptr,

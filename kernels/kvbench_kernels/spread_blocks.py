@@ -108,7 +108,7 @@ def _spread_side(
 
 @triton.jit(
     do_not_specialize=["length", "stride_table", "center_last"],
-    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr"],
+    do_not_specialize_on_alignment=["page_table_ptr", "seq_lens_ptr", "query_starts_ptr", "k_unit_ptr", "v_unit_ptr"],
 )
 def _spread_blocks_kernel(
     k_ptr,
