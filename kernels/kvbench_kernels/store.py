@@ -406,7 +406,9 @@ def _constants(side: Side, rounding: Rounding, turn: Turn, head_dim: int) -> tup
     """The kernel's constants BLOCK, SPAN, ROUND, BITS, THRESHOLD, HAS_SCALE and TIERS."""
     bits = side.layout.bits
     tile = 16 if bits == 3 else span(side.layout.words(head_dim) if bits < 8 else head_dim)
-    # Triton's time for a kernel grows with the third power of its tiles. Those of tiers lie in one slice each
-    if tile < 8 and head_dim // tile > 8 and side.following is None:
+    # Triton's time for a kernel grows with the third power of its tiles, so fewer are better where the codes that
+    # all have at a place fit 64 bits. Tiles of tiers lie in one slice each
+    fewer = head_dim // span(head_dim)
+    if tile < 8 and head_dim // tile > 8 and fewer * bits <= 64 and side.following is None:
         tile = span(head_dim)
     return turn.block, tile, rounding.kind, bits, rounding.threshold, side.scale is not None, rounding.tiers

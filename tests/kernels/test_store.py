@@ -30,6 +30,44 @@ def hard_rows(tokens, heads, head_dim):
     return x
 
 
+def assert_bytes(dtype, rotation, head_dim, device):
+    """What the kernel writes is bit for bit what plain torch does."""
+    scheme = Scheme.parse(dtype, rotation)
+    x = torch.stack([hard_rows(11, 2, head_dim), hard_rows(11, 2, head_dim).flip(0)]).to(torch.float16)
+    slots = torch.randperm(48)[:11]
+    slots[2] = slots[7] = -1
+    caches = []
+    for place in ("cpu", device):
+        cache = PagedCache([(2, head_dim)], scheme, pages=3, page_size=16, model_dtype=torch.float16, device=place)
+        for plane in (cache.keys[0], cache.values[0]):
+            plane.codes.fill_(0xAB)
+            if plane.scale is not None:
+                plane.scale.fill_(7.0)
+            if plane.tensor_scale is not None:
+                plane.tensor_scale.fill_(0.02)
+        caches.append(cache)
+    want, got = caches
+    want.append(0, x[0], x[1], slots)
+    k, v = x.to(device)
+    kernels.append(got, 0, k, v, slots.to(device))
+    for expected, plane in ((want.keys[0], got.keys[0]), (want.values[0], got.values[0])):
+        codes, mine = expected.codes, plane.codes.cpu()
+        if dtype in ("fp16", "bf16"):
+            codes, mine = (
+                c.view(getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[dtype])) for c in (codes, mine)
+            )
+            assert torch.equal(codes.isnan(), mine.isnan())
+            codes, mine = codes.nan_to_num(), mine.nan_to_num()
+        assert torch.equal(codes, mine), (
+            f"{int((codes != mine).sum())} of {codes.numel()} differ ({rotation}, {head_dim})"
+        )
+        if plane.scale is not None:
+            assert torch.equal(expected.scale.isnan(), plane.scale.cpu().isnan())
+            assert torch.equal(
+                expected.scale.nan_to_num().view(torch.int32), plane.scale.cpu().nan_to_num().view(torch.int32)
+            )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_are_the_definition_s(dtype, device):
     """
@@ -40,40 +78,14 @@ def test_bytes_are_the_definition_s(dtype, device):
     """
     rotations = ("none", 64), ("none", 72), ("randomized_hadamard", 80), ("hadamard", 96), ("hadamard", 128)
     for rotation, head_dim in rotations:
-        scheme = Scheme.parse(dtype, rotation)
-        x = torch.stack([hard_rows(11, 2, head_dim), hard_rows(11, 2, head_dim).flip(0)]).to(torch.float16)
-        slots = torch.randperm(48)[:11]
-        slots[2] = slots[7] = -1
-        caches = []
-        for place in ("cpu", device):
-            cache = PagedCache([(2, head_dim)], scheme, pages=3, page_size=16, model_dtype=torch.float16, device=place)
-            for plane in (cache.keys[0], cache.values[0]):
-                plane.codes.fill_(0xAB)
-                if plane.scale is not None:
-                    plane.scale.fill_(7.0)
-                if plane.tensor_scale is not None:
-                    plane.tensor_scale.fill_(0.02)
-            caches.append(cache)
-        want, got = caches
-        want.append(0, x[0], x[1], slots)
-        k, v = x.to(device)
-        kernels.append(got, 0, k, v, slots.to(device))
-        for expected, plane in ((want.keys[0], got.keys[0]), (want.values[0], got.values[0])):
-            codes, mine = expected.codes, plane.codes.cpu()
-            if dtype in ("fp16", "bf16"):
-                codes, mine = (
-                    c.view(getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[dtype])) for c in (codes, mine)
-                )
-                assert torch.equal(codes.isnan(), mine.isnan())
-                codes, mine = codes.nan_to_num(), mine.nan_to_num()
-            assert torch.equal(codes, mine), (
-                f"{int((codes != mine).sum())} of {codes.numel()} differ ({rotation}, {head_dim})"
-            )
-            if plane.scale is not None:
-                assert torch.equal(expected.scale.isnan(), plane.scale.cpu().isnan())
-                assert torch.equal(
-                    expected.scale.nan_to_num().view(torch.int32), plane.scale.cpu().nan_to_num().view(torch.int32)
-                )
+        assert_bytes(dtype, rotation, head_dim, device)
+
+
+def test_more_tiles_than_a_number_holds(device):
+    """
+    100 channels, 25 tiles of four, have 100 bits at a place of a tile: their words are packed from the tiles' own.
+    """
+    assert_bytes("int4", "none", 100, device)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96])
