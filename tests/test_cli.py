@@ -262,6 +262,8 @@ def test_what_is_closed_to_us_is_one_line(kvbench, toy, tmp_path, monkeypatch, c
     with monkeypatch.context() as patched:
         patched.setattr("kvbench.sweep.parts._source", lambda spec: raise_(denied))
         assert one_error(kvbench("init", "closed"), 2) == "error: model 'closed': closed: Permission denied\n"
+        patched.setattr("kvbench.sweep.parts._source", lambda spec: raise_(OSError("no such cache")))
+        assert one_error(kvbench("init", "closed"), 2) == "error: model 'closed': no such cache\n"
 
     kvbench("sweep", toy.write_config(tmp_path / "toys.yaml", dtypes=["int8"], tasks=["toy_a"]))
     Path("out/closed").mkdir()
@@ -314,11 +316,12 @@ def test_a_stream_of_another_encoding_takes_every_text(monkeypatch, terminal):
     written = io.BytesIO()
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", ["kvbench", "ls", "rotations"])
-    monkeypatch.setattr(sys, "stdout", Stream(written, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "stdout", Stream(written, "ascii", "backslashreplace", write_through=True))
     with pytest.raises(SystemExit) as left:
         main()
 
     assert left.value.code == 0
+    assert sys.stdout.errors == ("replace" if terminal else "backslashreplace")
     assert ("─".encode() in written.getvalue()) == (not terminal)
     assert (b"????" in written.getvalue()) == terminal
 

@@ -114,7 +114,7 @@ def _open(stream: TextIO | None) -> TextIO:
         if stream.isatty():
             stream.reconfigure(errors="replace")
         else:
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors=stream.errors)
     return stream
 
 

@@ -137,7 +137,8 @@ class Record:
         sizes = {"bits_per_value": record.bits_per_value, "kv_bytes_per_token": record.kv_bytes_per_token}
         for name, value in (sizes | {f"stderr of {one.name}": one.stderr for one in metrics}).items():
             if value is not None and (value < 0 or (name in sizes and not value < MAX_SIZE)):
-                raise ValueError(f"{name} {value!r}: expected a number from 0 on")
+                most = f"to {MAX_SIZE}" if name in sizes else "on"
+                raise ValueError(f"{name} {value!r}: expected a number from 0 {most}")
         record.prove()
         return record
 

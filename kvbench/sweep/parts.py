@@ -106,8 +106,9 @@ def find_model(spec: ModelSpec) -> ModelFacts:
 
     try:
         return _find_model(spec)
-    except OSError as error:  # closed to us
-        raise model_files.ModelError(f"model '{spec.name}': {error.filename}: {error.strerror}") from error
+    except OSError as error:  # closed to us; a library's own may name no file
+        why = f"{error.filename}: {error.strerror}" if error.filename else model_files.one_line(error)
+        raise model_files.ModelError(f"model '{spec.name}': {why}") from error
 
 
 def _find_model(spec: ModelSpec) -> ModelFacts:
