@@ -456,6 +456,18 @@ def test_what_a_busy_host_leaves_of_a_gpu_is_the_measured_share():
     assert [round(one, 2) for one in (median(loops["before-engine"]), min(around), max(around))] == [quiet, fast, slow]
 
 
+def test_what_compiling_takes_is_the_measured_time():
+    """docs/kernels.md's seconds of Triton's stages, and of the longest kernel, are of compiling.json."""
+    text = " ".join((ROOT / "docs/kernels.md").read_text(encoding="utf-8").split())
+    kernels = json.loads((ROOT / "results/checks-h200/compiling.json").read_text())["kernels"].values()
+    stages = ("init", "ttir", "ttgir", "llir", "ptx", "cubin")
+    whole, passes = (sum(one[name] for one in kernels for name in names) for names in (stages, ("ttgir",)))
+    count = sum(one["kernels"] for one in kernels)
+    assert f"Of {whole:.0f} s for {count} kernels of this folder's tests" in text
+    assert f"{passes:.0f} were Triton's passes over tiles" in text
+    assert f"took up to {max(one['longest'] for one in kernels):.0f} s on that machine" in text
+
+
 def test_what_sealing_takes_is_the_measured_time():
     """docs/kernels.md's steps that fill a page and others are those of results/checks-h200/sealing.json."""
     text = " ".join((ROOT / "docs/kernels.md").read_text(encoding="utf-8").split())

@@ -1,5 +1,6 @@
 """docs/two-bits.md: what docs/generate_two_bits.py writes is what the records say."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -140,8 +141,48 @@ def test_what_the_page_says_of_decode_steps_is_in_the_records(made):
         in text
     )
 
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    shown = [f"{rates[0][made['SHAPE'], *place]:,.0f}" for place in (window, tiers, exact)]
+    assert "decode at {} in int4 and at {} in tiers of 2.45 bits, where 16 bits decode at {} (".format(*shown) in readme
+
     assert "gave every decode rate again to 0.2 %; the 1.5B was timed once" in text
     assert all(rate == pytest.approx(rates[0][place], rel=0.002) for place, rate in rates[1].items())
+
+
+def test_what_the_page_says_of_reading_trellises_is_in_the_record(made):
+    """
+    The prototype beside the best 16-bit kernels, its ratio, tokens, error and prediction; the times of ways of reading.
+    """
+    text = " ".join((ROOT / "docs" / "two-bits.md").read_text(encoding="utf-8").split())
+    run = json.loads((ROOT / "results" / "reading-h200.json").read_text(encoding="utf-8"))
+    assert {row["gate"] for row in run["rows"] if not row["way"].startswith(("a copy", "masks"))} == {"ok"}
+    us = {row["way"]: row["us"] for row in run["rows"] if row["dtype"] == "tcq2"}
+    steps = [row for row in run["rows"] if row["way"].startswith("decode")]
+    best = min(row["us"] for row in steps)
+    exact, int2 = run["peers"]
+    size = all_dtypes()["tcq2"].code_bytes(128) + 2
+    assert (
+        f"in {best:.0f} µs on an H200, where the best 16-bit kernels take {exact['best_16bit_us']:.0f} (torch's, "
+        f"cuDNN) and {exact['us']:.0f} µs (kvbench's) and `int2` {int2['us']:.0f} in the same run: "
+        f"{exact['best_16bit_us'] / best:.2f} times as fast as 16 bits, with {256 / size:.1f} times the tokens" in text
+    )
+    assert "agrees with float64 within 2^-11" in text
+    assert max(row["error"] for row in steps) <= 2**-11
+    assert f"all of them {us['2 a lookup, 32 tables']:.0f} µs" in text
+    assert f"lanes wait for each other: {us['2 a lookup, 1 table']:.0f} µs" in text
+    assert f"in the mean, and {us['4 a lookup, as int8']:.0f} µs" in text
+    assert f"windows round right): {us['polynomial']:.0f} µs" in text
+    cached = [time for way, time in us.items() if way.startswith("Triton") and "L1" in way]
+    assert f"take {min(cached):.0f} to {max(cached):.0f} µs" in text
+    assert f"without conflicts: {us['Triton, 1 a lookup, 32 tables']:.0f} µs" in text
+    over = {
+        row["way"]: (row["us"], max(row["predicted"].values()))
+        for row in run["rows"]
+        if row.get("predicted") and "L1" not in row["way"]
+    }
+    assert f"took up to {max(a / b for a, b in over.values()):.1f} times as long" in text
+    masks = over["masks of codes of 2 bits, no trellis"]
+    assert f"({masks[0]:.0f} µs, where their bytes take {masks[1]:.0f})" in text
 
 
 def energies(name, rows, parts):
