@@ -29,6 +29,17 @@ def test_the_tables_of_a_page_are_those_of_the_records(name, generator):
     assert (DOCS / f"{name}.md").read_text(encoding="utf-8") == page(), "run `make docs`"
 
 
+def test_every_file_of_kernels_has_a_row():
+    """
+    The table at the top of docs/kernels.md says of each what it launches.
+    """
+    page = (DOCS / "kernels.md").read_text(encoding="utf-8")
+    named = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+\.py)`", line)}
+    files = {path.name for path in (DOCS.parent / "kernels" / "kvbench_kernels").glob("*.py")} - {"__init__.py"}
+
+    assert files <= named
+
+
 def test_the_yaml_page_and_the_schema_are_those_of_the_code():
     """
     `make docs` would change nothing, and no key is without a description, which the page refuses to be written without.
