@@ -457,15 +457,26 @@ def test_what_a_busy_host_leaves_of_a_gpu_is_the_measured_share():
 
 
 def test_what_compiling_takes_is_the_measured_time():
-    """docs/kernels.md's seconds of Triton's stages, and of the longest kernel, are of compiling.json."""
+    """docs/kernels.md's seconds of Triton's stages, of the longest kernel and of presets are of compiling.json."""
     text = " ".join((ROOT / "docs/kernels.md").read_text(encoding="utf-8").split())
-    kernels = json.loads((ROOT / "results/checks-h200/compiling.json").read_text())["kernels"].values()
+    record = json.loads((ROOT / "results/checks-h200/compiling.json").read_text())
+    kernels = record["kernels"].values()
     stages = ("init", "ttir", "ttgir", "llir", "ptx", "cubin")
     whole, passes = (sum(one[name] for one in kernels for name in names) for names in (stages, ("ttgir",)))
     count = sum(one["kernels"] for one in kernels)
     assert f"Of {whole:.0f} s for {count} kernels of this folder's tests" in text
     assert f"{passes:.0f} were Triton's passes over tiles" in text
     assert f"took up to {max(one['longest'] for one in kernels):.0f} s on that machine" in text
+    presets = re.findall(r"(\d+) s under `(\w+)` \((\d+)", text)
+    took = {
+        scheme: [one for kernel in compiled.values() for one in kernel]
+        for scheme, compiled in record["presets"]["schemes"].items()
+    }
+    assert presets == [(f"{sum(took[name]):.0f}", name, str(len(took[name]))) for _, name, _ in presets]
+    assert {name for _, name, _ in presets} == set(took)
+    writes = record["presets"]["schemes"]["tiers421_centered_window"]["_store_kernel"]
+    assert "write of tiers compiled four times, 8 s each" in text
+    assert [int(one) for one in writes] == [0, 8, 8, 8, 8]
 
 
 def test_what_sealing_takes_is_the_measured_time():
