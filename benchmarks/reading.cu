@@ -363,12 +363,6 @@ __device__ __forceinline__ u32 transposed(float x) {
 }
 
 template <int I>
-__device__ __forceinline__ void all_pairs(const u32 (&string)[3], Table table, u32 (&out)[16]) {
-  out[I] = look<2 * I + 1>(string, table);
-  if constexpr (I + 1 < 16) all_pairs<I + 1>(string, table, out);
-}
-
-template <int I>
 __device__ __forceinline__ void eight_pairs(const u32 (&string)[2], Table table, u32 (&out)[8]) {
   out[I] = look<2 * I + 1>(string, table);
   if constexpr (I + 1 < 8) eight_pairs<I + 1>(string, table, out);
@@ -457,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_rows(
           u32 string[3] = {0, permute(two.x, 0, 0x1032), permute(two.y, 0, 0x1032)};
           string[0] = __shfl_up_sync(~0u, string[2], 1);
           if (t == 0) string[0] = key_scales[k] >> 16 * half & 63;
-          all_pairs<0>(string, own, out[half]);
+          decode(string, own, out[half]);
         }
 #pragma unroll
         for (int i = 0; i < 16; i += 2)

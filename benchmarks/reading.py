@@ -38,7 +38,7 @@ from torch import Tensor
 from kvbench.attention import trellis as trellis_kernels
 from kvbench.dtypes import all_dtypes
 from kvbench.dtypes.base import Rows
-from kvbench.dtypes.trellis import TrellisPerTokenHead, table
+from kvbench.dtypes.trellis import TrellisPerTokenHead, steps_of, table
 from kvbench.environment import describe
 from kvbench.timing import KernelRequest, run
 from kvbench.timing.clock import cold_copies, copy_bandwidth, time_calls
@@ -245,11 +245,14 @@ def places(way: Way) -> list[list[int]]:
     return [[2 * i, 2 * i + 1] for i in range(16)]
 
 
+def order_of(way: Way, device: torch.device) -> Tensor:
+    """[D]: the channels in the order of a row's string."""
+    return steps_of(dtype_of(way.dtype).trellis, HEAD_DIM, device).channel
+
+
 def channels(way: Way) -> Tensor:
     """[4, registers, 2 or 4]: of each of a row's four lanes, the channels that its registers have."""
-    step = torch.arange(4)[:, None, None] * 32 + torch.tensor(places(way))
-    each = 16 // way.bits
-    return step % each * (HEAD_DIM // each) + step // each
+    return order_of(way, torch.device("cpu")).view(4, 32)[:, torch.tensor(places(way))]
 
 
 def operand(way: Way, query: Tensor) -> Tensor:
@@ -434,7 +437,7 @@ def measure_triton(way: Way, bare: bool, tables: int, copies: list[Rows], sample
         assert copies[0].scale is not None
         end = min(begin + (1 << 18), done)
         some = Rows(copies[0].codes[begin:end], copies[0].scale[begin:end])
-        values = values_of(dtype_of(way.dtype), some)[:, channels_in_order()]
+        values = values_of(dtype_of(way.dtype), some)[:, order_of(way, torch.device("cuda"))]
         packed = values.view(-1, way.takes)
         if bare:
             want += int(values.sum())
@@ -449,12 +452,6 @@ def measure_triton(way: Way, bare: bool, tables: int, copies: list[Rows], sample
         times = time_calls([partial(call, rows) for rows in copies], samples)
         row.update(us=times.median * ROWS / done, samples_us=[x * ROWS / done for x in times.samples_us])
     return row
-
-
-def channels_in_order() -> Tensor:
-    """[D]: the channels in the order of a string of 2-bit codes."""
-    step = torch.arange(HEAD_DIM, device="cuda")
-    return step % 8 * 16 + step // 8
 
 
 def measure(way: Way, programs: list[Future[bytes]], copies: list[Rows], samples: int) -> dict[str, Any]:
