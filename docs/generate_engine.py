@@ -116,11 +116,11 @@ def long() -> str:
 
 def designs() -> str:
     """Seconds of GSM8K's answers under what was tried: medians of three."""
+    tried = rows("checks-h200", "gsm8k-designs.json")[2:]  # the first two runs compiled
+    columns = ("seconds", "prefill_seconds", "decode_seconds", "capture_seconds")
     lines = []
     for name, what, faster in DESIGNS:
-        # the first two runs compiled
-        own = [row for row in rows("checks-h200", "gsm8k-designs.json")[2:] if row["design"] == name]
-        columns = ("seconds", "prefill_seconds", "decode_seconds", "capture_seconds")
+        own = [row for row in tried if row["design"] == name]
         lines.append([what, *(f"{median(row[column] for row in own):.2f}" for column in columns), faster])
     return table(["designs", "seconds", "prompts", "steps", "captures", "was to gain"], lines)
 

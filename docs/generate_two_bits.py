@@ -334,8 +334,8 @@ def by_kind() -> str:
     found_ = records("two-bits-gemma", "divergence")
     rows = []
     for scheme in map(Scheme.of, listed[1:]):
-        columns, own = scheme.columns(), defaultdict(list)
-        metrics = found_.get((MODELS["Gemma"], columns["dtype"], columns["rotation"]))
+        own: defaultdict[str, list[str]] = defaultdict(list)
+        metrics = found_.get((MODELS["Gemma"], *FIELD["place"](scheme)))
         if metrics is None:
             continue
         for layer in scheme.layers:
@@ -371,7 +371,7 @@ def presets() -> str:
     rows = []
     for name in PRESETS:
         scheme = Scheme.parse(name)
-        place = scheme.columns()["dtype"], scheme.columns()["rotation"]
+        place = FIELD["place"](scheme)
         copied = any(in_copy(dtype) for dtype in scheme.resolve(torch.bfloat16).dtypes)
         speeds_ = [ABSENT, ABSENT]
         if place in timed:

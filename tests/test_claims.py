@@ -43,6 +43,16 @@ def table(path, first):
     return rows
 
 
+def in_one_line(page):
+    """A page's text, whatever its line breaks."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def rows_of(record):
+    """The rows of a record in results/."""
+    return json.loads((ROOT / "results" / record).read_text(encoding="utf-8"))["rows"]
+
+
 @cache
 def comparisons(folder):
     return compare(read(ROOT / "results" / folder))
@@ -234,7 +244,7 @@ def test_the_noise_of_keys_is_the_committed_one():
 def test_the_excess_of_a_repeated_speed_is_the_measured_one():
     """docs/method.md's milliseconds a step by which the repeat is slower are those of results/throughput."""
     store = Store(ROOT / "results/throughput")
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    text = in_one_line("docs/method.md")
     shown = re.search(r"by ([\d.]+), ([\d.]+) and ([\d.]+) ms a step", text).groups()
     steps, prompts = {}, {}
     for name, record in store.load().records.items():
@@ -249,8 +259,8 @@ def test_the_excess_of_a_repeated_speed_is_the_measured_one():
 
 def test_hflms_times_by_batch_are_the_measured_ones():
     """docs/method.md's seconds of HFLM on PIQA by batch size are those of results/hflm."""
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
-    rows = json.loads((ROOT / "results/hflm/engine-h200-piqa-3.json").read_text(encoding="utf-8"))["rows"]
+    text = in_one_line("docs/method.md")
+    rows = rows_of("hflm/engine-h200-piqa-3.json")
     shown = re.search(r"took it ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) s in batches of 64", text).groups()
     theirs = [row["seconds"] for row in rows if row["cell"].startswith("HFLM")]
     assert all(agrees(figure, value) for figure, value in zip(shown, theirs, strict=True))
@@ -258,8 +268,8 @@ def test_hflms_times_by_batch_are_the_measured_ones():
 
 def test_what_quantized_cells_take_beside_fp16_is_the_measured_ratio():
     """docs/method.md's least and most of quantized cells' times over fp16's are those of results/hflm."""
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
-    rows = json.loads((ROOT / "results/hflm/engine-h200-in-turn.json").read_text(encoding="utf-8"))["rows"]
+    text = in_one_line("docs/method.md")
+    rows = rows_of("hflm/engine-h200-in-turn.json")
     found, repeated = {}, {}
     for task in ("arc_easy", "piqa", "lambada_openai"):
         own = [row for row in rows if row["task"] == task and not row["cell"].startswith("HFLM")]
@@ -277,8 +287,8 @@ def test_what_quantized_cells_take_beside_fp16_is_the_measured_ratio():
 
 def test_what_short_tiles_take_is_the_measured_time():
     """docs/method.md's microseconds a layer are those of results/short-h200.json, each of the fastest tile."""
-    rows = json.loads((ROOT / "results/short-h200.json").read_text(encoding="utf-8"))["rows"]
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = rows_of("short-h200.json")
+    text = in_one_line("docs/method.md")
     shown = re.search(
         r"take a layer (\d+) µs in 16 bits, (\d+) in int8, (\d+) in int4 and (\d+) in int2", text
     ).groups()
@@ -290,8 +300,8 @@ def test_what_short_tiles_take_is_the_measured_time():
 
 def test_what_a_graph_takes_is_the_measured_time():
     """docs/method.md's steps of one graph at two times, and of equal cells, are those of results/checks-h200."""
-    rows = json.loads((ROOT / "results/checks-h200/graphs.json").read_text(encoding="utf-8"))["rows"]
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = rows_of("checks-h200/graphs.json")
+    text = in_one_line("docs/method.md")
     found = {(row["experiment"], row["graph"]): row["ms"] for row in rows}
     shown = re.search(r"took ([\d.]+) ms a step, seconds later ([\d.]+), and another ([\d.]+) and then ([\d.]+)", text)
     names = (
@@ -306,8 +316,8 @@ def test_what_a_graph_takes_is_the_measured_time():
 @pytest.mark.parametrize("file", ["acts", "acts-one-connection", "acts-settled"])
 def test_launches_on_many_streams_alone_make_kernels_begin_later(file):
     """docs/method.md's states of a GPU, and what changes them, are those of results/checks-h200, with one queue too."""
-    rows = json.loads((ROOT / f"results/checks-h200/{file}.json").read_text(encoding="utf-8"))["rows"]
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = rows_of(f"checks-h200/{file}.json")
+    text = in_one_line("docs/method.md")
     fast_us, fast, slow_us, slow = re.search(
         r"takes ([\d.]+) µs a kernel and a step of SmolLM2 ([\d.]+) ms.* streams they take ([\d.]+) µs and ([\d.]+) ms",
         text,
@@ -323,8 +333,8 @@ def test_launches_on_many_streams_alone_make_kernels_begin_later(file):
 
 def test_a_speed_repeats_once_contexts_have_changed():
     """docs/method.md's steps of cells one after another, with and without that, are those of results/checks-h200."""
-    rows = json.loads((ROOT / "results/checks-h200/acts.json").read_text(encoding="utf-8"))["rows"]
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = rows_of("checks-h200/acts.json")
+    text = in_one_line("docs/method.md")
     three, fourth, four, share = re.search(
         r"first three take ([\d.]+) ms a step and the fourth ([\d.]+)\..* took ([\d.]+) ms each, within ([\d.]+) %",
         text,
@@ -346,18 +356,18 @@ def test_a_speed_repeats_as_throughput_stands():
     docs/method.md's steps of twelve cells, the A/A of a sweep, a state's own factor and what settling takes are of
     results/, and README's tokens per second are that sweep's.
     """
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    text = in_one_line("docs/method.md")
     step, share, decode, prefill, cost, factor = re.search(
         r"took ([\d.]+) ms in both repeats, within ([\d.]+) %.*? decode within ([\d.]+) % .*? prompts within ([\d.]+) %"
         r".*? costs a cell ([\d.]+) s .*? varies by a factor of ([\d.]+);",
         text,
     ).groups()
-    rows = json.loads((ROOT / "results/checks-h200/acts-settled.json").read_text(encoding="utf-8"))["rows"]
+    rows = rows_of("checks-h200/acts-settled.json")
     steps = [one for row in rows if "throughput" in row for one in row["steps_ms"]]
     assert len(steps) == 24
     assert agrees(step, median(steps))
     assert 100 * (max(steps) / min(steps) - 1) < float(share)
-    settled = json.loads((ROOT / "results/checks-h200/settles.json").read_text(encoding="utf-8"))["rows"]
+    settled = rows_of("checks-h200/settles.json")
     assert all(row["could"] for row in settled)
     assert agrees(cost, median(row["seconds"] for row in settled))
 
@@ -370,7 +380,7 @@ def test_a_speed_repeats_as_throughput_stands():
             abs(found["again", task, name] / found["fp16", task, name] - 1) for task in ("32 × 1k", "8 × 8k", "1 × 32k")
         ]
         assert agrees(figure, 100 * max(off))
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = in_one_line("README.md")
     said = re.search(
         r"one H200 holds ([\d.]+) million tokens in 16 bits, ([\d.]+) in int8, ([\d.]+) in int4 and ([\d.]+) in int2, "
         r"and 8 sequences of 8192 tokens decode at (\d+), (\d+), (\d+) and (\d+) tokens/s",
@@ -389,10 +399,7 @@ def test_a_speed_repeats_as_throughput_stands():
 
 def test_joined_products_changed_no_score():
     """docs/method.md's cells in turn have the scores of the cells before, to the last digit."""
-    before, after = (
-        json.loads((ROOT / "results/hflm" / f"engine-h200{name}.json").read_text(encoding="utf-8"))["rows"]
-        for name in ("", "-in-turn")
-    )
+    before, after = (rows_of(f"hflm/engine-h200{name}.json") for name in ("", "-in-turn"))
     scores = {(row["task"], row["cell"]): row["metrics"] for row in before}
     cells = [row for row in after if not row["cell"].startswith("HFLM")]
     assert len(cells) == 15
@@ -401,8 +408,8 @@ def test_joined_products_changed_no_score():
 
 def test_what_bounds_gsm8k_is_the_measured_time():
     """docs/method.md's times of GSM8K beside HFLM, in a profile, and of long requests again, are those of results/."""
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
-    rows = json.loads((ROOT / "results/hflm/engine-h200-in-turn-gsm8k.json").read_text(encoding="utf-8"))["rows"]
+    text = in_one_line("docs/method.md")
+    rows = rows_of("hflm/engine-h200-in-turn-gsm8k.json")
     theirs = min(row["seconds"] for row in rows if row["cell"].startswith("HFLM"))
     ours = next(row["seconds"] for row in rows if row["cell"] == "fp16")
     times, wanted = re.search(r"are (\d+) times as fast as HFLM's.*? were wanted, in ([\d.]+) s", text).groups()
@@ -414,7 +421,7 @@ def test_what_bounds_gsm8k_is_the_measured_time():
     ).groups()
     for figure, kind in zip(shown, ("matrix products", "attention"), strict=True):
         assert agrees(figure, profile["prompts"][kind] / 1e3)
-    fp16, int4 = json.loads((ROOT / "results/long/qwen3-8b-h200-again.json").read_text(encoding="utf-8"))["rows"]
+    fp16, int4 = rows_of("long/qwen3-8b-h200-again.json")
     said = re.search(
         r"fp16's step is ([\d.]+) ms, attention ([\d.]+) of it, and int4's ([\d.]+) ms, attention ([\d.]+) of it: "
         r"([\d.]+) ×.*? the rest, ([\d.]+) ms of matrix products.*? and ([\d.]+) of small kernels",
@@ -427,7 +434,7 @@ def test_what_bounds_gsm8k_is_the_measured_time():
 
 def test_what_a_busy_host_leaves_of_a_gpu_is_the_measured_share():
     """docs/method.md's shares of a GPU's work on a host with other work, and that host's loops, are of results/host."""
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    text = in_one_line("docs/method.md")
     off, low, high, worst, best, quiet, fast, slow = map(
         float,
         re.search(
@@ -437,10 +444,7 @@ def test_what_a_busy_host_leaves_of_a_gpu_is_the_measured_share():
         ).groups(),
     )
     runs = [
-        {
-            (row["task"], row["cell"]): row
-            for row in json.loads((ROOT / f"results/host/{name}.json").read_text())["rows"]
-        }
+        {(row["task"], row["cell"]): row for row in rows_of(f"host/{name}.json")}
         for name in ("busy-h200", "busy-h200-a", "busy-h200-b")
     ]
     for key, row in runs[1].items():
@@ -458,7 +462,7 @@ def test_what_a_busy_host_leaves_of_a_gpu_is_the_measured_share():
 
 def test_what_compiling_takes_is_the_measured_time():
     """docs/kernels.md's seconds of Triton's stages, of the longest kernel and of presets are of compiling.json."""
-    text = " ".join((ROOT / "docs/kernels.md").read_text(encoding="utf-8").split())
+    text = in_one_line("docs/kernels.md")
     record = json.loads((ROOT / "results/checks-h200/compiling.json").read_text())
     kernels = record["kernels"].values()
     stages = ("init", "ttir", "ttgir", "llir", "ptx", "cubin")
@@ -481,10 +485,10 @@ def test_what_compiling_takes_is_the_measured_time():
 
 def test_what_sealing_takes_is_the_measured_time():
     """docs/kernels.md's steps that fill a page and others are those of results/checks-h200/sealing.json."""
-    text = " ".join((ROOT / "docs/kernels.md").read_text(encoding="utf-8").split())
+    text = in_one_line("docs/kernels.md")
     plain, window = re.search(r"take int4 ([\d.]+ and [\d.]+) µs, with a window ([\d.]+ and [\d.]+)\.", text).groups()
     reference = re.search(r"`kivi2` takes ([\d.]+) ms in such a step and ([\d.]+) in another", text).groups()
-    rows = json.loads((ROOT / "results/checks-h200/sealing.json").read_text())["rows"]
+    rows = rows_of("checks-h200/sealing.json")
     times = {row["scheme"]: [median(row["us"][name]) for name in ("sealing", "else")] for row in rows}
     assert all(map(agrees, plain.split(" and "), times["int4"]))
     assert all(map(agrees, window.split(" and "), times["int4+w64s4"]))
@@ -493,8 +497,8 @@ def test_what_sealing_takes_is_the_measured_time():
 
 def test_no_clock_goes_with_a_gpus_state():
     """docs/method.md's megahertz in both states are those of results/checks-h200/states.json."""
-    rows = json.loads((ROOT / "results/checks-h200/states.json").read_text(encoding="utf-8"))["rows"]
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = rows_of("checks-h200/states.json")
+    text = in_one_line("docs/method.md")
     ends = re.search(r"own cycles were (\d+) to (\d+) MHz in both states", text).groups()
     # work of one's own or of another process lowers the clock for a moment
     quiet = [row for row in rows if not {"matmul", "heavy"} & set(row["while"].split())]
@@ -507,8 +511,8 @@ def test_no_clock_goes_with_a_gpus_state():
 
 def test_what_lies_between_a_graphs_kernels_is_the_measured_gap():
     """docs/method.md's steps and gaps of graphs are those of results/throughput-graphs-h200.json."""
-    rows = json.loads((ROOT / "results/throughput-graphs-h200.json").read_text(encoding="utf-8"))["rows"]
-    text = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    rows = rows_of("throughput-graphs-h200.json")
+    text = in_one_line("docs/method.md")
     step, others = re.search(r"took ([\d.]+) ms a step and the next three ([\d.]+)", text).groups()
     gap, wider, kernels = re.search(
         r"gap was ([\d.]+) µs in the first and ([\d.]+) µs in the others, (\d+)", text
@@ -528,10 +532,7 @@ def test_the_hosts_work_is_what_was_measured():
     """CHANGELOG's milliseconds of ARC-Easy's requests are those of results/host."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     shown = re.search(r"ARC-Easy's (\d+) requests: (\d+) → (\d+) ms", text).groups()
-    before, after = (
-        json.loads((ROOT / f"results/host/{name}.json").read_text(encoding="utf-8"))["rows"][0]
-        for name in ("before", "after")
-    )
+    before, after = (rows_of(f"host/{name}.json")[0] for name in ("before", "after"))
     measured = [before["requests"], 1e3 * before["seconds"], 1e3 * after["seconds"]]
     assert [int(figure) for figure in shown] == [round(value) for value in measured]
 
@@ -555,7 +556,7 @@ def test_the_answers_beside_hflm_are_the_committed_ones():
 def test_the_bias_of_qwens_keys_is_the_measured_one():
     """README's mean of 354 and 239 spreads are layer 0's in results/keys."""
     record = json.loads((ROOT / "results/keys/qwen2.5-coder-1.5b-instruct.json").read_text(encoding="utf-8"))
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = in_one_line("README.md")
     assert "mean is 354, 239 times its spread" in text
     assert round(record["layers"][0]["keys"]["mean"]) == 354
     assert "up to 239.4 times the spread (layer 0)" in record["prediction"]
@@ -596,7 +597,7 @@ def test_the_schemes_that_survive_are_those_of_the_records():
         if score != "–":
             assert agrees(score, 100 * values["gsm8k", "exact_match,strict-match", *SCHEMES[name]]), name
     small = {(row.metric, row.dtype, row.rotation): row.value for row in comparisons("schemes-smollm2").rows}
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = in_one_line("README.md")
     shown = re.search(r"does most of it: ([\d.]+), ([\d.]+) centred, ([\d.]+) with the window", text).groups()
     order = ("int4_per_token_head, randomized_hadamard", "`int4_centered`", "`int4_centered_window`")
     for figure, name in zip(shown, order, strict=True):
@@ -637,16 +638,16 @@ def test_what_grows_over_32k_tokens_is_that_of_the_records():
         assert all(map(agrees, figures, found)), name
         near[name], far[name], grown[name] = found[0], found[-1], found[-1] / found[0]
         assert agrees(times, grown[name]), (name, grown[name])
-    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    words = in_one_line("docs/method.md")
     plain, window, mean = "`int4_centered`", "`int4_centered_window`", "the same, one mean for all positions"
     assert f"and it has {grown[window]:.2f}. One mean" in words
     assert f"the same codes grow by {grown[mean]:.2f}, and 8 bits under means" in words
     assert f"by {grown['`int8_centered`']:.2f} alone. Without a window int4's codes grow by {grown[plain]:.2f}" in words
     tiers, trellis = "`tiers421_centered_window`", "`tcq4321_centered_window`"
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = in_one_line("README.md")
     assert f"their KLD grows by {grown[tiers]:.1f} and {grown[trellis]:.1f} times, int4's behind" in readme
     assert f"the window by {grown[window]:.2f}. One mean for all positions ages, by {grown[mean]:.1f}." in readme
-    two_bits = " ".join((ROOT / "docs/two-bits.md").read_text(encoding="utf-8").split())
+    two_bits = in_one_line("docs/two-bits.md")
     int2 = far["`int2_centered_window`"]
     assert f"give `tiers421` {far[tiers]:.4f} in the last part and `int2` {int2:.4f}" in two_bits
     starts, ends = near[plain] / near[window], far[plain] / far[window]
@@ -697,7 +698,7 @@ def of_model(folder):
 
 def distortions():
     """By code, bits, state bits and width of rows: decibels and bits a value, of results/trellis/distortion.json."""
-    rows = json.loads((ROOT / "results/trellis/distortion.json").read_text())["rows"]
+    rows = rows_of("trellis/distortion.json")
     return {(row["code"], row["bits"], row["state_bits"], row["width"]): row for row in rows}
 
 
@@ -760,7 +761,7 @@ def test_the_ablation_on_a_larger_model_is_that_of_the_records():
 
 def test_what_readme_says_of_gsm8k_is_measured():
     """The answers of three presets beside 16 bits, with their intervals, and the needles of those at two bits."""
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = in_one_line("README.md")
     rows = [row for row in comparisons("schemes").rows if row.model.startswith("qwen")]
     place = {(row.task, row.metric, row.dtype, row.rotation): row for row in rows}
     gsm8k = "gsm8k", "exact_match,strict-match"
@@ -803,7 +804,7 @@ def test_the_trellis_s_constants_are_those_that_were_found():
 
 def test_the_first_screen_says_whose_speed_it_is():
     """README's first bullets: plain int4 and its peer of one record, the centred window of another run."""
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = in_one_line("README.md")
     plain, peer, ratio, window, beside = re.search(
         r"over plain int4 takes (\d+) µs where torch's fastest 16-bit attention \(cuDNN\) takes (\d+) µs .*?, "
         r"([\d.]+) × less; with centred keys and the window it takes (\d+) µs "
@@ -846,7 +847,7 @@ def test_what_another_calibration_text_changes_is_that_of_the_records():
 
     int4, int2 = "int4_per_token_head+w64s4", "int2_per_token_head+w64s4"
     balanced = [f"center+{name}+randomized_hadamard:randomized_hadamard" for name in ("balance", "balance_full")]
-    words = " ".join((ROOT / "docs/method.md").read_text().split())
+    words = in_one_line("docs/method.md")
     assert "has 0.0338 and 0.0341" in words
     assert [round(of(f"again {i} of int4_per_token_head"), 4) for i in (1, 2)] == [0.0338, 0.0341]
     assert "0.0016 (`balance`) and 0.0020 (`balance_full`), of int2's 0.058 0.054 and 0.066" in words
@@ -903,7 +904,7 @@ def test_the_presets_on_three_models_are_those_of_the_records():
     shares = [
         [less(model, *step) for step in steps] for model in ("Gemma-3-270M", "Qwen2.5-Coder-0.5B", "SmolLM2-135M")
     ]
-    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    words = in_one_line("docs/method.md")
     assert shares == [[73, 71, 87], [91, 97, 88], [56, 42, 95]]
     assert "73 % off what int8 loses and 71 % off what int4 does, and the window 87 % off" in words
     assert "they take 91, 97 and 88 %, on SmolLM2 56, 42 and 95 %" in words
@@ -959,7 +960,7 @@ def beside_llama_cpp(folder):
 def test_what_is_said_beside_llama_cpp_is_that_of_the_records():
     """Perplexities and divergences of docs/method.md's text below its tables."""
     _, theirs, ours = beside_llama_cpp("smollm2")
-    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    words = in_one_line("docs/method.md")
     exact = theirs["float32", "fp16", "fp16", False, True]["ppl"], ours["fp16", "none"]["ppl"]
     assert f"perplexity on SmolLM2 is {exact[0]:.4f} and {exact[1]:.4f}" in words
     assert f"perplexity becomes {theirs['file', 'fp16', 'fp16', False, True]['ppl']:.1f}" in words
@@ -1011,7 +1012,7 @@ def test_what_is_said_of_executors_is_that_of_their_records():
     """
     What a cell costs, what a kill costs, and that all three give the same records.
     """
-    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    words = in_one_line("docs/method.md")
     scale, kills, equal = (
         json.loads((ROOT / f"results/executors/{name}.json").read_text(encoding="utf-8"))
         for name in ("executors", "cluster-kills", "cluster-equal")
@@ -1040,7 +1041,7 @@ def test_what_is_said_of_executors_is_that_of_their_records():
 
 def test_what_is_said_of_four_gpus_is_that_of_the_record():
     """Cells, their work, how long they took together, and what went before the first."""
-    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    words = in_one_line("docs/method.md")
     run = json.loads((ROOT / "results/devices/scale-h100.json").read_text(encoding="utf-8"))["runs"]["4"]
     work, took = run["work_seconds"], run["cells_seconds"]
 
@@ -1052,7 +1053,7 @@ def test_what_is_said_of_four_gpus_is_that_of_the_record():
 
 def test_what_is_said_of_two_gpus_is_that_of_the_record():
     """Of the same cells on one and on two: seconds, how many times as fast, whose work was more, and by what."""
-    words = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    words = in_one_line("docs/method.md")
     record = json.loads((ROOT / "results/devices/scale-h200.json").read_text(encoding="utf-8"))
     one, two, fast = record["runs"]["1"], record["runs"]["2"], record["times_as_fast"]["2"]
     work, took = two["work_seconds"], two["cells_seconds"]

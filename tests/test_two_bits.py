@@ -82,7 +82,7 @@ def test_what_the_first_screen_says_is_in_the_tables_below(made):
     whole = preset["tcq4_balanced_full_window"]
     assert "within 0.005 nats on all three (on other documents too)" in text
     assert max(map(float, whole[2:5])) < 0.005
-    place = tuple(made["Scheme"].parse("tcq4_balanced_full_window").columns()[of] for of in ("dtype", "rotation"))
+    place = made["FIELD"]["place"](made["Scheme"].parse("tcq4_balanced_full_window"))
     other = [loss for key, loss in made["_losses"]("two-bits-held").items() if key[1:] == place]
     assert len(other) == 3
     assert max(other) <= 0.005
@@ -133,8 +133,7 @@ def test_what_the_page_says_of_decode_steps_is_in_the_records(made):
         ("int2_per_token_head", "hadamard"),
     )
     tiers, window = (
-        tuple(made["Scheme"].parse(f"{name}_centered_window").columns()[of] for of in ("dtype", "rotation"))
-        for name in ("tiers421", "int4")
+        made["FIELD"]["place"](made["Scheme"].parse(f"{name}_centered_window")) for name in ("tiers421", "int4")
     )
     found = (*saved(exact, int2), *saved(tiers, int2), *saved(window, int4))
     assert (

@@ -15,6 +15,7 @@ from kvbench.sweep.parts import REAL
 from kvbench.sweep.plan import plan, too_long, unsuited
 
 ROOT = Path(__file__).parents[2]
+SHAPE = ROOT / "configs" / "shapes" / "qwen3-8b.json"
 
 
 def test_a_first_sweep_can_be_planned(kvbench):
@@ -60,7 +61,7 @@ def test_a_first_sweep_says_why_keys_are_centred(tmp_path, config, why):
     """
     As far as the model's configuration says: Qwen2's keys always get a bias, others' where it is turned on.
     """
-    shape = json.loads((Path(__file__).parents[2] / "configs" / "shapes" / "qwen3-8b.json").read_text())
+    shape = json.loads(SHAPE.read_text())
     (tmp_path / "shape.json").write_text(json.dumps({**shape, **config}))
 
     assert why in first_sweep(str(tmp_path / "shape.json"), REAL, "cpu")[1]
@@ -71,7 +72,7 @@ def test_a_first_sweep_of_random_weights_times_them(tmp_path):
     They have no tokenizer: a task that reads text is told by the plan, and init asks for speed alone, which they can.
     """
     file = tmp_path / "shape.json"
-    file.write_text((Path(__file__).parents[2] / "configs" / "shapes" / "qwen3-8b.json").read_text())
+    file.write_text(SHAPE.read_text())
     text = first_sweep(str(file), REAL, "cpu")[1]
     planned = plan(parse_sweep(text, "t.yaml"))
 
@@ -90,7 +91,7 @@ def test_a_shape_of_no_model_is_bad_input(kvbench, tmp_path, monkeypatch):
     The plan lays it out without memory, and says what transformers says of it; no cell has to fail for it.
     """
     monkeypatch.setattr(command, "REAL", REAL)
-    shape = json.loads((ROOT / "configs" / "shapes" / "qwen3-8b.json").read_text())
+    shape = json.loads(SHAPE.read_text())
     Path("shape.json").write_text(json.dumps({**shape, "num_hidden_layers": 1, "num_attention_heads": 0}))
     Path("t.yaml").write_text("{name: t, model: shape.json, dtypes: [fp16], tasks: [throughput]}")
 
@@ -130,7 +131,7 @@ def test_a_first_sweep_of_a_folder_names_it_from_the_yaml(tmp_path, monkeypatch)
     """
     from kvbench.sweep.first import write_first
 
-    shape = Path(__file__).parents[2] / "configs" / "shapes" / "qwen3-8b.json"
+    shape = SHAPE
     (tmp_path / "shape.json").write_text(shape.read_text())
     (tmp_path / "sweeps").mkdir()
     monkeypatch.chdir(tmp_path)
