@@ -61,7 +61,7 @@ class Tuning:
         return max(splits, min(splits + -(-further // each), fill))
 
 
-def choose_tuning(k: Layout, v: Layout, head_dim: int, heads: int = 1, plain: bool = False) -> Tuning:
+def choose_tuning(k: Layout, v: Layout, head_dim: int, heads: int, plain: bool) -> Tuning:
     """Measured on an H100 with 32/8 heads and head_dim 128; wider rows get shorter tiles.
 
     heads: query heads of a program.  plain: whether no token is read in 16 bits and no centre by page added.

@@ -141,17 +141,21 @@ def _longest(runner: Paged, held: int, positions: int) -> tuple[int, str]:
     return (positions, "the model's positions") if positions <= by_memory else (by_memory, "memory")
 
 
+def _gpus(runner: Runner) -> list[Any]:
+    """Those that a runner's layers are on, each once."""
+    return [device for device in dict.fromkeys(getattr(runner, "devices", ())) if device.type == "cuda"]
+
+
 def _settle(runner: Runner) -> None:
     """The runner's GPUs are as a process finds them that has launched nothing: see `kvbench.runners.settle`."""
     from kvbench.runners.settle import settle
 
-    settle(dict.fromkeys(getattr(runner, "devices", ())))
+    settle(_gpus(runner))
 
 
 def _kernel_us(runner: Runner) -> Callable[[], float] | None:
     """What gives the microseconds of a kernel that does next to nothing, in a CUDA graph of many; None on a CPU."""
-    devices = [device for device in dict.fromkeys(getattr(runner, "devices", ())) if device.type == "cuda"]
-    if not devices:
+    if not (devices := _gpus(runner)):
         return None
     from kvbench.runners.settle import Chain
 
